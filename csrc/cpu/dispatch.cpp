@@ -1,0 +1,68 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+
+#include "tensor.h"
+
+namespace pyllm::cpu {
+namespace {
+
+constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512"};
+
+bool available(Isa isa) {
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+#if PYLLM_WITH_AVX2
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+             __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+    case Isa::avx512:
+#if PYLLM_WITH_AVX512
+      return available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512cd");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+int best() {
+  int found = 0;
+  for (int i = 0; i < kIsas; i++)
+    if (available(static_cast<Isa>(i))) found = i;
+  return found;
+}
+
+}  // namespace
+
+int chosen_isa = best();
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsas; i++)
+    if (available(static_cast<Isa>(i))) names.emplace_back(kNames[i]);
+  return names;
+}
+
+std::string isa_name() { return kNames[chosen_isa]; }
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (int i = 0; i < kIsas; i++) {
+    if (!available(static_cast<Isa>(i))) continue;
+    if (name == kNames[i]) {
+      chosen_isa = i;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(kNames[i]);
+  }
+  fail(Error::value, "PYLLM_ISA must be one of ", known, " on this machine, but got '", name, "'");
+}
+
+}  // namespace pyllm::cpu

@@ -1,0 +1,307 @@
+// One vector of floats, V, as wide as the instruction set has, and the functions that kernels build on. V is the
+// compiler's own vector type: + - * / and comparisons work on it, and a comparison gives a mask for `select`.
+//
+// Everything here has internal linkage, and kernels keep theirs so: a function with external inline linkage compiled for
+// AVX-512 could be the copy that the linker keeps for every other file, and crash older machines (tests/test_build.py
+// reads the symbols). Results are the same for each lane whatever its neighbours, and the same for a partial vector as
+// for a whole one: kernels treat tails with load_n and store_n and never with scalar code of another rounding.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/threads.h"
+#include "dtype.h"
+
+namespace pyllm::ISA {
+namespace {
+
+#define VEC [[maybe_unused]] inline __attribute__((always_inline))
+
+#if ISA_AVX512
+constexpr int W = 16;
+#elif ISA_AVX2
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+using V = float __attribute__((vector_size(W * 4)));
+using VI = int32_t __attribute__((vector_size(W * 4)));
+
+constexpr float kInfinity = __builtin_inff();
+
+VEC V set(float x) { return x - V{}; }
+VEC VI set_int(int32_t x) { return x - VI{}; }
+VEC VI as_int(V x) { return reinterpret_cast<VI>(x); }
+VEC V as_float(VI x) { return reinterpret_cast<V>(x); }
+VEC V select(VI mask, V yes, V no) { return mask ? yes : no; }
+VEC VI lane_index() {
+  VI i;
+  for (int k = 0; k < W; k++) i[k] = k;
+  return i;
+}
+
+VEC V fma(V a, V b, V c) {  // a * b + c, rounded once where the instruction set can
+#if ISA_AVX512
+  return _mm512_fmadd_ps(a, b, c);
+#elif ISA_AVX2
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  for (int k = 0; k < W; k++) c[k] = __builtin_fmaf(a[k], b[k], c[k]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+VEC V max(V a, V b) { return a > b ? a : b; }  // b where either is NaN
+VEC V min(V a, V b) { return a < b ? a : b; }
+VEC V abs(V x) { return as_float(as_int(x) & 0x7fffffff); }
+VEC V copysign(V x, V sign) { return as_float((as_int(x) & 0x7fffffff) | (as_int(sign) & INT32_MIN)); }
+VEC V sqrt(V x) {
+  for (int k = 0; k < W; k++) x[k] = __builtin_sqrtf(x[k]);
+  return x;
+}
+
+// The lanes combined pairwise, always in this order.
+VEC float sum(V x) {
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; k++) x[k] += x[k + half];
+  return x[0];
+}
+VEC float max(V x) {
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; k++) x[k] = x[k] > x[k + half] ? x[k] : x[k + half];
+  return x[0];
+}
+
+// Loads and stores of W elements of float, bf16 or f16 (16-bit types are widened; stores round to nearest, ties to even).
+VEC V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+VEC void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+using VH = uint16_t __attribute__((vector_size(W * 2)));
+VEC V widen_bf16(VH h) {
+#if ISA_AVX512
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#elif ISA_AVX2
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)), 16));
+#else
+  return as_float(__builtin_convertvector(h, VI) << 16);
+#endif
+}
+VEC VH narrow_bf16(V v) {
+  using VU = uint32_t __attribute__((vector_size(W * 4)));
+  const VU bits = reinterpret_cast<VU>(v);
+  const VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VU nan = (bits >> 16) | 0x40;
+  const VU kept = (reinterpret_cast<VU>(v == v) & rounded) | (reinterpret_cast<VU>(v != v) & nan);
+#if ISA_AVX512
+  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
+#else
+  return __builtin_convertvector(kept, VH);
+#endif
+}
+VEC V widen_f16(VH h) {
+#if ISA_AVX512
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+#elif ISA_AVX2
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
+#else
+  // Half's exponent and mantissa moved into float's place, then rescaled by 2^112; infinity and NaN have their own.
+  const VI wide = __builtin_convertvector(h, VI);
+  const VI magnitude = (wide & 0x7fff) << 13;
+  const V scaled = as_float(magnitude) * 0x1p112f;
+  const VI special = magnitude >= (0x7c00 << 13);
+  return as_float((special & (magnitude | 0x7f800000)) | (~special & as_int(scaled)) | ((wide & 0x8000) << 16));
+#endif
+}
+VEC VH narrow_f16(V v) {
+#if ISA_AVX512
+  return reinterpret_cast<VH>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif ISA_AVX2
+  return reinterpret_cast<VH>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VI sign = (as_int(v) >> 16) & 0x8000;
+  V x = abs(v);
+  x = x > 131072.0f ? set(131072.0f) : x;
+  // Adding a power of two 2^13 above x's own leaves 11 bits of it, rounded to even; below 2^-14 the step is fixed.
+  const VI exponent = as_int(max(x, set(0x1p-14f))) & 0x7f800000;
+  const V magic = as_float(exponent + (13 << 23));
+  const V kept = (x + magic) - magic;
+  const VI normal = (as_int(kept * 0x1p-112f) >> 13);
+  VI half = kept < set(0x1p-14f) ? (as_int(kept * 0x1p24f + 0x1p23f) & 0x3ff) : normal;
+  half = kept >= set(65536.0f) ? set_int(0x7c00) : half;
+  half = x != x ? set_int(0x7e00) : half;
+  return __builtin_convertvector(half | sign, VH);
+#endif
+}
+
+VEC VH load_bits(const void* p) {
+  VH h;
+  std::memcpy(&h, p, sizeof h);
+  return h;
+}
+VEC V load(const bf16* p) { return widen_bf16(load_bits(p)); }
+VEC V load(const f16* p) { return widen_f16(load_bits(p)); }
+VEC void store(bf16* p, V v) {
+  const VH h = narrow_bf16(v);
+  std::memcpy(static_cast<void*>(p), &h, sizeof h);
+}
+VEC void store(f16* p, V v) {
+  const VH h = narrow_f16(v);
+  std::memcpy(static_cast<void*>(p), &h, sizeof h);
+}
+
+// The first n < W elements; the lanes beyond are `fill` and are not written.
+VEC V keep(V v, int64_t n, float fill) { return lane_index() < static_cast<int32_t>(n) ? v : set(fill); }
+VEC V load_n(const float* p, int64_t n, float fill = 0) {
+#if ISA_AVX512
+  return _mm512_mask_loadu_ps(set(fill), static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  float block[W];
+  for (int k = 0; k < W; k++) block[k] = fill;
+  std::memcpy(block, p, n * sizeof(float));
+  return load(block);
+#endif
+}
+template <class T>
+VEC V load_n(const T* p, int64_t n, float fill = 0) {
+  T block[W] = {};
+  std::memcpy(static_cast<void*>(block), p, n * sizeof(T));
+  const V v = load(block);
+  return fill == 0 ? v : keep(v, n, fill);
+}
+VEC void store_n(float* p, V v, int64_t n) {
+#if ISA_AVX512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#else
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
+template <class T>
+VEC void store_n(T* p, V v, int64_t n) {
+  T block[W];
+  store(block, v);
+  std::memcpy(static_cast<void*>(p), block, n * sizeof(T));
+}
+
+// One element, with the same rounding.
+VEC float to_float(float x) { return x; }
+VEC float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+VEC float to_float(f16 x) { return load_n(&x, 1)[0]; }
+VEC void put(float* p, float x) { *p = x; }
+template <class T>
+VEC void put(T* p, float x) {
+  store_n(p, set(x), 1);
+}
+
+// exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
+VEC V exp(V x) {
+  x = x > 89.0f ? set(89.0f) : x;
+  x = x < -104.0f ? set(-104.0f) : x;
+  const V shifted = fma(x, set(1.44269504088896341f), set(12582912.0f));  // the nearest integer sits in the low bits
+  const VI n = as_int(shifted) - as_int(set(12582912.0f));
+  const V k = shifted - 12582912.0f;
+  V r = fma(k, set(-0.693145751953125f), x);
+  r = fma(k, set(-1.42860682030941723212e-6f), r);
+  V p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  p = fma(p, r, set(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const VI half = n >> 1;  // two steps, so that 2^n may be denormal or overflow
+  return p * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+}
+
+// log: error below 1 unit in the last place; log(0) = -infinity, negative numbers and NaN give NaN.
+VEC V log(V x) {
+  const VI tiny = x < 0x1p-126f;
+  const V scaled = select(tiny, x * 0x1p23f, x);
+  const VI bits = as_int(scaled);
+  VI e = (bits >> 23) - 126 - (tiny & 23);
+  V m = as_float((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  const VI low = m < 0.707106781186547524f;
+  e = e + low;  // a true lane is -1
+  m = select(low, m + m, m) - 1.0f;
+  const V z = m * m, f = __builtin_convertvector(e, V);
+  V p = set(7.0376836292e-2f);
+  p = fma(p, m, set(-1.1514610310e-1f));
+  p = fma(p, m, set(1.1676998740e-1f));
+  p = fma(p, m, set(-1.2420140846e-1f));
+  p = fma(p, m, set(1.4249322787e-1f));
+  p = fma(p, m, set(-1.6668057665e-1f));
+  p = fma(p, m, set(2.0000714765e-1f));
+  p = fma(p, m, set(-2.4999993993e-1f));
+  p = fma(p, m, set(3.3333331174e-1f));
+  V y = p * m * z;
+  y = fma(f, set(-2.12194440e-4f), y);
+  y = fma(z, set(-0.5f), y);
+  y = m + y;
+  y = fma(f, set(0.693359375f), y);
+  y = select(x == kInfinity, x, y);
+  y = select(x == 0.0f, set(-kInfinity), y);
+  return (x < 0.0f) | (x != x) ? set(__builtin_nanf("")) : y;
+}
+
+VEC V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
+
+VEC V tanh(V x) {
+  const V a = abs(x), z = x * x;
+  const V big = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+  V p = set(-5.70498872745e-3f);
+  p = fma(p, z, set(2.06390887954e-2f));
+  p = fma(p, z, set(-5.37397155531e-2f));
+  p = fma(p, z, set(1.33314422036e-1f));
+  p = fma(p, z, set(-3.33332819422e-1f));
+  return select(a < 0.625f, fma(p * z, x, x), copysign(big, x));
+}
+
+// body(begin, end) over [0, n) on the team of threads; pieces come in any order and number.
+template <class Body>
+[[maybe_unused]] void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  cpu::run_parallel(
+      n, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const Body*>(f))(begin, end); }, &body);
+}
+
+// Calls f with a null pointer of the storage type: with_dtype(t, [&](auto* tag) { run(static_cast<decltype(tag)>(p)); }).
+template <class F>
+[[maybe_unused]] void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<bf16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<f16*>(nullptr));
+    default:
+      __builtin_trap();  // ops/ has checked
+  }
+}
+
+// `count` elements as float: the pointer itself where it is float already, else a converted copy in `buffer`.
+[[maybe_unused]] const float* as_floats(const void* p, DType dtype, int64_t count, float* buffer) {
+  if (dtype == DType::f32) return static_cast<const float*>(p);
+  with_dtype(dtype, [&](auto* tag) {
+    const auto* source = static_cast<decltype(tag)>(const_cast<void*>(p));
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(buffer + i, load(source + i));
+    if (i < count) store_n(buffer + i, load_n(source + i, count - i), count - i);
+  });
+  return buffer;
+}
+
+}  // namespace
+}  // namespace pyllm::ISA

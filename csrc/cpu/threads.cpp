@@ -1,0 +1,181 @@
+// The team of threads. A process that runs torch already has one, spinning between its parallel regions: a second pool
+// would fight it for the cores (measured: alternating the two costs several times the sum of each). So where libgomp is
+// loaded we run on its team through its stable entry point GOMP_parallel; elsewhere, in a forked child (libgomp does not
+// survive fork) and under PYLLM_POOL=own, on a small pool of ours.
+#include "cpu/threads.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace pyllm::cpu {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+struct Job {
+  std::atomic<int64_t> next{0};
+  int64_t n, grain;
+  Task task;
+  const void* context;
+
+  void work() {
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= n) return;
+      task(context, begin, begin + grain < n ? begin + grain : n);
+    }
+  }
+};
+
+thread_local bool inside = false;
+
+void work_on(void* job) {
+  inside = true;
+  static_cast<Job*>(job)->work();
+  inside = false;
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 1; i < threads; i++) members_.emplace_back([this] { serve(); });
+  }
+  ~Pool() {
+    stop_ = true;
+    generation_.fetch_add(1);
+    generation_.notify_all();
+    for (auto& t : members_) t.join();
+  }
+  int size() const { return static_cast<int>(members_.size()) + 1; }
+
+  void run(Job& job) {
+    job_ = &job;
+    busy_.store(static_cast<int>(members_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    work_on(&job);
+    for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) spins < 4096 ? pause() : std::this_thread::yield();
+  }
+
+ private:
+  void serve() {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < 2000; spins++) pause();
+      generation_.wait(seen, std::memory_order_acquire);
+      seen = generation_.load(std::memory_order_acquire);
+      if (stop_) return;
+      work_on(job_);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::vector<std::thread> members_;
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
+  Job* job_ = nullptr;
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_gomp() {
+  const char* wanted = std::getenv("PYLLM_POOL");
+  if (wanted && std::strcmp(wanted, "own") == 0) return nullptr;
+  GompParallel found = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        if (!info->dlpi_name || !std::strstr(info->dlpi_name, "libgomp")) return 0;
+        void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+        if (!library) return 0;
+        auto* entry = dlsym(library, "GOMP_parallel");
+        *static_cast<GompParallel*>(out) = reinterpret_cast<GompParallel>(entry);
+        return entry ? 1 : 0;
+      },
+      &found);
+  return found;
+}
+
+std::atomic<int> wanted_threads{0};
+std::mutex pool_mutex;
+Pool* pool = nullptr;
+bool forked = false;
+
+void after_fork_in_child() {
+  forked = true;
+  pool = nullptr;  // its threads do not exist here; the memory is given up on purpose
+  new (&pool_mutex) std::mutex();
+  inside = false;
+}
+
+GompParallel gomp() {
+  static GompParallel found = find_gomp();
+  return forked ? nullptr : found;
+}
+
+struct Scratch {
+  void* block[kScratchSlots] = {};
+  size_t bytes[kScratchSlots] = {};
+  ~Scratch() {
+    for (void* b : block) std::free(b);
+  }
+};
+thread_local Scratch scratch_blocks;
+
+}  // namespace
+
+int num_threads() {
+  const int n = wanted_threads.load(std::memory_order_relaxed);
+  return n > 0 ? n : 1;
+}
+
+void set_num_threads(int n) { wanted_threads = n; }
+
+const char* thread_backend() { return gomp() ? "openmp" : "pool"; }
+
+void run_parallel(int64_t n, int64_t grain, Task task, const void* context) {
+  if (n <= 0) return;
+  if (grain < 1) grain = 1;
+  const int64_t pieces = (n + grain - 1) / grain;
+  const int threads = static_cast<int>(pieces < num_threads() ? pieces : num_threads());
+  if (threads <= 1 || inside) return task(context, 0, n);
+  Job job{{0}, n, grain, task, context};
+  if (const GompParallel parallel = gomp()) return parallel(work_on, &job, static_cast<unsigned>(num_threads()), 0);
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+  (void)registered;
+  std::unique_lock lock(pool_mutex, std::try_to_lock);
+  if (!lock) return task(context, 0, n);  // another Python thread has the pool
+  if (!pool || pool->size() != num_threads()) {
+    delete pool;
+    pool = new Pool(num_threads());
+  }
+  pool->run(job);
+}
+
+void* scratch(size_t bytes, int slot) {
+  Scratch& s = scratch_blocks;
+  if (s.bytes[slot] < bytes) {
+    std::free(s.block[slot]);
+    s.bytes[slot] = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    s.block[slot] = std::aligned_alloc(64, rounded);
+    if (!s.block[slot]) throw std::bad_alloc();
+    s.bytes[slot] = rounded;
+  }
+  return s.block[slot];
+}
+
+}  // namespace pyllm::cpu

@@ -1,0 +1,66 @@
+// The compiled module: a table of contents.
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+
+#include "cpu/dispatch.h"
+#include "cpu/threads.h"
+#include "ops/ops.h"
+#include "tensor_caster.h"
+#if PYLLM_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+using namespace pyllm;
+
+namespace {
+
+py::dict info() {
+  py::dict d;
+  d["version"] = PYLLM_VERSION;
+  d["isa"] = cpu::isa_name();
+  d["isas"] = cpu::available_isas();
+  d["threads"] = cpu::num_threads();
+  d["thread_backend"] = cpu::thread_backend();
+#if PYLLM_WITH_CUDA
+  d["cuda_built"] = true;
+  d["cuda_devices"] = cuda::device_count();
+#else
+  d["cuda_built"] = false;
+  d["cuda_devices"] = 0;
+#endif
+  return d;
+}
+
+void set_num_threads(int n) {
+  check(n >= 1 && n <= 4096, "num_threads must be 1 to 4096, but got ", n);
+  cpu::set_num_threads(n);
+}
+
+// A kernel's function: the views are taken first, then the GIL is given up while it runs.
+template <class F>
+void def(py::module_& m, const char* name, F* f) {
+  m.def(name, f, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const Error& e) {
+      PyObject* const types[] = {PyExc_ValueError, PyExc_TypeError, PyExc_IndexError, PyExc_NotImplementedError};
+      PyErr_SetString(types[e.kind], e.what());
+    }
+  });
+  m.def("info", &info);
+  m.def("set_num_threads", &set_num_threads);
+  m.def("num_threads", &cpu::num_threads);
+  m.def("set_isa", &cpu::set_isa);
+  if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
+
+  def(m, "norm_forward", &ops::norm_forward);
+  def(m, "norm_backward", &ops::norm_backward);
+}

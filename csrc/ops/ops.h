@@ -1,0 +1,16 @@
+// What module.cpp exposes: a function takes views, checks them, and calls the kernel for their device and dtype.
+// An argument marked "or none" may be an absent view (None in Python).
+#pragma once
+#include "tensor.h"
+
+namespace pyllm::ops {
+
+void norm_forward(const TensorView& x, const TensorView& residual_or_none, const TensorView& weight_or_none,
+                  const TensorView& bias_or_none, const TensorView& y, const TensorView& sum_or_none,
+                  const TensorView& mean_or_none, const TensorView& rstd_or_none, bool centred, double eps);
+void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const TensorView& h,
+                   const TensorView& weight_or_none, const TensorView& mean_or_none, const TensorView& rstd,
+                   const TensorView& dh_or_none, const TensorView& dweight_or_none, const TensorView& dbias_or_none,
+                   bool centred);
+
+}  // namespace pyllm::ops

@@ -1,0 +1,116 @@
+// TensorView: a non-owning view of someone else's tensor, the typed error, and the checks that every op shares.
+#pragma once
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace pyllm {
+
+struct Error : std::runtime_error {
+  enum Kind { value, type, index, not_implemented } kind;  // ValueError, TypeError, IndexError, NotImplementedError
+  Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
+};
+
+template <class... Parts>
+[[noreturn]] void fail(Error::Kind kind, const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(kind, text.str());
+}
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) fail(Error::value, parts...);
+}
+
+constexpr int kMaxDims = 8;
+
+struct TensorView {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int32_t device_type = 0, device_id = 0;
+  int32_t ndim = 0;
+  bool read_only = false;
+  int64_t shape[kMaxDims] = {}, stride[kMaxDims] = {};  // strides in elements
+
+  bool present() const { return ndim >= 0; }  // false for an argument that was None, made by absent()
+  static TensorView absent() {
+    TensorView t;
+    t.ndim = -1;
+    return t;
+  }
+
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  int64_t size(int i) const { return shape[i < 0 ? i + ndim : i]; }
+  int64_t step(int i) const { return stride[i < 0 ? i + ndim : i]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; i++) n *= shape[i];
+    return n;
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; i--) {
+      if (shape[i] == 0) return true;
+      if (shape[i] != 1 && stride[i] != expected) return false;
+      expected *= shape[i];
+    }
+    return true;
+  }
+  std::string shape_text() const {
+    std::string s = "(";
+    for (int i = 0; i < ndim; i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + (ndim == 1 ? ",)" : ")");
+  }
+};
+
+// Checks shared by the files in ops/. `op` and `arg` name the place for the user: "[layer_norm] weight must ...".
+inline void check_cpu(const char* op, const char* arg, const TensorView& t) {
+  if (!t.present()) fail(Error::type, "[", op, "] ", arg, " must be a tensor, but got None");
+  if (t.device_type != 1)
+    fail(Error::not_implemented, "[", op, "] ", arg, " must be on the cpu, but got DLPack device type ", t.device_type);
+}
+inline void check_float(const char* op, const char* arg, const TensorView& t) {
+  check_cpu(op, arg, t);
+  if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16)
+    fail(Error::type, "[", op, "] ", arg, " must be float32, bfloat16 or float16, but got ", name_of(t.dtype));
+}
+inline void check_dtype(const char* op, const char* arg, const TensorView& t, DType expected) {
+  check_cpu(op, arg, t);
+  if (t.dtype != expected)
+    fail(Error::type, "[", op, "] ", arg, " must be ", name_of(expected), ", but got ", name_of(t.dtype));
+}
+inline void check_ndim(const char* op, const char* arg, const TensorView& t, int ndim) {
+  check(t.ndim == ndim, "[", op, "] ", arg, " must have ", ndim, " dimension(s), but got shape ", t.shape_text());
+}
+template <class... Sizes>
+void check_shape(const char* op, const char* arg, const TensorView& t, Sizes... sizes) {
+  const int64_t expected[] = {static_cast<int64_t>(sizes)...};
+  TensorView e;
+  e.ndim = sizeof...(sizes);
+  bool same = t.ndim == e.ndim;
+  for (int i = 0; i < e.ndim; i++) {
+    e.shape[i] = expected[i];
+    same = same && t.shape[i] == expected[i];
+  }
+  check(same, "[", op, "] ", arg, " must have shape ", e.shape_text(), ", but got ", t.shape_text());
+}
+inline void check_contiguous(const char* op, const char* arg, const TensorView& t) {
+  check(t.contiguous(), "[", op, "] ", arg, " must be contiguous, but got strides that are not, shape ",
+        t.shape_text());
+}
+inline void check_inner_stride(const char* op, const char* arg, const TensorView& t) {
+  check(t.ndim == 0 || t.size(-1) <= 1 || t.step(-1) == 1, "[", op, "] ", arg,
+        " must have stride 1 in its last dimension, but got ", t.ndim ? t.step(-1) : 0);
+}
+inline void check_writable(const char* op, const char* arg, const TensorView& t) {
+  check(!t.read_only, "[", op, "] ", arg, " must be writable, but got a read-only array");
+}
+
+}  // namespace pyllm

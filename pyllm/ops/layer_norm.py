@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllm import _C
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
+               residual: Tensor | None = None, eps: float = 1e-5) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Layer normalisation over the last dimension (Ba et al., 2016, https://arxiv.org/abs/1607.06450).
+
+    Args:
+        x: (..., D), float32, bfloat16 or float16.
+        weight, bias: (D,), any of the three dtypes, both the same.
+        residual: like x. Where given, h = x + residual, rounded to x's dtype, is what gets normalised.
+        eps: added to the variance.
+
+    Returns:
+        y, shaped and typed like x; with a residual, (y, h).
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit.
+    """
+    return _norm(True, x, weight, bias, residual, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *,
+             residual: Tensor | None = None, eps: float = 1e-6) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Root mean square normalisation over the last dimension (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467).
+
+    Arguments, result and errors are those of `layer_norm`, which also subtracts the mean.
+    """
+    return _norm(False, x, weight, None, residual, eps)
+
+
+def _norm(centred: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float):
+    if x.dim() == 0:
+        raise ValueError("[layer_norm] x must have at least 1 dimension, but got a scalar")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"[layer_norm] residual must have shape {tuple(x.shape)}, but got {tuple(residual.shape)}")
+    if any(t is not None and t.requires_grad for t in (x, weight, bias, residual)) and torch.is_grad_enabled():
+        y, h = _Norm.apply(centred, x, weight, bias, residual, eps)
+    else:
+        y, h, *_ = _forward(centred, x, weight, bias, residual, eps, statistics=False)
+    return y if residual is None else (y, h)
+
+
+def _rows(t: Tensor) -> Tensor:
+    rows = t.detach().reshape(-1, t.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def _forward(centred, x, weight, bias, residual, eps, statistics):
+    rows = _rows(x)
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    h = None if residual is None else torch.empty_like(y)
+    rstd = torch.empty(len(rows), dtype=torch.float32) if statistics else None
+    mean = torch.empty(len(rows), dtype=torch.float32) if statistics and centred else None
+    weight, bias = (None if p is None else p.detach().contiguous() for p in (weight, bias))
+    _C.norm_forward(rows, None if residual is None else _rows(residual), weight, bias, y, h, mean, rstd, centred, eps)
+    return y.view(x.shape), x if h is None else h.view(x.shape), mean, rstd
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, centred, x, weight, bias, residual, eps):
+        y, h, mean, rstd = _forward(centred, x, weight, bias, residual, eps, statistics=True)
+        ctx.centred, ctx.has_residual, ctx.has_bias = centred, residual is not None, bias is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, mean, rstd)
+        return y, h if residual is not None else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dsum):
+        h, weight, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            return None, dsum, None, None, dsum, None
+        dh = torch.empty(h.shape, dtype=h.dtype) if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None
+        dweight = torch.empty(weight.shape, dtype=weight.dtype) if ctx.needs_input_grad[2] else None
+        dbias = torch.empty(weight.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
+        _C.norm_backward(_rows(dy), None if dsum is None else _rows(dsum), _rows(h),
+                         None if weight is None else weight.detach().contiguous(), mean, rstd,
+                         None if dh is None else dh.view(-1, h.shape[-1]), dweight, dbias, ctx.centred)  # fmt: skip
+        return None, dh, dweight, dbias, dh if ctx.has_residual else None, None
