@@ -1,5 +1,35 @@
-"""Each operation in plain torch, written to be read: what the compiled one is tested against."""
+"""Each operation in plain torch, written to be read: what the compiled one is tested against.
 
+They take the compiled operations' arguments, in any floating-point dtype: 16-bit inputs are widened to float32, and the
+result is rounded once at the end.
+"""
+
+from pyllm.reference.activations import geglu, gelu, silu, swiglu
+from pyllm.reference.attention import attention
+from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
+from pyllm.reference.linear import linear
+from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from pyllm.reference.rope import rope
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "geglu",
+    "gelu",
+    "gru",
+    "gru_cell",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
+    "rms_norm",
+    "rnn",
+    "rnn_cell",
+    "rope",
+    "silu",
+    "swiglu",
+]

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
+              scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
+              key_lengths: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+              return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    (batch, queries, heads, dim), keys, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    group = heads // k.shape[2]
+    qs, ks, vs = q.to(wide).transpose(1, 2), *(t.to(wide).transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))
+    scores = qs @ ks.mT * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    lengths = torch.full((batch,), keys) if key_lengths is None else key_lengths
+    j = torch.arange(keys)
+    last = lengths[:, None] - queries + torch.arange(queries)  # the key that a causal query stands at
+    seen = (j < lengths[:, None, None]).expand(batch, queries, keys)
+    if causal:
+        seen = seen & (j <= last[..., None])
+    if window is not None:
+        seen = seen & (j > last[..., None] - window)
+        if not causal:
+            seen = seen & (j < last[..., None] + window)
+    if segment_ids is not None:
+        of_query, of_key = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        seen = seen & (of_query[:, :, None] == of_key[:, None, :])
+    seen = seen[:, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+    out = (weights @ vs).transpose(1, 2).to(q.dtype)
+    return (out, weights.to(q.dtype)) if return_weights else out

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyllm.reference.linear import linear
+
+State = tuple[Tensor, ...]
+
+
+def rnn_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+             *, nonlinearity: str = "tanh") -> Tensor:  # fmt: skip
+    a = linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)
+    return a.tanh() if nonlinearity == "tanh" else a.relu()
+
+
+def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+             b_hh: Tensor | None = None) -> Tensor:  # fmt: skip
+    (ir, iz, inew), (hr, hz, hnew) = linear(x, w_ih, b_ih).chunk(3, -1), linear(h, w_hh, b_hh).chunk(3, -1)
+    z = (iz + hz).sigmoid()
+    return (1 - z) * (inew + (ir + hr).sigmoid() * hnew).tanh() + z * h
+
+
+def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+              b_hh: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    i, f, g, o = (linear(x, w_ih, b_ih) + linear(state[0], w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlinearity: str = "tanh",
+        **options) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def step(x, s, *p):
+        return (rnn_cell(x, s[0], *p, nonlinearity=nonlinearity),)
+
+    output, (h,) = _run(step, x, params, None if h0 is None else (h0,), 1, **options)
+    return output, h
+
+
+def gru(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    output, (h,) = _run(lambda x, s, *p: (gru_cell(x, s[0], *p),), x, params, None if h0 is None else (h0,), 1,
+                        **options)  # fmt: skip
+    return output, h
+
+
+def lstm(x: Tensor, params: Sequence[Tensor], state: tuple[Tensor, Tensor] | None = None,
+         **options) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    output, (h, c) = _run(lstm_cell, x, params, state, 2, **options)
+    return output, (h, c)
+
+
+def _run(step: Callable[..., State], x: Tensor, params: Sequence[Tensor], state: State | None, states: int, *,
+         num_layers: int = 1, bidirectional: bool = False, dropout: float = 0.0, training: bool = False,
+         lengths: Tensor | None = None, batch_first: bool = True,
+         seed: int | None = None) -> tuple[Tensor, State]:  # fmt: skip
+    """params: for each layer and direction w_ih, w_hh (and b_ih, b_hh); state: (layers * directions, B, H) each."""
+    dtype, wide, directions = x.dtype, torch.promote_types(x.dtype, torch.float32), 2 if bidirectional else 1
+    per = len(params) // (num_layers * directions)
+    out = (x if batch_first else x.transpose(0, 1)).to(wide)
+    batch, time, hidden = out.shape[0], out.shape[1], params[1].shape[1]
+    if state is None:
+        state = (torch.zeros(num_layers * directions, batch, hidden),) * states
+    lengths = torch.full((batch,), time) if lengths is None else lengths
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    last = []
+    for layer in range(num_layers):
+        if layer and training and dropout:
+            kept = torch.rand(out.shape, generator=generator, dtype=torch.float32) >= dropout
+            out = out * kept / (1 - dropout)
+        sides = []
+        for d in range(directions):
+            n = layer * directions + d
+            p = [t.to(wide) for t in params[n * per : (n + 1) * per]]
+            s, steps = tuple(t[n].to(wide) for t in state), [torch.zeros(batch, hidden, dtype=wide)] * time
+            for t in reversed(range(time)) if d else range(time):
+                live = (t < lengths)[:, None]
+                new = step(out[:, t], s, *p)
+                s = tuple(torch.where(live, a, b) for a, b in zip(new, s, strict=True))
+                steps[t] = torch.where(live, s[0], 0)
+            sides.append(torch.stack(steps, 1) if time else out.new_zeros(batch, 0, hidden))
+            last.append(s)
+        out = torch.cat(sides, -1)
+    out = out if batch_first else out.transpose(0, 1)
+    return out.to(dtype), tuple(torch.stack(s).to(dtype) for s in zip(*last, strict=True))
