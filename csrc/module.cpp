@@ -63,4 +63,6 @@ PYBIND11_MODULE(_C, m) {
 
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);
+  def(m, "matmul", &ops::matmul);
+  def(m, "column_sum", &ops::column_sum);
 }

@@ -12,5 +12,7 @@ void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const T
                    const TensorView& weight_or_none, const TensorView& mean_or_none, const TensorView& rstd,
                    const TensorView& dh_or_none, const TensorView& dweight_or_none, const TensorView& dbias_or_none,
                    bool centred);
+void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
+void column_sum(const TensorView& a, const TensorView& sums);
 
 }  // namespace pyllm::ops

@@ -34,15 +34,6 @@ void each(int64_t cols, const F& f) {
   if (i < cols) f(i, cols - i);
 }
 
-template <class T>
-VEC V get(const T* p, int64_t n) {
-  return n == W ? load(p) : load_n(p, n);
-}
-template <class T>
-VEC void write(T* p, V v, int64_t n) {
-  n == W ? store(p, v) : store_n(p, v, n);
-}
-
 int64_t grain_for(int64_t cols) { return cols >= 16384 ? 1 : 16384 / (cols + 1) + 1; }
 
 template <bool kCentred, class T>

@@ -191,6 +191,16 @@ VEC void store_n(T* p, V v, int64_t n) {
   std::memcpy(static_cast<void*>(p), block, n * sizeof(T));
 }
 
+// 1 to W elements.
+template <class T>
+VEC V get(const T* p, int64_t n) {
+  return n == W ? load(p) : load_n(p, n);
+}
+template <class T>
+VEC void write(T* p, V v, int64_t n) {
+  n == W ? store(p, v) : store_n(p, v, n);
+}
+
 // One element, with the same rounding.
 VEC float to_float(float x) { return x; }
 VEC float to_float(bf16 x) {

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from twins import check_twin
+
+from pyllm import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "n"),
+    [((1, 1), 1), ((3, 5), 7), ((2, 13, 40), 33), ((1, 300), 100), ((25, 513), 65), ((0, 4), 3), ((2, 0), 3)],
+)
+def test_equals_its_twin(shape, n, dtype, isa):
+    inputs = {"x": torch.randn(shape), "weight": torch.randn(n, shape[-1]), "bias": torch.randn(n)}
+    check_twin(ops.linear, reference.linear, {k: v.to(dtype) for k, v in inputs.items()}, slack=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype, isa):
+    base, weight = torch.randn(6, 4, 50).to(dtype), torch.randn(50, 90).to(dtype)
+    for x, w in (
+        (base[:, 1, :37], weight.T[:41, 3:40]),
+        (base.transpose(0, 1), weight.T),
+        (base[0].T, torch.randn(9, 4).to(dtype)),
+        (base[:, :, ::2], weight[:25].T[:, :]),
+    ):
+        check_twin(ops.linear, reference.linear, {"x": x, "weight": w}, slack=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, isa, threads):
+    x, w, b = (torch.randn(s).to(dtype).requires_grad_() for s in ((150, 600), (170, 600), (170,)))
+    results = []
+    for n in (1, 2, 5):
+        threads(n)
+        y = ops.linear(x, w, b)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, w, b))))
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+    for rows in (slice(7, 8), slice(60, 62), slice(3, 20)):
+        assert torch.equal(ops.linear(x[rows], w, b), results[0][0][rows])
+
+
+def test_errors_name_the_argument():
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"share K, but got \(2, 8\) and \(3, 7\)"):
+        ops.linear(x, torch.ones(3, 7))
+    with pytest.raises(TypeError, match=r"weight must be torch\.float32 like x, but got torch\.bfloat16"):
+        ops.linear(x, torch.ones(3, 8).bfloat16())
+    with pytest.raises(ValueError, match=r"bias must have shape \(3,\), but got \(4,\)"):
+        ops.linear(x, torch.ones(3, 8), torch.ones(4))
