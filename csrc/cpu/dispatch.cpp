@@ -21,7 +21,9 @@ bool available(Isa isa) {
       return false;
 #endif
     case Isa::avx512:
-#if PYLLM_WITH_AVX512
+#if PYLLM_WITH_AVX512 && PYLLM_EMULATE_AVX512
+      return available(Isa::avx2);
+#elif PYLLM_WITH_AVX512
       return available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512cd");

@@ -39,7 +39,7 @@ struct Product {
 };
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPanel) * k; }  // floats
+[[maybe_unused]] int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPanel) * k; }  // floats
 
 template <int kDistance>
 VEC void transpose_stage(V* rows) {

@@ -5,6 +5,8 @@
 // AVX-512 could be the copy that the linker keeps for every other file, and crash older machines (tests/test_build.py
 // reads the symbols). Results are the same for each lane whatever its neighbours, and the same for a partial vector as
 // for a whole one: kernels treat tails with load_n and store_n and never with scalar code of another rounding.
+//
+// ISA_AVX512 says how wide V is, __AVX512F__ whether the instructions are there: they differ under PYLLM_EMULATE_AVX512.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -45,11 +47,11 @@ VEC VI lane_index() {
 }
 
 VEC V fma(V a, V b, V c) {  // a * b + c, rounded once where the instruction set can
-#if ISA_AVX512
+#if __AVX512F__
   return _mm512_fmadd_ps(a, b, c);
-#elif ISA_AVX2
+#elif __AVX2__ && ISA_AVX2
   return _mm256_fmadd_ps(a, b, c);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__FMA__)
   for (int k = 0; k < W; k++) c[k] = __builtin_fmaf(a[k], b[k], c[k]);
   return c;
 #else
@@ -87,9 +89,9 @@ VEC void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 using VH = uint16_t __attribute__((vector_size(W * 2)));
 VEC V widen_bf16(VH h) {
-#if ISA_AVX512
+#if __AVX512F__
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
-#elif ISA_AVX2
+#elif __AVX2__ && ISA_AVX2
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)), 16));
 #else
   return as_float(__builtin_convertvector(h, VI) << 16);
@@ -101,16 +103,16 @@ VEC VH narrow_bf16(V v) {
   const VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VU nan = (bits >> 16) | 0x40;
   const VU kept = (reinterpret_cast<VU>(v == v) & rounded) | (reinterpret_cast<VU>(v != v) & nan);
-#if ISA_AVX512
+#if __AVX512F__
   return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
 #else
   return __builtin_convertvector(kept, VH);
 #endif
 }
 VEC V widen_f16(VH h) {
-#if ISA_AVX512
+#if __AVX512F__
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
-#elif ISA_AVX2
+#elif __AVX2__ && ISA_AVX2
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
 #else
   // Half's exponent and mantissa moved into float's place, then rescaled by 2^112; infinity and NaN have their own.
@@ -122,9 +124,9 @@ VEC V widen_f16(VH h) {
 #endif
 }
 VEC VH narrow_f16(V v) {
-#if ISA_AVX512
+#if __AVX512F__
   return reinterpret_cast<VH>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif ISA_AVX2
+#elif __AVX2__ && ISA_AVX2
   return reinterpret_cast<VH>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
   const VI sign = (as_int(v) >> 16) & 0x8000;
@@ -161,7 +163,7 @@ VEC void store(f16* p, V v) {
 // The first n < W elements; the lanes beyond are `fill` and are not written.
 VEC V keep(V v, int64_t n, float fill) { return lane_index() < static_cast<int32_t>(n) ? v : set(fill); }
 VEC V load_n(const float* p, int64_t n, float fill = 0) {
-#if ISA_AVX512
+#if __AVX512F__
   return _mm512_mask_loadu_ps(set(fill), static_cast<__mmask16>((1u << n) - 1), p);
 #else
   float block[W];
@@ -178,7 +180,7 @@ VEC V load_n(const T* p, int64_t n, float fill = 0) {
   return fill == 0 ? v : keep(v, n, fill);
 }
 VEC void store_n(float* p, V v, int64_t n) {
-#if ISA_AVX512
+#if __AVX512F__
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
 #else
   std::memcpy(p, &v, n * sizeof(float));
