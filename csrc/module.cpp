@@ -61,6 +61,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &cpu::set_isa);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
+  def(m, "embedding_forward", &ops::embedding_forward);
+  def(m, "embedding_backward", &ops::embedding_backward);
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);
   def(m, "matmul", &ops::matmul);

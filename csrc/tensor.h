@@ -109,6 +109,24 @@ inline void check_inner_stride(const char* op, const char* arg, const TensorView
   check(t.ndim == 0 || t.size(-1) <= 1 || t.step(-1) == 1, "[", op, "] ", arg,
         " must have stride 1 in its last dimension, but got ", t.ndim ? t.step(-1) : 0);
 }
+// Every element a whole number in [0, bound), or `allowed`; `ids` is contiguous. The first that is not is named by its
+// position.
+inline void check_ids(const char* op, const char* arg, const TensorView& ids, int64_t bound, int64_t allowed = 0) {
+  check_cpu(op, arg, ids);
+  if (ids.dtype != DType::i64 && ids.dtype != DType::i32)
+    fail(Error::type, "[", op, "] ", arg, " must be int64 or int32, but got ", name_of(ids.dtype));
+  check_contiguous(op, arg, ids);
+  const auto scan = [&](const auto* p, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      if (static_cast<uint64_t>(p[i]) < static_cast<uint64_t>(bound) || (p[i] == allowed && allowed != 0)) continue;
+      std::string position;
+      for (int64_t d = ids.ndim - 1, rest = i; d >= 0; rest /= ids.shape[d--])
+        position = std::to_string(rest % ids.shape[d]) + (position.empty() ? "" : ", ") + position;
+      fail(Error::index, "[", op, "] ", arg, "[", position, "] must be in [0, ", bound, "), but got ", p[i]);
+    }
+  };
+  ids.dtype == DType::i64 ? scan(ids.as<int64_t>(), ids.numel()) : scan(ids.as<int32_t>(), ids.numel());
+}
 inline void check_writable(const char* op, const char* arg, const TensorView& t) {
   check(!t.read_only, "[", op, "] ", arg, " must be writable, but got a read-only array");
 }

@@ -5,6 +5,8 @@
 
 namespace pyllm::ops {
 
+void embedding_forward(const TensorView& ids, const TensorView& weight, const TensorView& out);
+void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed);
 void norm_forward(const TensorView& x, const TensorView& residual_or_none, const TensorView& weight_or_none,
                   const TensorView& bias_or_none, const TensorView& y, const TensorView& sum_or_none,
                   const TensorView& mean_or_none, const TensorView& rstd_or_none, bool centred, double eps);
