@@ -63,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
 
   def(m, "embedding_forward", &ops::embedding_forward);
   def(m, "embedding_backward", &ops::embedding_backward);
+  def(m, "multiply_add", &ops::multiply_add);
+  def(m, "read", &ops::read);
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);
   def(m, "matmul", &ops::matmul);

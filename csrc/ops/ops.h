@@ -14,6 +14,8 @@ void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const T
                    const TensorView& weight_or_none, const TensorView& mean_or_none, const TensorView& rstd,
                    const TensorView& dh_or_none, const TensorView& dweight_or_none, const TensorView& dbias_or_none,
                    bool centred);
+int64_t multiply_add(int64_t rounds);  // how many floating-point operations that was
+void read(const TensorView& data);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
 
