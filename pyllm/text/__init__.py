@@ -1,0 +1,5 @@
+"""Text to token ids and back."""
+
+from pyllm.text.tokenizer import Detokenizer, Tokenizer
+
+__all__ = ["Detokenizer", "Tokenizer"]

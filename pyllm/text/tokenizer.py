@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
+_KINDS = "the kinds are: char, bpe:SIZE"
+_PIECE = 1 << 16
+
+
+class Tokenizer:
+    """Text to token ids and back, over a tokenizer of the `tokenizers` library, which does all the work.
+
+    Made by `train` or `load`. Text never turns into control tokens unless `encode` is told so, and no tokens are added
+    that the text does not hold. Safe to share between threads, and to pickle.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        # A file may ask for truncation and padding, which would change texts in silence.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._special: tokenizers.Tokenizer | None = None
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._size = max(vocabulary.values(), default=-1) + 1
+        self._divisible = _divisible(backend, vocabulary)
+
+    @classmethod
+    def train(cls, kind: str, texts: str | Iterable[str]) -> Tokenizer:
+        """Makes a tokenizer for texts; the same texts give the same tokenizer.
+
+        Args:
+            kind: "char", one id for each character of texts, <unk> for all others; or "bpe:SIZE", byte-pair encoding
+                on bytes (Sennrich et al., 2016, https://arxiv.org/abs/1508.07909; words split as in GPT-2) with SIZE
+                tokens, lossless on any text. Both have the end-of-text token <|endoftext|>.
+            texts: one text or several.
+
+        Raises:
+            ValueError: an unknown kind, no text, or a SIZE that is too small for the bytes or too large for the texts.
+        """
+        bpe = re.fullmatch(r"bpe:([0-9]{1,18})", kind)
+        if kind != "char" and not bpe:
+            raise ValueError(f"[tokenizer] {kind!r} is not a kind of tokenizer; {_KINDS}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            _check_text(text)
+        if not any(texts):
+            raise ValueError("[tokenizer] training needs text, but got none")
+        return cls(_train_bpe(int(bpe[1]), texts) if bpe else _train_char(texts))
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The token ids of text.
+
+        With allow_special, control tokens spelled out in text, such as <|endoftext|>, become their ids; otherwise they
+        are text like any other. Lone surrogates, which no UTF-8 text holds, are a ValueError.
+        """
+        _check_text(text)
+        backend = self._with_special() if allow_special else self._backend
+        pieces = _pieces(text) if self._divisible else [text]
+        return [i for e in backend.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+
+    def encode_batch(self, texts: Iterable[str], *, allow_special: bool = False) -> list[list[int]]:
+        """The token ids of each text, as `encode` gives them; the texts are shared out over the processors."""
+        texts = list(texts)
+        for text in texts:
+            _check_text(text)
+        backend = self._with_special() if allow_special else self._backend
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens spelled out, bytes that are no UTF-8 as U+FFFD. ids may be a 1-D tensor.
+
+        Raises:
+            IndexError: an id outside the vocabulary.
+        """
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if ids and not (min(ids) >= 0 and max(ids) < self._size):
+            wrong = next(i for i in ids if not 0 <= i < self._size)
+            raise IndexError(f"[decode] ids must be in [0, {self._size}), but got {wrong}")
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def stream(self) -> Detokenizer:
+        """Decodes ids one at a time."""
+        return Detokenizer(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids: all are below it."""
+        return self._size
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of <|endoftext|>; None where a loaded tokenizer has no such token."""
+        return self._backend.token_to_id(END_OF_TEXT)
+
+    def token(self, id: int) -> str | None:
+        """How the vocabulary spells an id (bytes as GPT-2's printable stand-ins); None where it has no such id."""
+        return self._backend.id_to_token(id) if 0 <= id < self._size else None
+
+    def to_json(self) -> str:
+        """The contents of tokenizer.json."""
+        return self._backend.to_str()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes tokenizer.json: whole or, if interrupted, not at all."""
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with open(beside, "w", encoding="utf-8", newline="") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """Reads a tokenizer.json.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            ValueError: the file is truncated, is no JSON, or holds no tokenizer.
+        """
+        data = Path(path).read_bytes()
+        try:
+            contents = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"[tokenizer] {path} must be JSON, but it is corrupt or truncated: {e}") from None
+        if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
+            raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
+        try:
+            return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")))
+        except Exception as e:  # the library raises no type more exact than this
+            raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but: {e}") from None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({type(self._backend.model).__name__}, vocab_size={self._size})"
+
+    def __reduce__(self):
+        return _from_json, (self.to_json(),)
+
+    def _with_special(self) -> tokenizers.Tokenizer:
+        # The switch is a property of the library's object, so each setting needs an object of its own.
+        if self._special is None:
+            special = tokenizers.Tokenizer.from_str(self.to_json())
+            special.encode_special_tokens = False
+            self._special = special
+        return self._special
+
+
+class Detokenizer:
+    """Turns a stream of ids into a stream of text: `push` each id, then `flush`.
+
+    What they return adds up to `decode` of all the ids. Text comes as soon as no later id can change it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._start()
+
+    def push(self, id: int) -> str:
+        """The text that id makes final: often its own, "" in the middle of a character.
+
+        Raises:
+            IndexError: an id outside the vocabulary; the stream is as it was before.
+        """
+        text = self._tokenizer.decode([*self._ids, id])
+        self._ids.append(id)
+        # U+FFFD at the end may be the beginning of a character, and a run of byte tokens is decoded as a whole.
+        if text.endswith("\ufffd") or re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.token(id) or ""):
+            return ""
+        new = text[len(self._said) :]
+        # What came before is decoded along, as a token's text may depend on whether it is the first.
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._said = self._tokenizer.decode(self._ids)
+        return new
+
+    def flush(self) -> str:
+        """The text that was held back; the next push begins a new stream."""
+        rest = self._tokenizer.decode(self._ids)[len(self._said) :]
+        self._start()
+        return rest
+
+    def _start(self) -> None:
+        self._ids: list[int] = []  # the ids of the text said last, then those whose text is held back
+        self._read = 0  # how many of them are said
+        self._said = ""  # their text
+
+
+def _train_char(texts: list[str]) -> tokenizers.Tokenizer:
+    characters = sorted(set().union(*texts))
+    vocabulary = {token: i for i, token in enumerate([UNKNOWN, END_OF_TEXT, *characters])}
+    # Byte-pair encoding of characters without a single merge.
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _train_bpe(size: int, texts: list[str]) -> tokenizers.Tokenizer:
+    least = 256 + 1
+    if size < least:
+        raise ValueError(f"[tokenizer] bpe:SIZE must be at least {least} (256 bytes and {END_OF_TEXT}), but got {size}")
+    # Each merge needs a place in the text; without this bound the trainer would allocate what was asked for.
+    made = most = least + sum(len(text.encode()) for text in texts)
+    if size <= most:
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+        backend.train_from_iterator([piece for text in texts for piece in _pieces(text)], trainer)
+        made = backend.get_vocab_size()
+    if made < size:
+        raise ValueError(f"[tokenizer] bpe:{size} needs more text: these texts give at most {made} tokens")
+    return backend
+
+
+def _divisible(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
+    """Whether the ids of `_pieces` add up to the ids of the text: so for what `train` makes."""
+    before = backend.pre_tokenizer
+    if backend.normalizer is not None or not isinstance(backend.model, models.BPE):
+        return False
+    if before is None:
+        return all(len(token) == 1 or token in (UNKNOWN, END_OF_TEXT) for token in vocabulary)
+    return isinstance(before, pre_tokenizers.ByteLevel) and before.use_regex and not before.add_prefix_space
+
+
+def _pieces(text: str) -> list[str]:
+    """Cuts a long text, so that it is worked on in parallel and in less memory.
+
+    The cuts are before newlines that a word follows: there GPT-2's way of splitting words always has a border, and
+    what is on one side has no influence on the other.
+    """
+    if len(text) <= _PIECE:
+        return [text]
+    cuts, border = [0], re.compile(r"\n(?=\S)")
+    while found := border.search(text, cuts[-1] + _PIECE):
+        cuts.append(found.start())
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"[tokenizer] text must be a str, but got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        wrong = f"{e.object[e.start]!r} at character {e.start}"
+        raise ValueError(f"[tokenizer] text must be valid Unicode, but got {wrong}") from None
+
+
+def _from_json(contents: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(contents))
