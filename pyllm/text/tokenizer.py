@@ -170,7 +170,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._start()
+        self._ids: list[int] = []  # the ids of the text said last, then those whose text is held back
+        self._read = 0  # how many of them are said
+        self._said = ""  # their text
 
     def push(self, id: int) -> str:
         """The text that id makes final: often its own, "" in the middle of a character.
@@ -193,13 +195,8 @@ class Detokenizer:
     def flush(self) -> str:
         """The text that was held back; the next push begins a new stream."""
         rest = self._tokenizer.decode(self._ids)[len(self._said) :]
-        self._start()
+        self._ids, self._read, self._said = [], 0, ""
         return rest
-
-    def _start(self) -> None:
-        self._ids: list[int] = []  # the ids of the text said last, then those whose text is held back
-        self._read = 0  # how many of them are said
-        self._said = ""  # their text
 
 
 def _train_char(texts: list[str]) -> tokenizers.Tokenizer:
