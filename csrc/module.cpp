@@ -61,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &cpu::set_isa);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
+  def(m, "cross_entropy_forward", &ops::cross_entropy_forward);
+  def(m, "cross_entropy_backward", &ops::cross_entropy_backward);
+  def(m, "linear_cross_entropy", &ops::linear_cross_entropy);
   def(m, "embedding_forward", &ops::embedding_forward);
   def(m, "embedding_backward", &ops::embedding_backward);
   def(m, "multiply_add", &ops::multiply_add);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dtype.h"
+#include "rows.h"
 
 namespace pyllm {
 
@@ -62,6 +63,11 @@ struct TensorView {
       expected *= shape[i];
     }
     return true;
+  }
+  Rows rows() const {  // everything but the last dimension
+    Rows r;
+    for (int i = ndim - 2; i >= 0; i--) r.add(shape[i], stride[i]);
+    return r;
   }
   std::string shape_text() const {
     std::string s = "(";

@@ -5,6 +5,18 @@
 
 namespace pyllm::ops {
 
+void cross_entropy_forward(const TensorView& logits, const TensorView& targets, const TensorView& losses_or_none,
+                           const TensorView& statistics_or_none, const TensorView& total_or_none, int64_t ignore_index,
+                           double label_smoothing, const std::string& reduction);
+void cross_entropy_backward(const TensorView& logits, const TensorView& targets, const TensorView& statistics,
+                            const TensorView& dloss, const TensorView& dlogits, int64_t ignore_index,
+                            double label_smoothing, const std::string& reduction);
+void linear_cross_entropy(const TensorView& x, const TensorView& weight, const TensorView& bias_or_none,
+                          const TensorView& targets, const TensorView& block, const TensorView& losses_or_none,
+                          const TensorView& total_or_none, const TensorView& dloss_or_none,
+                          const TensorView& dx_or_none, const TensorView& dweight_or_none,
+                          const TensorView& dbias_or_none, int64_t ignore_index, double label_smoothing,
+                          const std::string& reduction);
 void embedding_forward(const TensorView& ids, const TensorView& weight, const TensorView& out);
 void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed);
 void norm_forward(const TensorView& x, const TensorView& residual_or_none, const TensorView& weight_or_none,

@@ -218,12 +218,10 @@ VEC void put(T* p, float x) {
   store_n(p, set(x), 1);
 }
 
-// exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
-VEC V exp(V x) {
-  x = x > 89.0f ? set(89.0f) : x;
-  x = x < -104.0f ? set(-104.0f) : x;
+// exp(x) = p * 2^n for x in [-104, 89]: p, with n in `power`.
+VEC V exp_parts(V x, VI& power) {
   const V shifted = fma(x, set(1.44269504088896341f), set(12582912.0f));  // the nearest integer sits in the low bits
-  const VI n = as_int(shifted) - as_int(set(12582912.0f));
+  power = as_int(shifted) - as_int(set(12582912.0f));
   const V k = shifted - 12582912.0f;
   V r = fma(k, set(-0.693145751953125f), x);
   r = fma(k, set(-1.42860682030941723212e-6f), r);
@@ -233,9 +231,24 @@ VEC V exp(V x) {
   p = fma(p, r, set(4.1665795894e-2f));
   p = fma(p, r, set(1.6666665459e-1f));
   p = fma(p, r, set(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
+  return fma(p, r * r, r) + 1.0f;
+}
+
+// exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
+VEC V exp(V x) {
+  x = x > 89.0f ? set(89.0f) : x;
+  x = x < -104.0f ? set(-104.0f) : x;
+  VI n;
+  const V p = exp_parts(x, n);
   const VI half = n >> 1;  // two steps, so that 2^n may be denormal or overflow
   return p * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+}
+
+// The same where x <= 0, as in a softmax: cheaper, and 0 below exp(-87), so that no denormal slows what follows.
+VEC V exp_nonpositive(V x) {
+  VI n;
+  const V p = exp_parts(x < -87.0f ? set(-87.0f) : x, n);
+  return x < -87.0f ? V{} : p * as_float((n + 127) << 23);
 }
 
 // log: error below 1 unit in the last place; log(0) = -infinity, negative numbers and NaN give NaN.

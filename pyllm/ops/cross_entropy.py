@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllm import _C
+
+_BLOCK = 1 << 24  # logits that exist at a time while gradients are computed
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0,
+                  reduction: str = "mean") -> Tensor:  # fmt: skip
+    """The negative log-likelihood of `targets` under the softmax of `logits`.
+
+    A row's loss has the same bits alone, in any batch, and for any number of threads.
+
+    Args:
+        logits: (..., V), float32, bfloat16 or float16; its rows may have any strides.
+        targets: (...), int64 or int32, each in [0, V) or `ignore_index`.
+        ignore_index: the target of rows that have no loss and no gradient.
+        label_smoothing: this much of the target's probability is spread over all V classes (Szegedy et al., 2016,
+            https://arxiv.org/abs/1512.00567).
+        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+
+    Returns:
+        float32: a scalar, or (...) for "none".
+
+    Raises:
+        IndexError: a target outside [0, V); the message has the target, its position and the bound.
+        ValueError, TypeError: a shape, dtype or option that does not fit.
+    """
+    if logits.dim() and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    targets = targets.contiguous()
+    options = (ignore_index, label_smoothing, reduction)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _CrossEntropy.apply(logits, targets, options)
+    losses, total = _results(targets, reduction)
+    _C.cross_entropy_forward(logits, targets, losses, None, total, *options)
+    return total if losses is None else losses
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
+                         ignore_index: int = -100, label_smoothing: float = 0.0,
+                         reduction: str = "mean") -> Tensor:  # fmt: skip
+    """`cross_entropy(linear(x, weight, bias), targets)`, of whose logits only a block exists at a time, in float32.
+
+    Where gradients are needed they are computed with the loss, so that the logits are computed once; for reduction
+    "none", whose gradients wait for those of the losses, backward computes the logits again.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16.
+        weight: (V, K), x's dtype.
+        targets: (...), int64 or int32, each in [0, V) or `ignore_index`.
+        bias: (V,), x's dtype.
+
+    The options, the result and the errors are those of `cross_entropy`.
+    """
+    if x.dim() > 2:
+        x = x.contiguous()
+    targets = targets.contiguous()
+    options = (ignore_index, label_smoothing, reduction)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _LinearCrossEntropy.apply(x, weight, targets, bias, options)
+    return _linear(x, weight, targets, bias, options)[0]
+
+
+def _results(targets: Tensor, reduction: str) -> tuple[Tensor | None, Tensor | None]:
+    losses = torch.empty(targets.shape, dtype=torch.float32) if reduction == "none" else None
+    return losses, torch.empty((), dtype=torch.float32) if losses is None else None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, options):
+        losses, total = _results(targets, options[2])
+        statistics = torch.empty(2 * targets.numel(), dtype=torch.float32)
+        _C.cross_entropy_forward(logits, targets, losses, statistics, total, *options)
+        ctx.save_for_backward(logits, targets, statistics)
+        ctx.options = options
+        return total if losses is None else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        logits, targets, statistics = ctx.saved_tensors
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+        _C.cross_entropy_backward(logits, targets, statistics, dloss.contiguous(), dlogits, *ctx.options)
+        return dlogits, None, None
+
+
+def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False, False)):
+    """The loss and the needed gradients of x, weight and bias, for a gradient `dloss` of the loss, or 1."""
+    losses, total = _results(targets, options[2])
+    classes = weight.shape[0]
+    rows, columns = (max(120, _BLOCK // max(classes, 1)), classes) if any(needed) else (512, min(classes, 8192))
+    block = torch.empty((max(1, min(rows, targets.numel())), columns), dtype=torch.float32)
+    dx = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
+    dweight = torch.empty(weight.shape, dtype=torch.float32) if needed[1] else None
+    dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None
+    _C.linear_cross_entropy(x, weight, None if bias is None else bias.contiguous(), targets, block, losses, total,
+                            dloss, dx, dweight, dbias, *options)  # fmt: skip
+    return total if losses is None else losses, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, bias, options):
+        needed = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        early = options[2] != "none"
+        loss, gradients = _linear(x, weight, targets, bias, options, None, needed if early else (False, False, False))
+        ctx.save_for_backward(x, weight, targets, bias)
+        ctx.options, ctx.needed, ctx.gradients = options, needed, gradients if early else None
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        gradients, ctx.gradients = ctx.gradients, None  # given away: the caller may keep them as .grad without a copy
+        if gradients is None:
+            _, gradients = _linear(*ctx.saved_tensors, ctx.options, dloss.contiguous(), ctx.needed)
+        elif dloss.item() != 1:
+            gradients = [None if d is None else d.mul_(dloss) for d in gradients]
+        dx, dweight, dbias = gradients
+        return dx, dweight, None, dbias, None
