@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -126,6 +127,8 @@ GompParallel gomp() {
   return forked ? nullptr : found;
 }
 
+constexpr size_t kHugePage = 2 << 20;
+
 struct Scratch {
   void* block[kScratchSlots] = {};
   size_t bytes[kScratchSlots] = {};
@@ -170,9 +173,11 @@ void* scratch(size_t bytes, int slot) {
   if (s.bytes[slot] < bytes) {
     std::free(s.block[slot]);
     s.bytes[slot] = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    s.block[slot] = std::aligned_alloc(64, rounded);
+    const size_t page = bytes < kHugePage / 2 ? 4096 : kHugePage;
+    const size_t rounded = (bytes + page - 1) / page * page;
+    s.block[slot] = std::aligned_alloc(page, rounded);
     if (!s.block[slot]) throw std::bad_alloc();
+    if (page == kHugePage) madvise(s.block[slot], rounded, MADV_HUGEPAGE);
     s.bytes[slot] = rounded;
   }
   return s.block[slot];

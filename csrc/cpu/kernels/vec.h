@@ -22,6 +22,7 @@ namespace pyllm::ISA {
 namespace {
 
 #define VEC [[maybe_unused]] inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
 
 #if ISA_AVX512
 constexpr int W = 16;

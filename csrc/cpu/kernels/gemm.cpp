@@ -1,0 +1,427 @@
+// The inner loop is a tile: kTile rows of A by one panel of kPanel columns of B, all of their sums in registers. A block
+// of B's panel, [k][kPanel], is packed into the first-level cache and every tile of A goes past it, from a copy that
+// sits in the second. So each thread packs what it reads once, and a piece of C is as large as the threads allow.
+// For one or two rows packing would cost more than the product: B is read in place, transposed in registers where its
+// columns lie along memory, and memory's speed is the limit.
+#include "cpu/kernels/gemm.h"
+
+namespace pyllm::ISA {
+namespace {
+
+template <int kDistance>
+VEC void swap_lanes(V* rows) {
+  VI low, high;
+  UNROLL for (int l = 0; l < W; l++) {
+    low[l] = l & kDistance ? l - kDistance + W : l;
+    high[l] = l & kDistance ? l + W : l + kDistance;
+  }
+  UNROLL for (int i = 0; i < W; i++) {
+    if (i & kDistance) continue;
+    const V a = rows[i], b = rows[i + kDistance];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kDistance] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// One 4 x 4 block in each 128-bit lane, then the lanes.
+VEC void transpose(V* rows) {
+  VI low, high, low2, high2;
+  UNROLL for (int l = 0; l < W; l++) {
+    const int lane = l / 4 * 4, odd = l & 1, pair = (l & 2) >> 1;
+    low[l] = lane + pair + odd * W;
+    high[l] = lane + 2 + pair + odd * W;
+    low2[l] = lane + odd + pair * W;
+    high2[l] = lane + 2 + odd + pair * W;
+  }
+  UNROLL for (int i = 0; i < W; i += 4) {
+    const V a = __builtin_shuffle(rows[i], rows[i + 1], low), b = __builtin_shuffle(rows[i], rows[i + 1], high);
+    const V c = __builtin_shuffle(rows[i + 2], rows[i + 3], low), d = __builtin_shuffle(rows[i + 2], rows[i + 3], high);
+    rows[i] = __builtin_shuffle(a, c, low2);
+    rows[i + 1] = __builtin_shuffle(a, c, high2);
+    rows[i + 2] = __builtin_shuffle(b, d, low2);
+    rows[i + 3] = __builtin_shuffle(b, d, high2);
+  }
+#if ISA_AVX2 || ISA_AVX512
+  swap_lanes<4>(rows);
+#endif
+#if ISA_AVX512
+  swap_lanes<8>(rows);
+#endif
+}
+
+// A W x W block of a matrix whose columns lie along memory, `column_step` apart: rows[l] is its row l.
+template <class T>
+VEC void load_transposed(const T* p, int64_t column_step, V* rows) {
+  UNROLL for (int l = 0; l < W; l++) rows[l] = load(p + l * column_step);
+  transpose(rows);
+}
+template <class T>
+VEC void load_transposed(const T* p, int64_t column_step, int64_t height, int64_t columns, V* rows) {
+  UNROLL for (int l = 0; l < W; l++) rows[l] = l < columns ? get(p + l * column_step, height) : V{};
+  transpose(rows);
+}
+
+// Rows k0..k0+count of one panel, columns from `column` on (those beyond n are zeros), to out[count][kPanel]. The same of
+// the panel `ahead` columns on is fetched meanwhile.
+template <class T>
+void pack_panel(const Matrix& b, int64_t n, int64_t column, int64_t k0, int64_t count, float* out, int64_t ahead = kPanel) {
+  const T* source = static_cast<const T*>(b.data) + k0 * b.row_step + column * b.column_step;
+  const int64_t columns = std::min(kPanel, n - column);
+  const int64_t next = ahead * b.column_step;
+  if (b.column_step == 1) {
+    for (int64_t k = 0; k < count; k++, source += b.row_step, out += kPanel) {
+      __builtin_prefetch(source + next);
+      for (int64_t j = 0; j < kPanel; j += W) {
+        const int64_t left = columns - j;
+        store(out + j, left >= W ? load(source + j) : left > 0 ? load_n(source + j, left) : V{});
+      }
+    }
+    return;
+  }
+  for (int64_t j = 0; j < kPanel; j += W) {
+    const int64_t live = std::clamp<int64_t>(columns - j, 0, W);
+    const T* corner = source + j * b.column_step;
+    int64_t k = 0;
+    if (b.row_step == 1) {
+      for (; k < count; k += W) {
+        const int64_t height = std::min<int64_t>(W, count - k);
+        V rows[W];
+        if (live == W && height == W) {
+          load_transposed(corner + k, b.column_step, rows);
+          if (k % (64 / sizeof(T)) == 0)
+            for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + l * b.column_step + next);
+          UNROLL for (int l = 0; l < W; l++) store(out + (k + l) * kPanel + j, rows[l]);
+        } else {
+          load_transposed(corner + k, b.column_step, height, live, rows);
+          for (int64_t l = 0; l < height; l++) store(out + (k + l) * kPanel + j, rows[l]);
+        }
+      }
+      continue;
+    }
+    for (; k < count; k++)
+      for (int64_t l = 0; l < W; l++)
+        out[k * kPanel + j + l] = l < live ? to_float(corner[k * b.row_step + l * b.column_step]) : 0.0f;
+  }
+}
+
+}  // namespace
+
+void pack(const Matrix& b, int64_t n, int64_t k, float* out) {
+  parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    with_dtype(b.dtype, [&](auto* tag) {
+      for (int64_t p = begin; p < end; p++)
+        pack_panel<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, 0, k, out + p * kPanel * k);
+    });
+  });
+}
+
+namespace {
+
+// A's rows are copied tile by tile, a block of k at a time: row after row, kBlockK apart, or, where A's columns lie along
+// memory, [k][kTile]. Both are plain copies. The rows of a block are shared out evenly over its tiles.
+constexpr int64_t kTileFloats = kTile * kBlockK + 2 * W;
+
+int64_t tile_row(int64_t tile, int64_t tiles, int64_t rows) { return tile * rows / tiles; }
+
+template <class T>
+void pack_rows(const Product& p, int64_t i0, int64_t rows, int64_t tiles, int64_t k0, int64_t count, float* out) {
+  const int64_t row_step = p.a.row_step, column_step = p.a.column_step;
+  const T* source = static_cast<const T*>(p.a.data) + i0 * row_step + k0 * column_step;
+  if (column_step == 1) {
+    for (int64_t t = 0; t < tiles; t++, out += kTileFloats) {
+      const int64_t first = tile_row(t, tiles, rows), end = tile_row(t + 1, tiles, rows);
+      for (int64_t r = first; r < end; r++) {
+        const T* from = source + r * row_step;
+        float* to = out + (r - first) * kBlockK;
+        int64_t k = 0;
+        for (; k + W <= count; k += W) store(to + k, load(from + k));
+        if (k < count) store_n(to + k, load_n(from + k, count - k), count - k);
+      }
+    }
+    return;
+  }
+  for (int64_t k = 0; k < count; k++, source += column_step, out += kTile)
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t first = tile_row(t, tiles, rows), end = tile_row(t + 1, tiles, rows);
+      float* to = out + t * kTileFloats;
+      if (row_step == 1) {
+        for (int64_t r = 0; r < kTile; r += W) {
+          const int64_t left = p.m - i0 - first - r;
+          store(to + r, left >= W ? load(source + first + r) : left > 0 ? load_n(source + first + r, left) : V{});
+        }
+      } else {
+        for (int64_t r = first; r < end; r++) to[r - first] = to_float(source[r * row_step]);
+      }
+    }
+}
+
+// R rows of A by P panels, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
+// keeps: it would put all of them in memory.
+template <int R, int P, bool kRowsApart>
+void tile(const float* a, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step, int64_t columns,
+          bool accumulate, const float* bias) {
+  constexpr int64_t kRow = kRowsApart ? kBlockK : 1, kColumn = kRowsApart ? 1 : kTile;
+  V s[R][2 * P] = {};
+  UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(c + r * c_step, 1);
+  for (const float* end = a + count * kColumn; a < end; a += kColumn, b += kPanel) {
+    V v[2 * P];
+    UNROLL for (int j = 0; j < 2 * P; j++) v[j] = load(b + j / 2 * panel_step + j % 2 * W);
+    UNROLL for (int r = 0; r < R; r++) {
+      const V x = set(a[r * kRow]);
+      UNROLL for (int j = 0; j < 2 * P; j++) s[r][j] = fma(x, v[j], s[r][j]);
+    }
+  }
+  if (columns >= P * kPanel) {
+    UNROLL for (int r = 0; r < R; r++, c += c_step)
+      UNROLL for (int j = 0; j < 2 * P; j++) {
+        V v = s[r][j];
+        if (accumulate) v = load(c + j * W) + v;
+        if (bias) v = v + load(bias + j * W);
+        store(c + j * W, v);
+      }
+    return;
+  }
+  float edge[R][P * kPanel];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2 * P; j++) store(edge[r] + j * W, s[r][j]);
+  for (int r = 0; r < R; r++, c += c_step)
+    for (int64_t j = 0; j < columns; j += W) {
+      const int64_t n = std::min<int64_t>(W, columns - j);
+      V v = load(edge[r] + j);
+      if (accumulate) v = get(c + j, n) + v;
+      if (bias) v = v + get(bias + j, n);
+      write(c + j, v, n);
+    }
+}
+
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+
+template <bool kRowsApart>
+Tile tile_of(int64_t rows) {  // one panel wide
+  constexpr Tile tiles[] = {tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>,  tile<3, 1, kRowsApart>,
+                            tile<4, 1, kRowsApart>,  tile<5, 1, kRowsApart>,  tile<6, 1, kRowsApart>,
+#if ISA_AVX512
+                            tile<7, 1, kRowsApart>,  tile<8, 1, kRowsApart>,  tile<9, 1, kRowsApart>,
+                            tile<10, 1, kRowsApart>, tile<11, 1, kRowsApart>, tile<12, 1, kRowsApart>
+#endif
+  };
+  return tiles[rows - 1];
+}
+Tile tile_of(int64_t rows, bool rows_apart) { return rows_apart ? tile_of<true>(rows) : tile_of<false>(rows); }
+
+// Starts, finishes and stores W columns of C held in a register.
+VEC V begin_c(const Product& p, int64_t i, int64_t j, int64_t n) {
+  V v{};
+  if (p.accumulate)
+    with_dtype(p.c_dtype, [&](auto* tag) { v = get(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, n); });
+  return v;
+}
+VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
+  if (p.bias) v = v + get(p.bias + j, n);
+  with_dtype(p.c_dtype, [&](auto* tag) { write(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, v, n); });
+}
+
+// R rows by columns j0..j1, where B's columns lie along memory: two W x W blocks at a time, transposed in registers.
+template <int R, class T>
+void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
+  const int64_t step = p.b.column_step, ahead = kPanel * step;
+  for (int64_t j = j0; j < j1; j += kPanel) {
+    const T* corner = static_cast<const T*>(p.b.data) + j * step;
+    const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
+    V total[R][2];
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int g = 0; g < 2; g++) total[r][g] = columns[g] ? begin_c(p, i0 + r, j + g * W, columns[g]) : V{};
+    for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
+      const int64_t end = std::min(k0 + kBlockK, p.k);
+      V s[R][2] = {};
+      for (int64_t k = k0; k < end; k += W) {
+        const int64_t height = std::min<int64_t>(W, end - k);
+        V rows[2][W];
+        if (columns[1] == W && height == W) {
+          if (k % (64 / sizeof(T)) == 0)
+            for (int l = 0; l < kPanel; l++) __builtin_prefetch(corner + k + l * step + ahead);
+          UNROLL for (int g = 0; g < 2; g++) load_transposed(corner + k + g * W * step, step, rows[g]);
+          UNROLL for (int l = 0; l < W; l++)
+            UNROLL for (int r = 0; r < R; r++) {
+              const V x = set(a[r * p.k + k + l]);
+              UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(x, rows[g][l], s[r][g]);
+            }
+          continue;
+        }
+        UNROLL for (int g = 0; g < 2; g++) load_transposed(corner + k + g * W * step, step, height, columns[g], rows[g]);
+        for (int64_t l = 0; l < height; l++)
+          UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(set(a[r * p.k + k + l]), rows[g][l], s[r][g]);
+      }
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int g = 0; g < 2; g++) total[r][g] = k0 || p.accumulate ? total[r][g] + s[r][g] : s[r][g];
+    }
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int g = 0; g < 2; g++)
+        if (columns[g]) end_c(p, i0 + r, j + g * W, columns[g], total[r][g]);
+  }
+}
+
+// R rows by columns j0..j1, where B's rows lie along memory: four of them at a time onto sums in the first-level cache.
+template <int R, class T>
+void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
+  constexpr int64_t kWide = 512;
+  alignas(64) float total[R][kWide], s[R][kWide];
+  for (int64_t j = j0; j < j1; j += kWide) {
+    const int64_t columns = std::min(kWide, j1 - j);
+    const auto each = [&](const auto& f) {
+      int64_t c = 0;
+      for (; c + W <= columns; c += W) f(c, W);
+      if (c < columns) f(c, columns - c);
+    };
+    for (int r = 0; r < R; r++)
+      each([&](int64_t c, int64_t n) { store(total[r] + c, begin_c(p, i0 + r, j + c, n)); });
+    for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
+      const int64_t end = std::min(k0 + kBlockK, p.k);
+      const T* b = static_cast<const T*>(p.b.data) + k0 * p.b.row_step + j;
+      int64_t k = k0;
+      const auto rows = [&]<int kCount>() {
+        for (; k + kCount <= end; k += kCount, b += kCount * p.b.row_step) {
+          V x[R][kCount];
+          for (int r = 0; r < R; r++)
+            for (int l = 0; l < kCount; l++) x[r][l] = set(a[r * p.k + k + l]);
+          const bool first = k == k0;
+          each([&](int64_t c, int64_t n) {
+            V v[R];
+            UNROLL for (int r = 0; r < R; r++) v[r] = first ? V{} : load(s[r] + c);
+            UNROLL for (int l = 0; l < kCount; l++) {
+              const V w = get(b + l * p.b.row_step + c, n);
+              UNROLL for (int r = 0; r < R; r++) v[r] = fma(x[r][l], w, v[r]);
+            }
+            UNROLL for (int r = 0; r < R; r++) store(s[r] + c, v[r]);
+          });
+        }
+      };
+      rows.template operator()<4>();
+      rows.template operator()<1>();
+      for (int r = 0; r < R; r++)
+        each([&](int64_t c, int64_t) {
+          store(total[r] + c, k0 || p.accumulate ? load(total[r] + c) + load(s[r] + c) : load(s[r] + c));
+        });
+    }
+    for (int r = 0; r < R; r++) each([&](int64_t c, int64_t n) { end_c(p, i0 + r, j + c, n, load(total[r] + c)); });
+  }
+}
+
+constexpr int64_t kFewRowsDown = 2, kFewRowsAlong = 4;
+
+void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const int64_t rows = i1 - i0;
+  auto* a = static_cast<float*>(cpu::scratch(rows * p.k * sizeof(float), 7));
+  with_dtype(p.a.dtype, [&](auto* tag) {
+    const auto* source = static_cast<decltype(tag)>(const_cast<void*>(p.a.data)) + i0 * p.a.row_step;
+    for (int64_t r = 0; r < rows; r++, source += p.a.row_step) {
+      int64_t k = 0;
+      if (p.a.column_step == 1)
+        for (; k + W <= p.k; k += W) store(a + r * p.k + k, load(source + k));
+      for (; k < p.k; k++) a[r * p.k + k] = to_float(source[k * p.a.column_step]);
+    }
+  });
+  with_dtype(p.b.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    using Rows = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
+    constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>};
+    constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
+                              few_rows_along<4, T>};
+    (p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
+  });
+}
+
+constexpr int64_t kRowFloats = 3 << 16;                       // of A's copy: a share of the second-level cache
+constexpr int64_t kGroup = 4;                                        // panels packed together
+constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A that go past one panel
+
+}  // namespace
+
+void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  if (i0 >= i1 || j0 >= j1) return;
+  if (!p.packed && p.k > 0 && i1 - i0 <= (p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0))
+    return few_rows(p, i0, i1, j0, j1);
+  const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
+  const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
+  const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);
+  const int64_t deep = std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
+  // Sums of a 16-bit C are kept wide until the last block of k.
+  const int64_t width = direct ? j1 - j0 : deep == blocks ? kGroup * kPanel : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
+  auto* copy = static_cast<float*>(cpu::scratch(
+      (deep * max_tiles * kTileFloats + (p.packed ? 0 : kGroup * kPanel * kBlockK) + (direct ? 0 : height * width)) * sizeof(float), 7));
+  float* panels = copy + deep * max_tiles * kTileFloats;
+  float* wide = panels + (p.packed ? 0 : kGroup * kPanel * kBlockK);
+  for (int64_t i = i0; i < i1; i += height) {
+    const int64_t rows = std::min(height, i1 - i), tiles = (rows + kTile - 1) / kTile;
+    for (int64_t left = j0; left < j1; left += width) {
+      const int64_t right = std::min(left + width, j1);
+      float* c = direct ? static_cast<float*>(p.c) + i * p.c_step + left : wide;
+      const int64_t c_step = direct ? p.c_step : width;
+      const auto each_of_c = [&](const auto& f) {
+        with_dtype(p.c_dtype, [&](auto* tag) {
+          for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = left; j < right; j += W)
+              f(static_cast<decltype(tag)>(p.c) + (i + r) * p.c_step + j, wide + r * width + j - left,
+                std::min<int64_t>(W, right - j));
+        });
+      };
+      if (!direct && p.accumulate) each_of_c([](auto* c, float* w, int64_t n) { write(w, get(c, n), n); });
+      for (int64_t block0 = 0; block0 < blocks; block0 += deep) {
+        const int64_t block1 = std::min(block0 + deep, blocks);
+        if (deep < blocks || left == j0)
+          with_dtype(p.a.dtype, [&](auto* tag) {
+            for (int64_t block = block0; block < block1; block++)
+              pack_rows<std::remove_pointer_t<decltype(tag)>>(p, i, rows, tiles, block * kBlockK,
+                                                              std::min(kBlockK, p.k - block * kBlockK),
+                                                              copy + (block - block0) * tiles * kTileFloats);
+          });
+        for (int64_t group = left; group < right; group += kGroup * kPanel)
+          for (int64_t block = block0; block < block1; block++) {
+            const int64_t k0 = block * kBlockK, count = std::min(kBlockK, p.k - k0);
+            const int64_t end = std::min(group + kGroup * kPanel, right);
+            if (!p.packed)
+              with_dtype(p.b.dtype, [&](auto* tag) {
+                for (int64_t j = group; j < end; j += kPanel)
+                  pack_panel<std::remove_pointer_t<decltype(tag)>>(p.b, p.n, j, k0, count, panels + (j - group) * kBlockK,
+                                                                   kGroup * kPanel);
+              });
+            for (int64_t j = group; j < end; j += kPanel) {
+              const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - group) * kBlockK;
+              const float* bias = p.bias && block + 1 == blocks ? p.bias + j : nullptr;
+              for (int64_t t = 0; t < tiles; t++) {
+                const int64_t first = tile_row(t, tiles, rows), height = tile_row(t + 1, tiles, rows) - first;
+                tile_of(height, rows_apart)(copy + ((block - block0) * tiles + t) * kTileFloats, count, b, 0,
+                                            c + first * c_step + j - left, c_step, std::min(kPanel, right - j),
+                                            p.accumulate || block > 0, bias);
+              }
+            }
+          }
+      }
+      if (!direct) each_of_c([](auto* c, float* w, int64_t n) { write(c, get(w, n), n); });
+    }
+  }
+}
+
+// Equal pieces for the threads, of the shape that packs least.
+void product(const Product& p) {
+  if (p.m == 0 || p.n == 0) return;
+  const int64_t threads = p.m * p.n * p.k < 1 << 16 ? 1 : cpu::num_threads();
+  int64_t height = p.m, width = p.n, best = INT64_MAX;
+  for (int64_t count = threads; threads > 1 && count <= 3 * threads; count += threads)
+    for (int64_t down = 1; down <= count; down++) {
+      const int64_t across = count / down;
+      const int64_t h = round_up((p.m + down - 1) / down, kTile), w = round_up((p.n + across - 1) / across, kPanel);
+      const int64_t pieces = ((p.m + h - 1) / h) * ((p.n + w - 1) / w), rounds = (pieces + threads - 1) / threads;
+      const int64_t cost = (8 * rounds + 1) * (std::min(h, p.m) * std::min(w, p.n) + 8 * w + 4 * h + 512);
+      if (cost < best) best = cost, height = h, width = w;
+    }
+  const int64_t across = (p.n + width - 1) / width, pieces = (p.m + height - 1) / height * across;
+  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; piece++) {
+      const int64_t i = piece / across * height, j = piece % across * width;
+      product_block(p, i, std::min(i + height, p.m), j, std::min(j + width, p.n));
+    }
+  });
+}
+
+}  // namespace pyllm::ISA
