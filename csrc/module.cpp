@@ -72,4 +72,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "norm_backward", &ops::norm_backward);
   def(m, "matmul", &ops::matmul);
   def(m, "column_sum", &ops::column_sum);
+  def(m, "recurrent_forward", &ops::recurrent_forward);
+  def(m, "recurrent_cell", &ops::recurrent_cell);
+  def(m, "recurrent_backward", &ops::recurrent_backward);
 }

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -43,9 +44,10 @@ struct Job {
 
 thread_local bool inside = false;
 
+template <class J>
 void work_on(void* job) {
   inside = true;
-  static_cast<Job*>(job)->work();
+  static_cast<J*>(job)->work();
   inside = false;
 }
 
@@ -62,12 +64,13 @@ class Pool {
   }
   int size() const { return static_cast<int>(members_.size()) + 1; }
 
-  void run(Job& job) {
-    job_ = &job;
+  void run(void (*work)(void*), void* job) {
+    work_ = work;
+    job_ = job;
     busy_.store(static_cast<int>(members_.size()), std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-    work_on(&job);
+    work(job);
     for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) spins < 4096 ? pause() : std::this_thread::yield();
   }
 
@@ -79,7 +82,7 @@ class Pool {
       generation_.wait(seen, std::memory_order_acquire);
       seen = generation_.load(std::memory_order_acquire);
       if (stop_) return;
-      work_on(job_);
+      work_(job_);
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -88,23 +91,29 @@ class Pool {
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> busy_{0};
   std::atomic<bool> stop_{false};
-  Job* job_ = nullptr;
+  void (*work_)(void*) = nullptr;
+  void* job_ = nullptr;
 };
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct Gomp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*num_threads)() = nullptr;  // of the region that the caller is in
+  explicit operator bool() const { return parallel && num_threads; }
+};
 
-GompParallel find_gomp() {
+Gomp find_gomp() {
   const char* wanted = std::getenv("PYLLM_POOL");
-  if (wanted && std::strcmp(wanted, "own") == 0) return nullptr;
-  GompParallel found = nullptr;
+  Gomp found;
+  if (wanted && std::strcmp(wanted, "own") == 0) return found;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* out) {
         if (!info->dlpi_name || !std::strstr(info->dlpi_name, "libgomp")) return 0;
         void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
         if (!library) return 0;
-        auto* entry = dlsym(library, "GOMP_parallel");
-        *static_cast<GompParallel*>(out) = reinterpret_cast<GompParallel>(entry);
-        return entry ? 1 : 0;
+        auto& gomp = *static_cast<Gomp*>(out);
+        gomp.parallel = reinterpret_cast<decltype(gomp.parallel)>(dlsym(library, "GOMP_parallel"));
+        gomp.num_threads = reinterpret_cast<decltype(gomp.num_threads)>(dlsym(library, "omp_get_num_threads"));
+        return gomp ? 1 : 0;
       },
       &found);
   return found;
@@ -122,9 +131,27 @@ void after_fork_in_child() {
   inside = false;
 }
 
-GompParallel gomp() {
-  static GompParallel found = find_gomp();
-  return forked ? nullptr : found;
+Gomp gomp() {
+  static const Gomp found = find_gomp();
+  return forked ? Gomp{} : found;
+}
+
+// work(job) on every thread of the team; false where there is none to be had.
+bool run_on_all(void (*work)(void*), void* job) {
+  if (const Gomp team = gomp()) {
+    team.parallel(work, job, static_cast<unsigned>(num_threads()), 0);
+    return true;
+  }
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+  (void)registered;
+  std::unique_lock lock(pool_mutex, std::try_to_lock);
+  if (!lock) return false;  // another Python thread has the pool
+  if (!pool || pool->size() != num_threads()) {
+    delete pool;
+    pool = new Pool(num_threads());
+  }
+  pool->run(work, job);
+  return true;
 }
 
 constexpr size_t kHugePage = 2 << 20;
@@ -156,16 +183,42 @@ void run_parallel(int64_t n, int64_t grain, Task task, const void* context) {
   const int threads = static_cast<int>(pieces < num_threads() ? pieces : num_threads());
   if (threads <= 1 || inside) return task(context, 0, n);
   Job job{{0}, n, grain, task, context};
-  if (const GompParallel parallel = gomp()) return parallel(work_on, &job, static_cast<unsigned>(num_threads()), 0);
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-  (void)registered;
-  std::unique_lock lock(pool_mutex, std::try_to_lock);
-  if (!lock) return task(context, 0, n);  // another Python thread has the pool
-  if (!pool || pool->size() != num_threads()) {
-    delete pool;
-    pool = new Pool(num_threads());
+  if (!run_on_all(work_on<Job>, &job)) task(context, 0, n);
+}
+
+struct TeamJob {
+  int most;
+  Member member;
+  const void* context;
+  Team team{};
+  std::atomic<int> next{0};
+
+  void work() {
+    const int rank = next.fetch_add(1);
+    if (rank >= most) return;
+    const Gomp region = gomp();
+    team.size_ = std::min(most, region ? region.num_threads() : pool->size());  // the same from each
+    member(context, team, rank);
   }
-  pool->run(job);
+};
+
+void run_team(int most, Member member, const void* context) {
+  TeamJob job{most, member, context};
+  if (most > 1 && num_threads() > 1 && !inside && run_on_all(work_on<TeamJob>, &job)) return;
+  member(context, job.team, 0);
+}
+
+void Team::barrier() {
+  if (size() == 1) return;
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  // Spinning is for the steps of a kernel, well under a microsecond apart; a team that lacks a core gives way.
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
+    spins < 20000 ? pause() : std::this_thread::yield();
 }
 
 void* scratch(size_t bytes, int slot) {

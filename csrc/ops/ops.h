@@ -30,5 +30,24 @@ int64_t multiply_add(int64_t rounds);  // how many floating-point operations tha
 void read(const TensorView& data);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
+// One layer and direction; time comes first in x, y and dy. `kind`: a Recurrence.
+void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
+                       const TensorView& w_hh, const TensorView& b_ih_or_none, const TensorView& b_hh_or_none,
+                       const TensorView& h0_or_none, const TensorView& c0_or_none, const TensorView& lengths_or_none,
+                       const TensorView& y, const TensorView& h_n, const TensorView& c_n_or_none,
+                       const TensorView& gates_or_none, const TensorView& new_hidden_or_none,
+                       const TensorView& tanh_cell_or_none, const TensorView& cell_or_none);
+void recurrent_cell(const char* op, int kind, const TensorView& x, const TensorView& h, const TensorView& c_or_none,
+                    const TensorView& w_ih, const TensorView& w_hh, const TensorView& b_ih_or_none,
+                    const TensorView& b_hh_or_none, const TensorView& h_n, const TensorView& c_n_or_none);
+void recurrent_backward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
+                        const TensorView& w_hh, const TensorView& h0_or_none, const TensorView& c0_or_none,
+                        const TensorView& lengths_or_none, const TensorView& y, const TensorView& gates,
+                        const TensorView& new_hidden_or_none, const TensorView& tanh_cell_or_none,
+                        const TensorView& cell_or_none, const TensorView& dy_or_none, const TensorView& dh_n_or_none,
+                        const TensorView& dc_n_or_none, const TensorView& dx_or_none, bool add_dx,
+                        const TensorView& dw_ih_or_none, const TensorView& dw_hh_or_none,
+                        const TensorView& db_ih_or_none, const TensorView& db_hh_or_none,
+                        const TensorView& dh0_or_none, const TensorView& dc0_or_none);
 
 }  // namespace pyllm::ops

@@ -4,5 +4,19 @@ from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import linear
+from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-__all__ = ["cross_entropy", "embedding", "layer_norm", "linear", "linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "cross_entropy",
+    "embedding",
+    "gru",
+    "gru_cell",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
+    "rms_norm",
+    "rnn",
+    "rnn_cell",
+]

@@ -9,25 +9,33 @@ from pyllm.reference.linear import linear
 
 State = tuple[Tensor, ...]
 
+# A step computes in float32 and rounds its state to x's dtype, the cell state before the hidden one is made of it: what
+# a sequence carries from step to step is what a caller of the cells holds.
+
 
 def rnn_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
              *, nonlinearity: str = "tanh") -> Tensor:  # fmt: skip
-    a = linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)
-    return a.tanh() if nonlinearity == "tanh" else a.relu()
+    a = _sums(x, w_ih, b_ih) + _sums(h, w_hh, b_hh)
+    return (a.tanh() if nonlinearity == "tanh" else a.relu()).to(x.dtype)
 
 
 def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
              b_hh: Tensor | None = None) -> Tensor:  # fmt: skip
-    (ir, iz, inew), (hr, hz, hnew) = linear(x, w_ih, b_ih).chunk(3, -1), linear(h, w_hh, b_hh).chunk(3, -1)
+    (ir, iz, inew), (hr, hz, hnew) = _sums(x, w_ih, b_ih).chunk(3, -1), _sums(h, w_hh, b_hh).chunk(3, -1)
     z = (iz + hz).sigmoid()
-    return (1 - z) * (inew + (ir + hr).sigmoid() * hnew).tanh() + z * h
+    return ((1 - z) * (inew + (ir + hr).sigmoid() * hnew).tanh() + z * h).to(x.dtype)
 
 
 def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
               b_hh: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    i, f, g, o = (linear(x, w_ih, b_ih) + linear(state[0], w_hh, b_hh)).chunk(4, -1)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    i, f, g, o = (_sums(x, w_ih, b_ih) + _sums(state[0], w_hh, b_hh)).chunk(4, -1)
+    c = (f.sigmoid() * state[1] + i.sigmoid() * g.tanh()).to(x.dtype)
+    return (o.sigmoid() * c.to(o.dtype).tanh()).to(x.dtype), c
+
+
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlinearity: str = "tanh",
@@ -56,12 +64,12 @@ def _run(step: Callable[..., State], x: Tensor, params: Sequence[Tensor], state:
          lengths: Tensor | None = None, batch_first: bool = True,
          seed: int | None = None) -> tuple[Tensor, State]:  # fmt: skip
     """params: for each layer and direction w_ih, w_hh (and b_ih, b_hh); state: (layers * directions, B, H) each."""
-    dtype, wide, directions = x.dtype, torch.promote_types(x.dtype, torch.float32), 2 if bidirectional else 1
+    directions = 2 if bidirectional else 1
     per = len(params) // (num_layers * directions)
-    out = (x if batch_first else x.transpose(0, 1)).to(wide)
+    out = x if batch_first else x.transpose(0, 1)
     batch, time, hidden = out.shape[0], out.shape[1], params[1].shape[1]
     if state is None:
-        state = (torch.zeros(num_layers * directions, batch, hidden),) * states
+        state = (torch.zeros(num_layers * directions, batch, hidden, dtype=x.dtype),) * states
     lengths = torch.full((batch,), time) if lengths is None else lengths
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     last = []
@@ -72,8 +80,8 @@ def _run(step: Callable[..., State], x: Tensor, params: Sequence[Tensor], state:
         sides = []
         for d in range(directions):
             n = layer * directions + d
-            p = [t.to(wide) for t in params[n * per : (n + 1) * per]]
-            s, steps = tuple(t[n].to(wide) for t in state), [torch.zeros(batch, hidden, dtype=wide)] * time
+            p = params[n * per : (n + 1) * per]
+            s, steps = tuple(t[n] for t in state), [torch.zeros(batch, hidden, dtype=x.dtype)] * time
             for t in reversed(range(time)) if d else range(time):
                 live = (t < lengths)[:, None]
                 new = step(out[:, t], s, *p)
@@ -83,4 +91,4 @@ def _run(step: Callable[..., State], x: Tensor, params: Sequence[Tensor], state:
             last.append(s)
         out = torch.cat(sides, -1)
     out = out if batch_first else out.transpose(0, 1)
-    return out.to(dtype), tuple(torch.stack(s).to(dtype) for s in zip(*last, strict=True))
+    return out, tuple(torch.stack(s) for s in zip(*last, strict=True))
