@@ -1,0 +1,16 @@
+"""Checkpoint folders: written whole or not at all, checked before they are believed."""
+
+from pyllm.checkpoint.files import CheckpointError
+from pyllm.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint
+from pyllm.checkpoint.state import optimizer_tensors, random_state, restore_optimizer, restore_random_state
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load_checkpoint",
+    "optimizer_tensors",
+    "random_state",
+    "restore_optimizer",
+    "restore_random_state",
+    "save_checkpoint",
+]
