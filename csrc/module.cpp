@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "cpu/dispatch.h"
+#include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "ops/ops.h"
 #include "tensor_caster.h"
@@ -70,6 +71,9 @@ PYBIND11_MODULE(_C, m) {
   def(m, "read", &ops::read);
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);
+  def(m, "linear", &ops::linear);
+  def(m, "pack_linear", &ops::pack_linear);
+  m.def("panel_width", &panel_width);
   def(m, "matmul", &ops::matmul);
   def(m, "column_sum", &ops::column_sum);
   def(m, "recurrent_forward", &ops::recurrent_forward);

@@ -4,14 +4,28 @@
 
 namespace pyllm {
 
-// c (m x n, contiguous) = a (m x k) b (k x n) + bias (n, or null); a and b of any strides, in elements.
+// c (m x n, contiguous) = a (m x k) b (k x n) + bias (n, or null); a and b of any strides, in elements. With `packed`, b
+// is what pack_weight made.
 struct MatmulArgs {
   int64_t m, n, k;
   const char *a, *b, *bias;
   char* c;
   DType a_dtype, b_dtype, bias_dtype, c_dtype;
   int64_t a_row, a_column, b_row, b_column;
+  bool packed = false;
 };
+
+// panels, (n / panel_width() rounded up) x k x panel_width(), of b (k x n, of any strides) and of its type.
+struct PackWeightArgs {
+  int64_t n, k;
+  const char* b;
+  char* panels;
+  DType dtype;
+  int64_t b_row, b_column;
+};
+
+// Columns of a panel: two vectors of the chosen instruction set.
+inline int64_t panel_width() { return 8 << cpu::chosen_isa; }
 
 // sums (n, contiguous) = a (m x n) summed over its rows.
 struct ColumnSumArgs {
@@ -23,6 +37,7 @@ struct ColumnSumArgs {
 };
 
 PYLLM_KERNEL(matmul, MatmulArgs)
+PYLLM_KERNEL(pack_weight, PackWeightArgs)
 PYLLM_KERNEL(column_sum, ColumnSumArgs)
 
 }  // namespace pyllm

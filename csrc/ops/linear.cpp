@@ -4,6 +4,49 @@
 
 namespace pyllm::ops {
 
+void linear(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& y, bool packed) {
+  const char* op = "linear";
+  check_float(op, "x", x);
+  check(x.ndim >= 1, "[linear] x must have at least 1 dimension, but got a scalar");
+  check_dtype(op, "weight", weight, x.dtype);
+  const int64_t k = x.size(-1), n = y.ndim ? y.size(-1) : 0;
+  if (packed) {
+    check(weight.ndim == 3 && weight.size(2) == panel_width(), "[linear] weight must be packed for ", cpu::isa_name(),
+          ", in panels of ", panel_width(), " columns, but got shape ", weight.shape_text(), ": pack it again");
+    check_shape(op, "weight", weight, (n + panel_width() - 1) / panel_width(), k, panel_width());
+    check_contiguous(op, "weight", weight);
+  } else {
+    check(weight.ndim == 2 && weight.size(1) == k, "[linear] x (..., K) and weight (N, K) must share K, but got ",
+          x.shape_text(), " and ", weight.shape_text());
+    check(weight.size(0) == n, "[linear] y must have ", weight.size(0), " columns, but got ", n);
+  }
+  if (bias.present()) {
+    check_dtype(op, "bias", bias, x.dtype);
+    check_shape(op, "bias", bias, n);
+    check_contiguous(op, "bias", bias);
+  }
+  const Rows rows = x.rows();
+  check(rows.levels <= 1, "[linear] the leading dimensions of x must be evenly spaced");
+  check_dtype(op, "y", y, x.dtype);
+  check(y.numel() == rows.count * n, "[linear] y must have ", rows.count, " rows, but got shape ", y.shape_text());
+  check_contiguous(op, "y", y);
+  check_writable(op, "y", y);
+  pyllm::matmul({rows.count, n, k, x.data, weight.data, bias.data, y.data, x.dtype, x.dtype, x.dtype, x.dtype,
+                 rows.step[0], x.step(-1), packed ? 0 : weight.step(1), packed ? 0 : weight.step(0), packed});
+}
+
+void pack_linear(const TensorView& weight, const TensorView& panels) {
+  const char* op = "pack_linear";
+  check_float(op, "weight", weight);
+  check_ndim(op, "weight", weight, 2);
+  const int64_t width = panel_width(), n = weight.size(0), k = weight.size(1);
+  check_dtype(op, "panels", panels, weight.dtype);
+  check_shape(op, "panels", panels, (n + width - 1) / width, k, width);
+  check_contiguous(op, "panels", panels);
+  check_writable(op, "panels", panels);
+  pyllm::pack_weight({n, k, weight.data, panels.data, weight.dtype, weight.step(1), weight.step(0)});
+}
+
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, const TensorView& c) {
   const char* op = "matmul";
   check_float(op, "a", a);

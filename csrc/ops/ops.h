@@ -28,6 +28,9 @@ void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const T
                    bool centred);
 int64_t multiply_add(int64_t rounds);  // how many floating-point operations that was
 void read(const TensorView& data);
+void linear(const TensorView& x, const TensorView& weight, const TensorView& bias_or_none, const TensorView& y,
+            bool packed);
+void pack_linear(const TensorView& weight, const TensorView& panels);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
 // One layer and direction; time comes first in x, y and dy. `kind`: a Recurrence.

@@ -3,10 +3,11 @@
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
-from pyllm.ops.linear import linear
+from pyllm.ops.linear import PackedLinear, linear, pack_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __all__ = [
+    "PackedLinear",
     "cross_entropy",
     "embedding",
     "gru",
@@ -16,6 +17,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "pack_linear",
     "rms_norm",
     "rnn",
     "rnn_cell",

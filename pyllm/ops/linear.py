@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -7,42 +9,78 @@ from torch.autograd.function import once_differentiable
 from pyllm import _C
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight in the order that the products read it, made by `pack_linear` for the instruction set in use then."""
+
+    panels: Tensor  # (N / P rounded up, K, P)
+    shape: tuple[int, int]  # (N, K)
+
+
+def pack_linear(weight: Tensor) -> PackedLinear:
+    """Packs a weight once, for inference: `linear` takes the result in place of the weight and gives the same bits.
+
+    Args:
+        weight: (N, K), float32, bfloat16 or float16; stored as it is typed.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit.
+    """
+    width = _C.panel_width()
+    n, k = weight.shape if weight.dim() == 2 else (0, 0)
+    panels = torch.empty((n + width - 1) // width, k, width, dtype=weight.dtype)
+    _C.pack_linear(weight, panels)
+    return PackedLinear(panels, (n, k))
+
+
+def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, accumulated in float32.
 
-    A row's result has the same bits alone, in any batch, and for any number of threads.
+    A row's result has the same bits alone, in any batch, for any number of threads, and for a packed weight.
 
     Args:
         x: (..., K), float32, bfloat16 or float16, of any strides.
-        weight: (N, K), x's dtype.
+        weight: (N, K), x's dtype; or what `pack_linear` made of it, which has no gradients.
         bias: (N,), x's dtype.
 
     Returns:
         (..., N), typed like x.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit.
+        ValueError, TypeError: a shape or dtype that does not fit, or a weight packed for another instruction set.
     """
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"[linear] x (..., K) and weight (N, K) must share K, but got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"[linear] {name} must be {x.dtype} like x, but got {t.dtype}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    grad = torch.is_grad_enabled()
+    if type(weight) is PackedLinear:
+        if grad and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            raise ValueError("[linear] a packed weight has no gradients: x and bias must not require one")
+        if x.dim() and x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"[linear] x (..., K) and weight (N, K) must share K, but got {tuple(x.shape)} and {weight.shape}"
+            )
+        return _forward(x, weight.panels, bias, weight.shape[0], True)
+    if grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
-    return _matmul(x, weight.detach().T, bias)
+    return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], n))
+    if x.dim() > 2 and not x.is_contiguous():
+        x = x.flatten(0, -2)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    _C.linear(x, weight, bias, out, packed)
+    return out
 
 
 def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
-def _matmul(x: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _matmul(x: Tensor, b: Tensor) -> Tensor:
     out = torch.empty(*x.shape[:-1], b.shape[1], dtype=x.dtype)
-    a = _rows(x.detach())
-    _C.matmul(a, b, None if bias is None else bias.detach().contiguous(), out.view(a.shape[0], b.shape[1]))
+    a = _rows(x)
+    _C.matmul(a, b, None, out.view(a.shape[0], b.shape[1]))
     return out
 
 
@@ -50,17 +88,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _matmul(x, weight.detach().T, bias)
+        return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = _matmul(dy, weight.detach()) if ctx.needs_input_grad[0] else None
+        dx = _matmul(dy, weight) if ctx.needs_input_grad[0] else None
         rows = _rows(dy)
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = _matmul(rows.T, _rows(x.detach()))
+            dweight = _matmul(rows.T, _rows(x))
         if ctx.needs_input_grad[2]:
             dbias = torch.empty(rows.shape[1], dtype=dy.dtype)
             _C.column_sum(rows if rows.stride(1) == 1 else rows.contiguous(), dbias)

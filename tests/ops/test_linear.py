@@ -2,7 +2,7 @@ import pytest
 import torch
 from twins import check_twin
 
-from pyllm import ops, reference
+from pyllm import _C, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,7 +47,44 @@ def test_errors_name_the_argument():
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"share K, but got \(2, 8\) and \(3, 7\)"):
         ops.linear(x, torch.ones(3, 7))
-    with pytest.raises(TypeError, match=r"weight must be torch\.float32 like x, but got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"weight must be float32, but got bfloat16"):
         ops.linear(x, torch.ones(3, 8).bfloat16())
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\), but got \(4,\)"):
         ops.linear(x, torch.ones(3, 8), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "k", "n"), [(1, 300, 70), (2, 5, 3), (3, 513, 33), (40, 600, 130), (0, 4, 3), (2, 0, 3)]
+)
+def test_a_packed_weight_gives_the_same_bits(rows, k, n, dtype, isa):
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (k, n), (n,)))
+    packed = ops.pack_linear(weight.T)
+    assert packed.panels.dtype == dtype and packed.shape == (n, k)
+    assert torch.equal(ops.linear(x, packed, bias), ops.linear(x, weight.T, bias))
+    assert torch.equal(ops.linear(x, packed), ops.linear(x, weight.T.contiguous()))
+
+
+def test_a_packed_weight_that_does_not_fit_is_refused():
+    x, packed = torch.randn(2, 8), ops.pack_linear(torch.randn(5, 8))
+    with pytest.raises(ValueError, match=r"share K, but got \(2, 7\) and \(5, 8\)"):
+        ops.linear(x[:, :7], packed)
+    with pytest.raises(TypeError, match=r"weight must be bfloat16, but got float32"):
+        ops.linear(x.bfloat16(), packed)
+    with pytest.raises(ValueError, match=r"no gradients"):
+        ops.linear(x.requires_grad_(), packed)
+    with pytest.raises(ValueError, match=r"weight must have 2 dimension"):
+        ops.pack_linear(torch.randn(5))
+
+
+def test_a_weight_packed_for_another_instruction_set_is_refused():
+    isas, chosen = _C.info()["isas"], _C.info()["isa"]
+    packed = ops.pack_linear(torch.randn(5, 8))
+    try:
+        for other in isas:
+            _C.set_isa(other)
+            if other != chosen:
+                with pytest.raises(ValueError, match=rf"must be packed for {other}, in panels of \d+ columns"):
+                    ops.linear(torch.randn(2, 8), packed)
+    finally:
+        _C.set_isa(chosen)

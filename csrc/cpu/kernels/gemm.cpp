@@ -115,24 +115,42 @@ void pack(const Matrix& b, int64_t n, int64_t k, float* out) {
   });
 }
 
+void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
+  parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    auto* wide = static_cast<float*>(cpu::scratch(kPanel * kBlockK * sizeof(float), 7));
+    with_dtype(b.dtype, [&](auto* tag) {
+      for (int64_t p = begin; p < end; p++)
+        for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
+          const int64_t count = std::min(kBlockK, k - k0);
+          pack_panel<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, k0, count, wide);
+          for (int64_t i = 0; i < count * kPanel; i += W)
+            store(static_cast<decltype(tag)>(out) + (p * k + k0) * kPanel + i, load(wide + i));
+        }
+    });
+  });
+}
+
 namespace {
 
 // A's rows are copied tile by tile, a block of k at a time: row after row, kBlockK apart, or, where A's columns lie along
 // memory, [k][kTile]. Both are plain copies. The rows of a block are shared out evenly over its tiles.
 constexpr int64_t kTileFloats = kTile * kBlockK + 2 * W;
 
-int64_t tile_row(int64_t tile, int64_t tiles, int64_t rows) { return tile * rows / tiles; }
+struct Tiles {
+  int64_t count, least, taller;  // the first `taller` tiles have one row more than `least`
+  explicit Tiles(int64_t rows) : count((rows + kTile - 1) / kTile), least(rows / count), taller(rows % count) {}
+  int64_t height(int64_t t) const { return least + (t < taller); }
+};
 
 template <class T>
-void pack_rows(const Product& p, int64_t i0, int64_t rows, int64_t tiles, int64_t k0, int64_t count, float* out) {
+void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int64_t count, float* out) {
   const int64_t row_step = p.a.row_step, column_step = p.a.column_step;
   const T* source = static_cast<const T*>(p.a.data) + i0 * row_step + k0 * column_step;
   if (column_step == 1) {
-    for (int64_t t = 0; t < tiles; t++, out += kTileFloats) {
-      const int64_t first = tile_row(t, tiles, rows), end = tile_row(t + 1, tiles, rows);
-      for (int64_t r = first; r < end; r++) {
-        const T* from = source + r * row_step;
-        float* to = out + (r - first) * kBlockK;
+    for (int64_t t = 0; t < tiles.count; t++, out += kTileFloats) {
+      for (int64_t r = 0; r < tiles.height(t); r++, source += row_step) {
+        const T* from = source;
+        float* to = out + r * kBlockK;
         int64_t k = 0;
         for (; k + W <= count; k += W) store(to + k, load(from + k));
         if (k < count) store_n(to + k, load_n(from + k, count - k), count - k);
@@ -140,34 +158,37 @@ void pack_rows(const Product& p, int64_t i0, int64_t rows, int64_t tiles, int64_
     }
     return;
   }
-  for (int64_t k = 0; k < count; k++, source += column_step, out += kTile)
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t first = tile_row(t, tiles, rows), end = tile_row(t + 1, tiles, rows);
-      float* to = out + t * kTileFloats;
-      if (row_step == 1) {
-        for (int64_t r = 0; r < kTile; r += W) {
-          const int64_t left = p.m - i0 - first - r;
-          store(to + r, left >= W ? load(source + first + r) : left > 0 ? load_n(source + first + r, left) : V{});
-        }
+  for (int64_t k = 0; k < count; k++, source += column_step, out += kTile) {
+    const T* from = source;
+    float* to = out;
+    int64_t left = p.m - i0;
+    for (int64_t t = 0; t < tiles.count; t++, to += kTileFloats) {
+      const int64_t height = tiles.height(t);
+      if (row_step == 1 && left >= round_up(kTile, W)) {  // the rows beyond `height` are not used
+        UNROLL for (int64_t r = 0; r < kTile; r += W) store(to + r, load(from + r));
       } else {
-        for (int64_t r = first; r < end; r++) to[r - first] = to_float(source[r * row_step]);
+        for (int64_t r = 0; r < height; r++) to[r] = to_float(from[r * row_step]);
       }
+      from += height * row_step;
+      left -= height;
     }
+  }
 }
 
 // R rows of A by P panels, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
 // keeps: it would put all of them in memory.
 template <int R, int P, bool kRowsApart>
-void tile(const float* a, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step, int64_t columns,
+void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step, int64_t columns,
           bool accumulate, const float* bias) {
-  constexpr int64_t kRow = kRowsApart ? kBlockK : 1, kColumn = kRowsApart ? 1 : kTile;
+  constexpr int64_t kColumn = kRowsApart ? 1 : kTile;
+  if (!kRowsApart) a_row = 1;
   V s[R][2 * P] = {};
   UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(c + r * c_step, 1);
   for (const float* end = a + count * kColumn; a < end; a += kColumn, b += kPanel) {
     V v[2 * P];
     UNROLL for (int j = 0; j < 2 * P; j++) v[j] = load(b + j / 2 * panel_step + j % 2 * W);
     UNROLL for (int r = 0; r < R; r++) {
-      const V x = set(a[r * kRow]);
+      const V x = set(a[r * a_row]);
       UNROLL for (int j = 0; j < 2 * P; j++) s[r][j] = fma(x, v[j], s[r][j]);
     }
   }
@@ -193,11 +214,11 @@ void tile(const float* a, int64_t count, const float* b, int64_t panel_step, flo
     }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
 
 template <bool kRowsApart>
 Tile tile_of(int64_t rows) {  // one panel wide
-  constexpr Tile tiles[] = {tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>,  tile<3, 1, kRowsApart>,
+  static constexpr Tile tiles[] = {tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>,  tile<3, 1, kRowsApart>,
                             tile<4, 1, kRowsApart>,  tile<5, 1, kRowsApart>,  tile<6, 1, kRowsApart>,
 #if ISA_AVX512
                             tile<7, 1, kRowsApart>,  tile<8, 1, kRowsApart>,  tile<9, 1, kRowsApart>,
@@ -324,8 +345,8 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   with_dtype(p.b.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using Rows = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
-    constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>};
-    constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
+    static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>};
+    static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
                               few_rows_along<4, T>};
     (p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
   });
@@ -339,20 +360,25 @@ constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A
 
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (i0 >= i1 || j0 >= j1) return;
-  if (!p.packed && p.k > 0 && i1 - i0 <= (p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0))
+  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= (p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0))
     return few_rows(p, i0, i1, j0, j1);
   const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
   const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
   const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);
-  const int64_t deep = std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
+  // Rows of A that are short enough are as good as a copy.
+  const bool in_place = rows_apart && p.a.dtype == DType::f32 && p.a.row_step < 1000;
+  const int64_t a_row = in_place ? p.a.row_step : kBlockK;
+  const int64_t deep = in_place ? blocks : std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
+  const int64_t copied = in_place ? 0 : deep * max_tiles * kTileFloats;
   // Sums of a 16-bit C are kept wide until the last block of k.
   const int64_t width = direct ? j1 - j0 : deep == blocks ? kGroup * kPanel : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
-  auto* copy = static_cast<float*>(cpu::scratch(
-      (deep * max_tiles * kTileFloats + (p.packed ? 0 : kGroup * kPanel * kBlockK) + (direct ? 0 : height * width)) * sizeof(float), 7));
-  float* panels = copy + deep * max_tiles * kTileFloats;
-  float* wide = panels + (p.packed ? 0 : kGroup * kPanel * kBlockK);
+  const int64_t packed_here = p.packed ? 0 : kGroup * kPanel * kBlockK;
+  auto* copy = static_cast<float*>(
+      cpu::scratch((copied + packed_here + (direct ? 0 : height * width)) * sizeof(float), 7));
+  float *panels = copy + copied, *wide = panels + packed_here;
   for (int64_t i = i0; i < i1; i += height) {
-    const int64_t rows = std::min(height, i1 - i), tiles = (rows + kTile - 1) / kTile;
+    const int64_t rows = std::min(height, i1 - i);
+    const Tiles tiles(rows);
     for (int64_t left = j0; left < j1; left += width) {
       const int64_t right = std::min(left + width, j1);
       float* c = direct ? static_cast<float*>(p.c) + i * p.c_step + left : wide;
@@ -368,12 +394,12 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
       if (!direct && p.accumulate) each_of_c([](auto* c, float* w, int64_t n) { write(w, get(c, n), n); });
       for (int64_t block0 = 0; block0 < blocks; block0 += deep) {
         const int64_t block1 = std::min(block0 + deep, blocks);
-        if (deep < blocks || left == j0)
+        if (!in_place && (deep < blocks || left == j0))
           with_dtype(p.a.dtype, [&](auto* tag) {
             for (int64_t block = block0; block < block1; block++)
-              pack_rows<std::remove_pointer_t<decltype(tag)>>(p, i, rows, tiles, block * kBlockK,
+              pack_rows<std::remove_pointer_t<decltype(tag)>>(p, i, tiles, block * kBlockK,
                                                               std::min(kBlockK, p.k - block * kBlockK),
-                                                              copy + (block - block0) * tiles * kTileFloats);
+                                                              copy + (block - block0) * tiles.count * kTileFloats);
           });
         for (int64_t group = left; group < right; group += kGroup * kPanel)
           for (int64_t block = block0; block < block1; block++) {
@@ -381,18 +407,27 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
             const int64_t end = std::min(group + kGroup * kPanel, right);
             if (!p.packed)
               with_dtype(p.b.dtype, [&](auto* tag) {
-                for (int64_t j = group; j < end; j += kPanel)
-                  pack_panel<std::remove_pointer_t<decltype(tag)>>(p.b, p.n, j, k0, count, panels + (j - group) * kBlockK,
-                                                                   kGroup * kPanel);
+                for (int64_t j = group; j < end; j += kPanel) {
+                  float* panel = panels + (j - group) * kBlockK;
+                  if (p.packed_narrow)
+                    as_floats(static_cast<decltype(tag)>(const_cast<void*>(p.packed_narrow)) + j * p.k + k0 * kPanel,
+                              p.b.dtype, count * kPanel, panel);
+                  else
+                    pack_panel<std::remove_pointer_t<decltype(tag)>>(p.b, p.n, j, k0, count, panel, kGroup * kPanel);
+                }
               });
             for (int64_t j = group; j < end; j += kPanel) {
               const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - group) * kBlockK;
               const float* bias = p.bias && block + 1 == blocks ? p.bias + j : nullptr;
-              for (int64_t t = 0; t < tiles; t++) {
-                const int64_t first = tile_row(t, tiles, rows), height = tile_row(t + 1, tiles, rows) - first;
-                tile_of(height, rows_apart)(copy + ((block - block0) * tiles + t) * kTileFloats, count, b, 0,
-                                            c + first * c_step + j - left, c_step, std::min(kPanel, right - j),
+              const float* a = in_place ? static_cast<const float*>(p.a.data) + i * a_row + k0
+                                        : copy + (block - block0) * tiles.count * kTileFloats;
+              float* out = c + j - left;
+              for (int64_t t = 0; t < tiles.count; t++) {
+                const int64_t height = tiles.height(t);
+                tile_of(height, rows_apart)(a, a_row, count, b, 0, out, c_step, std::min(kPanel, right - j),
                                             p.accumulate || block > 0, bias);
+                a += in_place ? height * a_row : kTileFloats;
+                out += height * c_step;
               }
             }
           }
@@ -405,7 +440,7 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
 // Equal pieces for the threads, of the shape that packs least.
 void product(const Product& p) {
   if (p.m == 0 || p.n == 0) return;
-  const int64_t threads = p.m * p.n * p.k < 1 << 16 ? 1 : cpu::num_threads();
+  const int64_t threads = p.m * p.n * p.k < 1 << 15 ? 1 : cpu::num_threads();
   int64_t height = p.m, width = p.n, best = INT64_MAX;
   for (int64_t count = threads; threads > 1 && count <= 3 * threads; count += threads)
     for (int64_t down = 1; down <= count; down++) {

@@ -35,6 +35,7 @@ struct Product {
   DType c_dtype;
   int64_t c_step;
   bool accumulate;  // C starts from what is in c
+  const void* packed_narrow = nullptr;  // b from pack_narrow()
 };
 
 namespace {
@@ -46,6 +47,7 @@ namespace {
 
 // All of b (k x n) as panels: [panel][k][kPanel], the columns beyond n zeros.
 void pack(const Matrix& b, int64_t n, int64_t k, float* out);
+void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out);  // the same in b's own 16-bit type
 
 // The whole product, shared out to the threads.
 void product(const Product& p);
