@@ -62,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &cpu::set_isa);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
+  def(m, "activation_forward", &ops::activation_forward);
+  def(m, "activation_backward", &ops::activation_backward);
   def(m, "cross_entropy_forward", &ops::cross_entropy_forward);
   def(m, "cross_entropy_backward", &ops::cross_entropy_backward);
   def(m, "linear_cross_entropy", &ops::linear_cross_entropy);

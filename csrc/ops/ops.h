@@ -5,6 +5,11 @@
 
 namespace pyllm::ops {
 
+void activation_forward(const TensorView& gate, const TensorView& up_or_none, const TensorView& out,
+                        const std::string& op, const std::string& kind);
+void activation_backward(const TensorView& dy, const TensorView& gate, const TensorView& up_or_none,
+                         const TensorView& dgate, const TensorView& dup_or_none, const std::string& op,
+                         const std::string& kind);
 void cross_entropy_forward(const TensorView& logits, const TensorView& targets, const TensorView& losses_or_none,
                            const TensorView& statistics_or_none, const TensorView& total_or_none, int64_t ignore_index,
                            double label_smoothing, const std::string& reduction);

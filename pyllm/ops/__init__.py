@@ -1,5 +1,6 @@
 """The compiled operations. Each has a twin of the same name and signature in `pyllm.reference`."""
 
+from pyllm.ops.activations import geglu, gelu, silu, swiglu
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
@@ -10,6 +11,8 @@ __all__ = [
     "PackedLinear",
     "cross_entropy",
     "embedding",
+    "geglu",
+    "gelu",
     "gru",
     "gru_cell",
     "layer_norm",
@@ -21,4 +24,6 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rnn_cell",
+    "silu",
+    "swiglu",
 ]

@@ -1,0 +1,71 @@
+#include "cpu/activations.h"
+
+#include "ops/ops.h"
+
+namespace pyllm::ops {
+
+namespace {
+
+Activation kind_of(const char* op, const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  fail(Error::value, "[", op, "] kind must be 'gelu', 'gelu_tanh' or 'silu', but got '", name, "'");
+}
+
+void check_like(const char* op, const char* name, const TensorView& t, const TensorView& like) {
+  check_dtype(op, name, t, like.dtype);
+  bool same = t.ndim == like.ndim;
+  for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == like.shape[i];
+  check(same, "[", op, "] ", name, " must have shape ", like.shape_text(), ", but got ", t.shape_text());
+}
+
+void check_output(const char* op, const char* name, const TensorView& t, const TensorView& like) {
+  check_like(op, name, t, like);
+  check_contiguous(op, name, t);
+  check_writable(op, name, t);
+}
+
+struct Walk {  // contiguous tensors are one row
+  bool flat;
+  int64_t cols;
+  Rows rows(const TensorView& t) const { return flat || !t.present() ? Rows() : t.rows(); }
+};
+
+Walk walk_over(const char* op, const TensorView& a, const TensorView& b, const TensorView& c) {
+  bool flat = true;
+  for (const TensorView* t : {&a, &b, &c}) {
+    if (!t->present()) continue;
+    flat = flat && t->contiguous();
+    check_inner_stride(op, "each input", *t);
+  }
+  return {flat, flat ? a.numel() : a.size(-1)};
+}
+
+}  // namespace
+
+void activation_forward(const TensorView& gate, const TensorView& up, const TensorView& out, const std::string& op_name,
+                        const std::string& kind) {
+  const char* op = op_name.c_str();
+  check_float(op, up.present() ? "gate" : "x", gate);
+  if (up.present()) check_like(op, "up", up, gate);
+  check_output(op, "out", out, gate);
+  const Walk walk = walk_over(op, gate, up, TensorView::absent());
+  pyllm::activation_forward({kind_of(op, kind), gate.dtype, walk.cols, gate.data, up.data, walk.rows(gate),
+                             walk.rows(up), out.data});
+}
+
+void activation_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,
+                         const TensorView& dup, const std::string& op_name, const std::string& kind) {
+  const char* op = op_name.c_str();
+  check_float(op, up.present() ? "gate" : "x", gate);
+  check_like(op, "dy", dy, gate);
+  if (up.present()) check_like(op, "up", up, gate);
+  check_output(op, "dgate", dgate, gate);
+  if (up.present()) check_output(op, "dup", dup, gate);
+  const Walk walk = walk_over(op, dy, gate, up);
+  pyllm::activation_backward({kind_of(op, kind), gate.dtype, walk.cols, dy.data, gate.data, up.data, walk.rows(dy),
+                              walk.rows(gate), walk.rows(up), dgate.data, dup.data});
+}
+
+}  // namespace pyllm::ops

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllm import _C
+
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """x times the standard normal distribution's mass below x (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415).
+
+    Args:
+        x: any shape, float32, bfloat16 or float16.
+        approximate: "none", or "tanh" for the paper's approximation.
+
+    Returns:
+        Shaped and typed like x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option that does not fit.
+    """
+    return _activation("gelu", _gelu_kind("gelu", approximate), x, None)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) (Elfwing et al., 2017, https://arxiv.org/abs/1702.03118); x, result and errors as in `gelu`."""
+    return _activation("silu", "silu", x, None)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up (Shazeer, 2020, https://arxiv.org/abs/2002.05202).
+
+    Args:
+        gate, up: of one shape and dtype, float32, bfloat16 or float16. The two halves of the last dimension of one
+            tensor, as from `chunk(2, -1)`, are read where they are.
+        approximate: as in `gelu`.
+
+    Returns:
+        Shaped and typed like gate.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option that does not fit.
+    """
+    return _activation("geglu", _gelu_kind("geglu", approximate), gate, up)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020, https://arxiv.org/abs/2002.05202); arguments, result and errors as in `geglu`."""
+    return _activation("swiglu", "silu", gate, up)
+
+
+def _gelu_kind(op: str, approximate: str) -> str:
+    if approximate not in _GELU:
+        raise ValueError(f"[{op}] approximate must be 'none' or 'tanh', but got {approximate!r}")
+    return _GELU[approximate]
+
+
+def _activation(op: str, kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
+    gate = _rows(gate)
+    if up is not None:
+        up = _rows(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        return _Activation.apply(op, kind, gate, up)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _C.activation_forward(gate, up, out, op, kind)
+    return out
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, kind, gate, up):
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        _C.activation_forward(gate, up, out, op, kind)
+        ctx.save_for_backward(gate, up)
+        ctx.names = op, kind
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate = torch.empty(gate.shape, dtype=gate.dtype)
+        dup = None if up is None else torch.empty(up.shape, dtype=up.dtype)
+        _C.activation_backward(_rows(dy), gate, up, dgate, dup, *ctx.names)
+        return None, None, dgate, dup
