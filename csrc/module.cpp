@@ -81,4 +81,5 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_forward", &ops::recurrent_forward);
   def(m, "recurrent_cell", &ops::recurrent_cell);
   def(m, "recurrent_backward", &ops::recurrent_backward);
+  def(m, "rope", &ops::rope);
 }

@@ -6,6 +6,7 @@ from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from pyllm.ops.rope import rope
 
 __all__ = [
     "PackedLinear",
@@ -24,6 +25,7 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rnn_cell",
+    "rope",
     "silu",
     "swiglu",
 ]

@@ -1,0 +1,35 @@
+#include "cpu/rope.h"
+
+#include "ops/ops.h"
+
+namespace pyllm::ops {
+
+void rope(const TensorView& x, const TensorView& positions, const TensorView& inv_freq, const TensorView& out,
+          int64_t rotary_dim, bool interleaved, double scale, bool inverse) {
+  const char* op = "rope";
+  check_float(op, "x", x);
+  check_ndim(op, "x", x, 4);
+  check_inner_stride(op, "x", x);
+  const int64_t batch = x.size(0), length = x.size(1), width = x.size(3);
+  check(rotary_dim >= 0 && rotary_dim <= width && rotary_dim % 2 == 0, "[", op,
+        "] rotary_dim must be even and in [0, ", width, "], but got ", rotary_dim);
+  check_cpu(op, "positions", positions);
+  if (positions.dtype != DType::i64 && positions.dtype != DType::i32)
+    fail(Error::type, "[", op, "] positions must be int64 or int32, but got ", name_of(positions.dtype));
+  const bool shared = positions.ndim == 1;
+  if (shared) check_shape(op, "positions", positions, length);
+  else check_shape(op, "positions", positions, batch, length);
+  check_contiguous(op, "positions", positions);
+  check_dtype(op, "inv_freq", inv_freq, DType::f64);
+  check_shape(op, "inv_freq", inv_freq, rotary_dim / 2);
+  check_contiguous(op, "inv_freq", inv_freq);
+  check_dtype(op, "out", out, x.dtype);
+  check_shape(op, "out", out, batch, length, x.size(2), width);
+  check_contiguous(op, "out", out);
+  check_writable(op, "out", out);
+  pyllm::rope({batch, length, x.size(2), width, rotary_dim, interleaved, inverse, x.dtype, positions.dtype, x.data,
+               positions.data, x.step(0), x.step(1), x.step(2), shared, inv_freq.as<double>(),
+               static_cast<float>(scale), out.data});
+}
+
+}  // namespace pyllm::ops
