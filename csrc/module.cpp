@@ -64,6 +64,8 @@ PYBIND11_MODULE(_C, m) {
 
   def(m, "activation_forward", &ops::activation_forward);
   def(m, "activation_backward", &ops::activation_backward);
+  def(m, "attention_forward", &ops::attention_forward);
+  def(m, "attention_backward", &ops::attention_backward);
   def(m, "cross_entropy_forward", &ops::cross_entropy_forward);
   def(m, "cross_entropy_backward", &ops::cross_entropy_backward);
   def(m, "linear_cross_entropy", &ops::linear_cross_entropy);

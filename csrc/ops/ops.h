@@ -5,6 +5,16 @@
 
 namespace pyllm::ops {
 
+void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias_or_none,
+                       const TensorView& key_lengths_or_none, const TensorView& query_segments_or_none,
+                       const TensorView& key_segments_or_none, const TensorView& out, const TensorView& lse_or_none,
+                       const TensorView& weights_or_none, bool causal, int64_t window, double scale, double softcap);
+void attention_backward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias_or_none,
+                        const TensorView& key_lengths_or_none, const TensorView& query_segments_or_none,
+                        const TensorView& key_segments_or_none, const TensorView& out, const TensorView& lse,
+                        const TensorView& weights_or_none, const TensorView& dout, const TensorView& dweights_or_none,
+                        const TensorView& dq_or_none, const TensorView& dk_or_none, const TensorView& dv_or_none,
+                        const TensorView& dbias_or_none, bool causal, int64_t window, double scale, double softcap);
 void activation_forward(const TensorView& gate, const TensorView& up_or_none, const TensorView& out,
                         const std::string& op, const std::string& kind);
 void activation_backward(const TensorView& dy, const TensorView& gate, const TensorView& up_or_none,

@@ -1,6 +1,7 @@
 """The compiled operations. Each has a twin of the same name and signature in `pyllm.reference`."""
 
 from pyllm.ops.activations import geglu, gelu, silu, swiglu
+from pyllm.ops.attention import attention
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
@@ -10,6 +11,7 @@ from pyllm.ops.rope import rope
 
 __all__ = [
     "PackedLinear",
+    "attention",
     "cross_entropy",
     "embedding",
     "geglu",

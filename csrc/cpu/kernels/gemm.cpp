@@ -8,47 +8,6 @@
 namespace pyllm::ISA {
 namespace {
 
-template <int kDistance>
-VEC void swap_lanes(V* rows) {
-  VI low, high;
-  UNROLL for (int l = 0; l < W; l++) {
-    low[l] = l & kDistance ? l - kDistance + W : l;
-    high[l] = l & kDistance ? l + W : l + kDistance;
-  }
-  UNROLL for (int i = 0; i < W; i++) {
-    if (i & kDistance) continue;
-    const V a = rows[i], b = rows[i + kDistance];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kDistance] = __builtin_shuffle(a, b, high);
-  }
-}
-
-// One 4 x 4 block in each 128-bit lane, then the lanes.
-VEC void transpose(V* rows) {
-  VI low, high, low2, high2;
-  UNROLL for (int l = 0; l < W; l++) {
-    const int lane = l / 4 * 4, odd = l & 1, pair = (l & 2) >> 1;
-    low[l] = lane + pair + odd * W;
-    high[l] = lane + 2 + pair + odd * W;
-    low2[l] = lane + odd + pair * W;
-    high2[l] = lane + 2 + odd + pair * W;
-  }
-  UNROLL for (int i = 0; i < W; i += 4) {
-    const V a = __builtin_shuffle(rows[i], rows[i + 1], low), b = __builtin_shuffle(rows[i], rows[i + 1], high);
-    const V c = __builtin_shuffle(rows[i + 2], rows[i + 3], low), d = __builtin_shuffle(rows[i + 2], rows[i + 3], high);
-    rows[i] = __builtin_shuffle(a, c, low2);
-    rows[i + 1] = __builtin_shuffle(a, c, high2);
-    rows[i + 2] = __builtin_shuffle(b, d, low2);
-    rows[i + 3] = __builtin_shuffle(b, d, high2);
-  }
-#if ISA_AVX2 || ISA_AVX512
-  swap_lanes<4>(rows);
-#endif
-#if ISA_AVX512
-  swap_lanes<8>(rows);
-#endif
-}
-
 // A W x W block of a matrix whose columns lie along memory, `column_step` apart: rows[l] is its row l.
 template <class T>
 VEC void load_transposed(const T* p, int64_t column_step, V* rows) {

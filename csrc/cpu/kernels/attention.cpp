@@ -1,0 +1,498 @@
+// Attention, forward: an online softmax over blocks of 64 keys, the state of a row being its maximum, its sum and its
+// output so far. Memory is linear in the number of keys and queries.
+//
+// Keys are cut into splits of kSplit, each walked from an empty state, and the states are merged in order. That is so
+// in every call, whether one thread takes all splits of a tile of queries or, where there are few queries, each thread
+// some of them; so a row has the same bits in a full pass, in any chunk of it, and alone over the keys so far.
+//
+// Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
+// query of a group of heads): keys lie across the lanes for the scores, transposed in registers on their way from
+// memory, and value elements for the output, so that keys and values are read once and nothing is copied.
+#include "cpu/kernels/attention.h"
+
+#include <array>
+#include <type_traits>
+
+namespace pyllm::ISA {
+namespace {
+
+constexpr int64_t kSplit = 512;
+constexpr int64_t kFewRows = 4;  // rows that walk the keys together when there are few
+
+struct State {  // of a tile; `sums` has [panel][value_dim][kLanes], or [row][value_dim] rounded up when rows are few
+  float *max, *total, *sums;
+};
+
+// The new maximum m, and what the old state is multiplied by.
+VEC V rescale(V old_max, V m) { return exp2(old_max - finite_or_zero(m)); }
+
+// ---- Many rows.
+
+// sums[d][lane] * factor, plus the values of the keys that are not marked by a negative p: values may be infinite.
+void add_marked(const Panel& p, Range live, int64_t dim, const float* s, const float* values, float* sums,
+                const V* factor) {
+  for (int64_t d = 0; d < dim; d++)
+    for (int64_t v = 0; v < p.vectors; v++) {
+      V x = load(sums + d * kLanes + v * W) * factor[v];
+      for (int64_t j = live.lo; j < live.hi; j++) {
+        const V w = load(s + j * kLanes + v * W);
+        x = select(w < 0.0f, x, fma(w, set(values[j * dim + d]), x));
+      }
+      store(sums + d * kLanes + v * W, x);
+    }
+}
+
+template <bool kMark>
+VEC void exponentials(const Panel& p, Range live, float* s, float* max, float* total, V* factor) {
+  for (int64_t v = 0; v < p.vectors; v++) {
+    const V old_max = load(max + v * W);
+    V m = old_max;
+    for (int64_t j = live.lo; j < live.hi; j++) m = pyllm::ISA::max(load(s + j * kLanes + v * W), m);
+    factor[v] = rescale(old_max, m);
+    const V base = finite_or_zero(m);
+    V sum = load(total + v * W) * factor[v];
+    for (int64_t j = live.lo; j < live.hi; j++) {
+      float* at = s + j * kLanes + v * W;
+      const V x = load(at), e = exp2(x - base);
+      sum = sum + e;
+      store(at, kMark ? select(x == -kInfinity, set(-1.0f), e) : e);
+    }
+    store(max + v * W, m);
+    store(total + v * W, sum);
+  }
+}
+
+struct Buffers {
+  float *queries, *keys, *values, *scores;
+};
+
+template <class T>
+void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, const Buffers& w, Range keys, State s) {
+  for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
+    Block block;
+    set_block(a, rows, first, block);
+    bool loaded = false, finite = true;
+    for (int64_t i = 0; i * kLanes < rows.count; i++) {
+      const Panel& p = panels[i];
+      const Range live = live_keys(a, p, block);
+      if (live.lo == live.hi) continue;
+      if (!loaded) {
+        copy_rows(row_at<T>(a.k, a.k_step, rows.batch, first, rows.kv_head), a.k_step[1], block.count, a.dim, 1.0f,
+                  w.keys, a.dim);
+        finite = copy_rows(row_at<T>(a.v, a.v_step, rows.batch, first, rows.kv_head), a.v_step[1], block.count,
+                           a.value_dim, 1.0f, w.values, a.value_dim);
+        loaded = true;
+      }
+      const bool mark =
+          score_panel(a, rows, p, block, live, w.keys, w.queries + i * a.dim * kLanes, w.scores, kLanes, nullptr) &&
+          !finite;
+      V factor[2];
+      float* sums = s.sums + i * a.value_dim * kLanes;
+      (mark ? exponentials<true> : exponentials<false>)(p, live, w.scores, s.max + i * kLanes, s.total + i * kLanes,
+                                                        factor);
+      if (mark)
+        add_marked(p, live, a.value_dim, w.scores, w.values, sums, factor);
+      else
+        multiply(p.vectors, w.values + live.lo * a.value_dim, 1, a.value_dim, a.value_dim, live.hi - live.lo,
+                 w.scores + live.lo * kLanes, kLanes, sums, kLanes, factor);
+    }
+  }
+}
+
+// ---- Few rows.
+
+float read_float(const char* p, DType dtype, int64_t i) {
+  float x = 0;
+  with_dtype(dtype, [&](auto* tag) { x = to_float(reinterpret_cast<decltype(tag)>(const_cast<char*>(p))[i]); });
+  return x;
+}
+
+// scores[r][j] of R rows against keys live of a block that starts at k: kGroups vectors of keys at a time.
+template <int R, class T>
+void score_rows(const float* queries, const T* k, int64_t k_step, int64_t dim, Range live, float* scores) {
+  constexpr int kGroups = R == 1 ? 4 : R == 2 ? 2 : 1;
+  for (int64_t j = live.lo; j < live.hi; j += kGroups * W) {
+    V s[kGroups][R] = {};
+    const auto chunk = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+      for (int g = 0; g < kGroups; g++) {
+        V x[W];
+        for (int64_t l = 0; l < W; l++) x[l] = get(k + std::min(j + g * W + l, live.hi - 1) * k_step + d, n);
+        transpose(x);
+        for (int64_t l = 0; l < n; l++)
+          for (int r = 0; r < R; r++) s[g][r] = fma(set(queries[r * dim + d + l]), x[l], s[g][r]);
+      }
+    };
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) chunk(d, W);
+    if (d < dim) chunk(d, dim - d);
+    for (int g = 0; g < kGroups; g++)
+      for (int r = 0; r < R; r++)
+        if (j + g * W < live.hi) store(scores + r * 2 * kKeys + j + g * W, s[g][r]);
+  }
+}
+
+// sums[r] * factor[r] + p[r][live] v, N vectors wide, or n elements where N is 1. kTotal: total[r] too.
+template <int R, int N, bool kTotal, class T>
+VEC void add_values(const float* p, const T* v, int64_t v_step, Range live, int64_t n, const float* factor, float* sums,
+                    int64_t sums_step, float* total) {
+  V s[R][N];
+  float t[R];
+  for (int r = 0; r < R; r++) {
+    for (int i = 0; i < N; i++) s[r][i] = load(sums + r * sums_step + i * W) * set(factor[r]);
+    if (kTotal) t[r] = total[r];
+  }
+  for (int64_t j = live.lo; j < live.hi; j++) {
+    V x[N];
+    for (int i = 0; i < N; i++) x[i] = N > 1 ? load(v + j * v_step + i * W) : get(v + j * v_step, n);
+    for (int r = 0; r < R; r++) {
+      const float w = p[r * 2 * kKeys + j];
+      for (int i = 0; i < N; i++) s[r][i] = fma(set(w), x[i], s[r][i]);
+      if (kTotal) t[r] += w;
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int i = 0; i < N; i++) store(sums + r * sums_step + i * W, s[r][i]);
+    if (kTotal) total[r] = t[r];
+  }
+}
+
+// The same for one row, less the keys that are marked by a negative p.
+template <class T>
+void add_marked_row(const float* p, const T* v, int64_t v_step, Range live, int64_t dim, float factor, float* sums,
+                    float* total) {
+  for (int64_t j = live.lo; j < live.hi; j++)
+    if (!(p[j] < 0)) *total += p[j];
+  for (int64_t d = 0; d < dim; d += W) {
+    V s = load(sums + d) * factor;
+    for (int64_t j = live.lo; j < live.hi; j++)
+      if (!(p[j] < 0)) s = fma(set(p[j]), get(v + j * v_step + d, std::min<int64_t>(W, dim - d)), s);
+    store(sums + d, s);
+  }
+}
+
+template <int R, class T>
+void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, Range keys,
+              State s) {
+  constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
+  const int64_t sums_step = round_up(a.value_dim, W);
+  for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
+    Block block;
+    set_block(a, rows, first, block);
+    const Range live = live_keys(a, p, block);
+    if (live.lo == live.hi) continue;
+    alignas(64) float x[R][2 * kKeys];
+    score_rows<R>(queries + r0 * a.dim, row_at<T>(a.k, a.k_step, rows.batch, first, rows.kv_head), a.k_step[1], a.dim,
+                  live, &x[0][0]);
+    const bool mixed = a.bias || a.key_segments || p.tightest_lo > first + live.lo || p.tightest_hi < first + live.hi;
+    float factor[R];
+    for (int r = 0; r < R; r++) {
+      const int64_t row = r0 + r;
+      const Range own{std::clamp<int64_t>(p.lo[row] - first, 0, kKeys),
+                      std::clamp<int64_t>(p.hi[row] - first, 0, kKeys)};
+      V top = set(-kInfinity);
+      for (int64_t j = live.lo; j < live.hi; j += W) {
+        const int64_t n = std::min<int64_t>(W, live.hi - j);
+        V score = load(x[r] + j);
+        if (a.softcap > 0) score = tanh(score) * (a.softcap * kLog2e);
+        if (a.bias) {
+          const int64_t offset = bias_offset(a, rows.batch, p.head[row], p.query[row], first + j);
+          V bias{};
+          for (int64_t l = 0; l < n; l++) bias[l] = read_float(a.bias, a.bias_dtype, offset + l * a.bias_step[3]);
+          score = fma(bias, set(kLog2e), score);
+        }
+        const VI key = lane_index() + static_cast<int32_t>(j);
+        score = select((key >= static_cast<int32_t>(own.lo)) & (key < static_cast<int32_t>(own.hi)), score,
+                       set(-kInfinity));
+        if (a.key_segments)
+          for (int64_t l = 0; l < n; l++)
+            if (block.segment[j + l] != p.segment[row]) score[l] = -kInfinity;
+        store(x[r] + j, score);
+        top = max(score, top);
+      }
+      const V m = max(set(max(top)), set(s.max[row]));
+      const V base = finite_or_zero(m);
+      factor[r] = rescale(set(s.max[row]), m)[0];
+      s.max[row] = m[0];
+      for (int64_t j = live.lo; j < live.hi; j += W) {
+        const V score = load(x[r] + j), e = exp2(score - base);
+        store(x[r] + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
+      }
+      s.total[row] *= factor[r];
+    }
+    const T* v = row_at<T>(a.v, a.v_step, rows.batch, first, rows.kv_head);
+    const int64_t step = a.v_step[1];
+    float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
+    if (mixed) {
+      for (int r = 0; r < R; r++)
+        add_marked_row(x[r], v, step, live, a.value_dim, factor[r], sums + r * sums_step, total + r);
+      continue;
+    }
+    int64_t d = 0;
+    if (a.value_dim >= kWide * W)
+      for (; d + kWide * W <= a.value_dim; d += kWide * W)
+        (d == 0 ? add_values<R, kWide, true, T> : add_values<R, kWide, false, T>)(&x[0][0], v + d, step, live, W,
+                                                                                  factor, sums + d, sums_step, total);
+    for (; d < a.value_dim; d += W)
+      (d == 0 ? add_values<R, 1, true, T> : add_values<R, 1, false, T>)(&x[0][0], v + d, step, live,
+                                                                        std::min<int64_t>(W, a.value_dim - d), factor,
+                                                                        sums + d, sums_step, total);
+  }
+}
+
+template <class T>
+void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, Range keys, State s) {
+  for (int64_t r = 0; r < rows.count; r += kFewRows) {
+    const auto walk = std::array{walk_few<1, T>, walk_few<2, T>, walk_few<3, T>, walk_few<4, T>};
+    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, keys, s);
+  }
+}
+
+// ---- Tiles of rows over splits of keys.
+
+// `part` joins `all`; each has `rows` rounded up to whole panels.
+void merge(const AttentionArgs& a, bool few, int64_t rows, State part, State all) {
+  alignas(64) float keep[kMaxRows], join[kMaxRows];
+  for (int64_t i = 0; i < rows; i += W) {
+    const V old_max = load(all.max + i), new_max = load(part.max + i), m = max(old_max, new_max);
+    const V k = rescale(old_max, m), j = rescale(new_max, m);
+    store(keep + i, k);
+    store(join + i, j);
+    store(all.max + i, m);
+    store(all.total + i, fma(load(part.total + i), j, load(all.total + i) * k));
+  }
+  const int64_t sums_step = round_up(a.value_dim, W);
+  if (few) {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t d = 0; d < sums_step; d += W) {
+        float* at = all.sums + i * sums_step + d;
+        store(at, fma(load(part.sums + i * sums_step + d), set(join[i]), load(at) * set(keep[i])));
+      }
+    return;
+  }
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t d = i * a.value_dim; d < (i + kLanes) * a.value_dim; d += kLanes)
+      for (int64_t v = 0; v < kLanes; v += W) {
+        float* at = all.sums + d + v;
+        store(at, fma(load(part.sums + d + v), load(join + i + v), load(at) * load(keep + i + v)));
+      }
+}
+
+template <class T>
+struct Forward {
+  const AttentionForwardArgs& f;
+  const AttentionArgs& a;
+  int64_t group, all_rows, tile_rows, tiles_per_head, tiles, splits;
+  bool few;
+
+  explicit Forward(const AttentionForwardArgs& args) : f(args), a(args.in) {
+    group = a.heads / a.kv_heads;
+    all_rows = a.queries * group;
+    few = all_rows < W;
+    tile_rows = few ? all_rows : a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
+    const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
+    const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
+    while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
+    tiles_per_head = count();
+    tiles = heads * tiles_per_head;
+    splits = std::max<int64_t>(1, (a.keys + kSplit - 1) / kSplit);
+  }
+
+  // In floats, of whole panels.
+  int64_t padded_rows() const { return few ? kLanes : round_up(tile_rows, kLanes); }
+  int64_t sums_size() const {
+    return few ? tile_rows * round_up(a.value_dim, W) : round_up(tile_rows, kLanes) * a.value_dim;
+  }
+  int64_t state_size() const { return round_up(2 * padded_rows() + sums_size(), 16); }
+  State state_at(float* p) const { return {p, p + padded_rows(), p + 2 * padded_rows()}; }
+
+  struct Tile {
+    Rows rows;
+    Panel panels[kMaxRows / kLanes];
+    Range keys;
+    Buffers buffers;
+    float* states;  // two
+  };
+
+  void start(int64_t index, Tile& t) const {
+    // The last queries of a head first: under a causal mask they take longest.
+    const int64_t head = index / tiles_per_head, first = (tiles_per_head - 1 - index % tiles_per_head) * tile_rows;
+    t.rows = {head / a.kv_heads,
+              head % a.kv_heads * group,
+              group,
+              head % a.kv_heads,
+              length_of(a, head / a.kv_heads),
+              first,
+              std::min(tile_rows, all_rows - first)};
+    t.keys = set_panels(a, t.rows, t.panels);
+    const int64_t queries = round_up(padded_rows() * a.dim, 16), keys = few ? 0 : round_up(kKeys * a.dim, 16);
+    const int64_t values = few ? 0 : round_up(kKeys * a.value_dim, 16);
+    float* p = static_cast<float*>(
+        cpu::scratch((queries + keys + values + kKeys * kLanes + 2 * state_size()) * sizeof(float), 1));
+    t.buffers = {p, p + queries, p + queries + keys, p + queries + keys + values};
+    t.states = t.buffers.scores + kKeys * kLanes;
+  }
+
+  void load_queries(Tile& t) const {
+    const auto row_of = [&](const Panel& p) {
+      return [&](int64_t lane) { return row_at<T>(a.q, a.q_step, t.rows.batch, p.query[lane], p.head[lane]); };
+    };
+    if (few)
+      for (int64_t i = 0; i < t.rows.count; i++)
+        copy_rows(row_of(t.panels[0])(i), 0, 1, a.dim, query_factor(a), t.buffers.queries + i * a.dim, a.dim);
+    else
+      for (int64_t i = 0; i * kLanes < t.rows.count; i++)
+        pack_panel_rows(t.panels[i], a.dim, query_factor(a), t.buffers.queries + i * a.dim * kLanes,
+                        row_of(t.panels[i]));
+  }
+
+  void walk(const Tile& t, int64_t split, State s) const {
+    std::fill_n(s.max, padded_rows(), -kInfinity);
+    std::fill_n(s.total, padded_rows() + sums_size(), 0.0f);
+    const Range keys{std::max(split * kSplit, t.keys.lo / kKeys * kKeys), std::min((split + 1) * kSplit, t.keys.hi)};
+    if (keys.lo >= keys.hi) return;
+    if (few)
+      walk_rows<T>(a, t.rows, t.panels[0], t.buffers.queries, keys, s);
+    else
+      walk_panels<T>(a, t.rows, t.panels, t.buffers, keys, s);
+  }
+
+  void merge_into(const Tile& t, State part, State all) const {
+    merge(a, few, few ? t.rows.count : round_up(t.rows.count, kLanes), part, all);
+  }
+
+  void finish(const Tile& t, State s) const {
+    T* out = reinterpret_cast<T*>(f.out);
+    for (int64_t i = 0; i < t.rows.count; i += kLanes) {
+      const Panel& p = t.panels[i / kLanes];
+      const auto row_of = [&](int64_t lane) {
+        return out + ((t.rows.batch * a.queries + p.query[lane]) * a.heads + p.head[lane]) * a.value_dim;
+      };
+      V factor[2];
+      alignas(64) float lse[kLanes];
+      for (int64_t v = 0; v < 2; v++) {
+        const V total = load(s.total + i + v * W), m = load(s.max + i + v * W);
+        factor[v] = select(total == 0.0f, V{}, 1.0f / total);
+        store(lse + v * W, select(total == 0.0f, set(kInfinity), fma(log(total), set(kLog2e), m)));
+      }
+      if (few)
+        for (int64_t l = 0; l < p.count; l++)
+          copy_to(s.sums + l * round_up(a.value_dim, W), factor[l / W][l % W], row_of(l));
+      else
+        unpack_panel_rows(p, a.value_dim, factor, s.sums + i * a.value_dim, kLanes, row_of);
+      if (f.lse)
+        for (int64_t l = 0; l < p.count; l++)
+          f.lse[(t.rows.batch * a.heads + p.head[l]) * a.queries + p.query[l]] = lse[l];
+    }
+  }
+
+  void copy_to(const float* sums, float factor, T* out) const {
+    for (int64_t d = 0; d < a.value_dim; d += W)
+      write(out + d, load(sums + d) * factor, std::min<int64_t>(W, a.value_dim - d));
+  }
+
+  void run() const {
+    if (tiles >= 4 * cpu::num_threads() || splits == 1 || cpu::num_threads() == 1) {
+      parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          Tile t;
+          start(i, t);
+          load_queries(t);
+          const State all = state_at(t.states), part = state_at(t.states + state_size());
+          const int64_t first = t.keys.lo / kSplit;
+          walk(t, first, all);
+          for (int64_t split = first + 1; split * kSplit < t.keys.hi; split++) {
+            walk(t, split, part);
+            merge_into(t, part, all);
+          }
+          finish(t, all);
+        }
+      });
+      return;
+    }
+    auto* states = static_cast<float*>(cpu::scratch(tiles * splits * state_size() * sizeof(float), 0));
+    parallel_for(tiles * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        Tile t;
+        start(i / splits, t);
+        load_queries(t);
+        walk(t, i % splits, state_at(states + i * state_size()));
+      }
+    });
+    parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        Tile t;
+        start(i, t);
+        const State all = state_at(states + i * splits * state_size());
+        for (int64_t split = 1; split < splits; split++)
+          merge_into(t, state_at(states + (i * splits + split) * state_size()), all);
+        finish(t, all);
+      }
+    });
+  }
+
+  // The weights from the saved log-sum-exp, by panels whatever the number of rows: the scores are the same bits.
+  void write_weights() const {
+    constexpr int64_t rows_at_once = kMaxRows;
+    const int64_t per_head = (all_rows + rows_at_once - 1) / rows_at_once;
+    parallel_for(a.batch * a.kv_heads * per_head, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t head = i / per_head, batch = head / a.kv_heads, first = i % per_head * rows_at_once;
+        const Rows rows{batch,
+                        head % a.kv_heads * group,
+                        group,
+                        head % a.kv_heads,
+                        length_of(a, batch),
+                        first,
+                        std::min(rows_at_once, all_rows - first)};
+        auto* keys = static_cast<float*>(
+            cpu::scratch((round_up(kKeys * a.dim, 16) + kKeys * kLanes + kMaxRows * a.dim) * sizeof(float), 1));
+        float *scores = keys + round_up(kKeys * a.dim, 16), *queries = scores + kKeys * kLanes;
+        Panel panels[kMaxRows / kLanes];
+        set_panels(a, rows, panels);
+        const auto weights_of = [&](const Panel& p, int64_t lane) {
+          return reinterpret_cast<T*>(f.weights) +
+                 ((batch * a.heads + p.head[lane]) * a.queries + p.query[lane]) * a.keys;
+        };
+        for (int64_t r = 0; r < rows.count; r += kLanes) {
+          const Panel& p = panels[r / kLanes];
+          for (int64_t l = 0; l < p.count; l++) std::fill_n(weights_of(p, l), a.keys, T{});
+          pack_panel_rows(p, a.dim, query_factor(a), queries + r * a.dim,
+                          [&](int64_t lane) { return row_at<T>(a.q, a.q_step, batch, p.query[lane], p.head[lane]); });
+        }
+        for (int64_t k = 0; k < rows.length; k += kKeys) {
+          Block block;
+          set_block(a, rows, k, block);
+          copy_rows(row_at<T>(a.k, a.k_step, batch, k, rows.kv_head), a.k_step[1], block.count, a.dim, 1.0f, keys,
+                    a.dim);
+          for (int64_t r = 0; r < rows.count; r += kLanes) {
+            const Panel& p = panels[r / kLanes];
+            const Range live = live_keys(a, p, block);
+            if (live.lo == live.hi) continue;
+            score_panel(a, rows, p, block, live, keys, queries + r * a.dim, scores, kLanes, nullptr);
+            alignas(64) float lse[kLanes];
+            for (int64_t l = 0; l < kLanes; l++) lse[l] = f.lse[(batch * a.heads + p.head[l]) * a.queries + p.query[l]];
+            for (int64_t j = live.lo; j < live.hi; j++)
+              for (int64_t v = 0; v < p.vectors * W; v += W)
+                store(scores + j * kLanes + v, exp2(load(scores + j * kLanes + v) - load(lse + v)));
+            const V ones[2] = {set(1.0f), set(1.0f)};
+            unpack_panel_rows(p, live.hi - live.lo, ones, scores + live.lo * kLanes, kLanes,
+                              [&](int64_t lane) { return weights_of(p, lane) + k + live.lo; });
+          }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void attention_forward(const AttentionForwardArgs& f) {
+  if (f.in.batch * f.in.queries * f.in.heads == 0) return;
+  with_dtype(f.in.dtype, [&](auto* tag) {
+    const Forward<std::remove_pointer_t<decltype(tag)>> forward(f);
+    forward.run();
+    if (f.weights) forward.write_weights();
+  });
+}
+
+}  // namespace pyllm::ISA

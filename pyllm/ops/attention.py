@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllm import _C
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
+              scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
+              key_lengths: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+              return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Scaled dot-product attention: softmax(q k' * scale + bias) v.
+
+    Computed tile by tile with an online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867; Dao et
+    al., 2022, https://arxiv.org/abs/2205.14135), in memory linear in the number of positions, accumulated in float32.
+    On the CPU a query's result has the same bits alone, in any batch and chunk of queries, for any number of threads,
+    and whatever lies in k and v beyond `key_lengths`.
+
+    Args:
+        q: (B, Tq, H, D), float32, bfloat16 or float16, D from 1 to 256.
+        k: (B, Tk, Hkv, D), q's dtype; H is a multiple of Hkv, and query head h reads key head h // (H // Hkv).
+        v: (B, Tk, Hkv, Dv), q's dtype; Dv from 1 to 256.
+        causal: a query sees the keys up to its own position; the last query stands at the sequence's last key.
+        window: a query sees only the `window` keys up to its own position, and, where it is not causal, as many
+            from there on.
+        scale: what the products are multiplied by; 1 / sqrt(D) by default.
+        bias: broadcastable to (B, H, Tq, Tk), any of the three dtypes; added to the scores, and given a gradient. A key
+            whose bias is -infinity is masked.
+        softcap: scores become softcap * tanh(scores / softcap), before the bias (Gemma 2).
+        key_lengths: (B,), int64 or int32: how many keys of each sequence count.
+        segment_ids: (B, T), int64 or int32, for queries and keys alike, or a pair (B, Tq), (B, Tk): a query sees only
+            the keys of its own segment.
+        return_weights: also returns the softmax's result, (B, H, Tq, Tk) in q's dtype.
+
+    Returns:
+        (B, Tq, H, Dv) in q's dtype; with `return_weights`, that and the weights. A query that sees no key gets zeros.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or length that does not fit.
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"[attention] {name} must have 4 dimensions (B, T, H, D), but got {tuple(t.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"[attention] window must be 1 or more, but got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"[attention] softcap must be positive, but got {softcap}")
+    of_query, of_key = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if scale is None:
+        scale = max(1, q.shape[-1]) ** -0.5
+    masks = (key_lengths, of_query, of_key)
+    options = (causal, window or 0, scale, softcap or 0.0)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        out, weights = _Attention.apply(q, k, v, bias, masks, options, return_weights)
+    else:
+        out, _, weights = _forward(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach(), masks,
+                                   options, return_weights, return_weights)  # fmt: skip
+    return (out, weights) if return_weights else out
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _forward(q, k, v, bias, masks, options, keep_lse, return_weights):
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    out = torch.empty(batch, queries, heads, v.shape[3], dtype=q.dtype)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32) if keep_lse else None
+    weights = torch.empty(batch, heads, queries, keys, dtype=q.dtype) if return_weights else None
+    _C.attention_forward(_rows(q), _rows(k), _rows(v), bias, *masks, out, lse, weights, *options)
+    return out, lse, weights
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, masks, options, return_weights):
+        q, k, v = (_rows(t.detach()) for t in (q, k, v))
+        bias = None if bias is None else bias.detach()
+        out, lse, weights = _forward(q, k, v, bias, masks, options, True, return_weights)
+        ctx.save_for_backward(q, k, v, bias, out, lse, weights, *masks)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dweights):
+        q, k, v, bias, out, lse, weights, *masks = ctx.saved_tensors
+        if dout is None and dweights is None:
+            return (None,) * 7
+        dout = torch.zeros_like(out) if dout is None else _rows(dout)
+        dweights = None if dweights is None else dweights.contiguous()
+        wanted = ctx.needs_input_grad
+        dq = torch.empty(q.shape, dtype=q.dtype) if wanted[0] else None
+        dk, dv = (torch.empty(t.shape, dtype=t.dtype) if wanted[1] or wanted[2] else None for t in (k, v))
+        dbias = torch.empty(bias.shape, dtype=bias.dtype) if wanted[3] else None
+        _C.attention_backward(q, k, v, bias, *masks, out, lse, weights, dout, dweights, dq, dk, dv, dbias, *ctx.options)
+        return dq, dk, dv, dbias, None, None, None
