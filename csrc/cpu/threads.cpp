@@ -216,9 +216,9 @@ void Team::barrier() {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  // Spinning is for the steps of a kernel, well under a microsecond apart; a team that lacks a core gives way.
+  // Spinning is for the steps of a kernel, a few microseconds apart; a team that lacks a core gives way.
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-    spins < 20000 ? pause() : std::this_thread::yield();
+    spins < 2000 ? pause() : std::this_thread::yield();
 }
 
 void* scratch(size_t bytes, int slot) {

@@ -12,7 +12,9 @@ namespace {
 
 StridedMatrix matrix(const TensorView& t) { return {t.data, t.step(0), t.step(1)}; }
 StridedMatrix matrix_or_none(const TensorView& t) { return t.present() ? matrix(t) : StridedMatrix{}; }
-StridedMatrix row_or_none(const TensorView& t) { return t.present() ? StridedMatrix{t.data, 0, t.step(0)} : StridedMatrix{}; }
+StridedMatrix row_or_none(const TensorView& t) {
+  return t.present() ? StridedMatrix{t.data, 0, t.step(0)} : StridedMatrix{};
+}
 
 void check_weights(const char* op, const RecurrentShape& s, const TensorView& w_ih, const TensorView& w_hh) {
   const int64_t width = gates_of(s.kind) * s.hidden;
@@ -108,7 +110,8 @@ int64_t check_y(const char* op, const TensorView& y, const RecurrentShape& s) {
 }
 
 RecurrentActivations take_activations(const char* op, const RecurrentShape& s, const TensorView& gates,
-                                      const TensorView& new_hidden, const TensorView& tanh_cell, const TensorView& cell) {
+                                      const TensorView& new_hidden, const TensorView& tanh_cell,
+                                      const TensorView& cell) {
   const int64_t rows = s.time * s.batch;
   check_output(op, "gates", gates, DType::f32, rows, gates_of(s.kind) * s.hidden);
   if (s.kind == Recurrence::gru) check_output(op, "new_hidden", new_hidden, DType::f32, rows, s.hidden);

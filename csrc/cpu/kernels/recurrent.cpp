@@ -3,7 +3,7 @@
 // step is shared out is told in recurrent.h. States are rounded to the storage type at each step, so that feeding a
 // sequence in pieces, or cell by cell, carries what is carried here.
 //
-// A call of one step does not pack w_hh: both products go straight through gemm.h.
+// A call of one step, as of a cell, packs nothing: both products go straight through gemm.h.
 #include "cpu/kernels/recurrent.h"
 
 namespace pyllm::ISA {
@@ -40,19 +40,8 @@ class Forward {
     if (kLstm) load_state<T>(s_, s_.c0, c_, step_);
     load_bias();
     for (int64_t r = live_rows(s_, 0); r < batch_; r++) keep_initial_state(r);
+    if (alone_) return run_alone();
     const Matrix input = {s_.w_ih.data, s_.dtype, s_.w_ih.column, s_.w_ih.row};  // transposed
-    if (alone_) {
-      project(input, 0, 1);
-      const Matrix recurrent = {s_.w_hh.data, s_.dtype, s_.w_hh.column, s_.w_hh.row};
-      product({batch_, width_, hidden_, {h_[0], DType::f32, step_, 1}, recurrent, nullptr, nullptr, sums_, DType::f32,
-               width_, false});
-      const int64_t grain = 1 + (1 << 11) / (batch_ * kPanel + 1);
-      parallel_for(units_, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end; unit++)
-          advance(0, gates_at(0, 0), 0, 0, batch_, live_rows(s_, 0), unit, sums_ + unit * kPanel, hidden_, width_);
-      });
-      return;
-    }
     pack(input, width_, s_.inputs, w_ih_);
     pack_recurrent();
     for (int64_t done = 0; done < s_.time; done += chunk_) {
@@ -117,8 +106,27 @@ class Forward {
   }
 
   void project(const Matrix& input, int64_t first, int64_t count) {
-    product({count * batch_, width_, s_.inputs, {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column},
-             input, alone_ ? nullptr : w_ih_, bias_, gates_at(first, first), DType::f32, width_, false});
+    const Matrix x = {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column};
+    product({count * batch_, width_, s_.inputs, x, input, w_ih_, bias_, gates_at(first, first), DType::f32, width_, false});
+  }
+
+  // One step: a thread needs no other's columns.
+  void run_alone() {
+    float* gates = gates_at(0, 0);
+    together(team_for(batch_, width_ * (hidden_ + s_.inputs)), [&](cpu::Team& team, int rank) {
+      const int64_t begin = rank * units_ / team.size(), end = (rank + 1) * units_ / team.size();
+      const int64_t columns = std::min(end * kPanel, hidden_) - begin * kPanel;
+      for (int64_t gate = 0; gate < kGates && begin < end; gate++) {
+        const int64_t n = gate * hidden_ + begin * kPanel;
+        const Matrix x = {s_.x.data, s_.dtype, s_.x.row, s_.x.column}, h = {h_[0], DType::f32, step_, 1};
+        const Matrix w_ih = {at<T>(s_.w_ih.data, n * s_.w_ih.row), s_.dtype, s_.w_ih.column, s_.w_ih.row};
+        const Matrix w_hh = {at<T>(s_.w_hh.data, n * s_.w_hh.row), s_.dtype, s_.w_hh.column, s_.w_hh.row};
+        product({batch_, columns, s_.inputs, x, w_ih, nullptr, bias_ + n, gates + n, DType::f32, width_, false});
+        product({batch_, columns, hidden_, h, w_hh, nullptr, nullptr, sums_ + n, DType::f32, width_, false});
+      }
+      for (int64_t unit = begin; unit < end; unit++)
+        advance(0, gates, 0, 0, batch_, live_rows(s_, 0), unit, sums_ + unit * kPanel, hidden_, width_);
+    });
   }
 
   void step(int64_t t, int64_t chunk_first, int64_t index, const cpu::Team& team, int rank) {
@@ -137,7 +145,8 @@ class Forward {
     }
   }
 
-  // Step t of rows row0..row1, of which those from `live` on are over, for one unit. sums: the products with w_hh, of the gates gate_step and the rows row_step apart.
+  // Step t of rows row0..row1, of which those from `live` on are over, for one unit. sums: the products with w_hh, of the
+  // gates gate_step and the rows row_step apart.
   void advance(int64_t t, float* gates, int64_t index, int64_t row0, int64_t row1, int64_t live, int64_t unit,
                const float* sums, int64_t gate_step, int64_t row_step) const {
     const float* h = h_[index % 2];

@@ -1,7 +1,7 @@
 // What the two passes of a recurrent layer share: the order of its rows, who computes what, and the product of one step.
 //
-// A step multiplies the state of every sequence, (batch x depth), with a weight packed once for the whole call in panels of
-// kPanel columns, and feeds the sums to the gates at once. Threads own columns of the hidden state (and so their panels
+// A step multiplies the state of every sequence, (batch x depth), with a weight packed once for the whole call in panels
+// of kPanel columns, and feeds the sums to the gates at once. Threads own columns of the hidden state (and so their panels
 // of the weight, which stay in their caches from step to step) and meet at a barrier once a step; where the weight is
 // small enough for every cache and the batch is large, they own rows instead and never meet. An element is summed as in
 // gemm.h, in blocks of kBlockK products, so that a step has the bits of `product` on one row.

@@ -69,7 +69,8 @@ class Backward {
           if (meets) team.barrier();
           if (rows > 0)
             step_product(d + share.row0 * gate_step_, gate_step_, rows, w_hh_ + share.unit0 * kPanel * width_, width_,
-                         share.unit1 - share.unit0, dh_ + share.row0 * step_ + share.unit0 * kPanel, step_, kPanel, kGru);
+                         share.unit1 - share.unit0, dh_ + share.row0 * step_ + share.unit0 * kPanel, step_, kPanel,
+                         kGru);
         }
       });
       if (a_.dx)
@@ -78,8 +79,8 @@ class Backward {
       add_weight_gradients(first, count);
     }
     if (starts())
-      product({width_, hidden_, batch_, {first_, DType::f32, 1, width_}, {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column},
-               nullptr, nullptr, dw_hh_, DType::f32, hidden_, true});
+      product({width_, hidden_, batch_, transposed(rows_of(first_)),
+               {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column}, nullptr, nullptr, dw_hh_, DType::f32, hidden_, true});
     if (kNarrow && a_.dw_ih) copy(dw_ih_, width_ * s_.inputs, a_.dw_ih);
     if (kNarrow && a_.dw_hh) copy(dw_hh_, width_ * hidden_, a_.dw_hh);
     if (a_.db_ih) copy(db_ih_, width_, a_.db_ih);
@@ -184,11 +185,13 @@ class Backward {
                {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column}, nullptr, nullptr, dw_ih_,
                DType::f32, s_.inputs, true});
     // The hidden state before a step is y's of the step before; what came from h0 is added at the end.
-    const int64_t from = !s_.reverse && first == 0 ? 1 : 0, to = s_.reverse && first + count == s_.time ? count - 1 : count;
-    if (a_.dw_hh && to > from)
+    const int64_t from = !s_.reverse && first == 0 ? 1 : 0;
+    const int64_t to = s_.reverse && first + count == s_.time ? count - 1 : count;
+    if (a_.dw_hh && to > from) {
+      const T* before = at<T>(a_.y, (first + from + (s_.reverse ? 1 : -1)) * batch_ * a_.y_step);
       product({width_, hidden_, (to - from) * batch_, transposed(rows_of(dhidden_ + from * batch_ * width_)),
-               {at<T>(a_.y, (first + from + (s_.reverse ? 1 : -1)) * batch_ * a_.y_step), s_.dtype, a_.y_step, 1}, nullptr,
-               nullptr, dw_hh_, DType::f32, hidden_, true});
+               {before, s_.dtype, a_.y_step, 1}, nullptr, nullptr, dw_hh_, DType::f32, hidden_, true});
+    }
     if (a_.db_ih) add_column_sums(dgates_, count * batch_, db_ih_);
     if (a_.db_hh) add_column_sums(dhidden_, count * batch_, db_hh_);
   }
@@ -199,7 +202,8 @@ class Backward {
       for (int64_t j = begin * kWide; j < std::min(end * kWide, width_); j += kWide) {
         V total[4] = {};
         const auto each = [&](const auto& f) {
-          for (int64_t v = 0; v < 4 && j + v * W < width_; v++) f(v, j + v * W, std::min<int64_t>(W, width_ - j - v * W));
+          for (int64_t v = 0; v < 4 && j + v * W < width_; v++)
+            f(v, j + v * W, std::min<int64_t>(W, width_ - j - v * W));
         };
         for (int64_t i = 0; i < rows; i++)
           each([&](int64_t v, int64_t column, int64_t n) { total[v] = total[v] + get(dgates + i * width_ + column, n); });
