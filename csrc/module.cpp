@@ -84,4 +84,5 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_cell", &ops::recurrent_cell);
   def(m, "recurrent_backward", &ops::recurrent_backward);
   def(m, "rope", &ops::rope);
+  def(m, "sample", &ops::sample);
 }

@@ -76,6 +76,14 @@ struct TensorView {
   }
 };
 
+// An argument that is one number for all rows, or a tensor with one for each.
+struct Setting {
+  double number = 0;
+  int64_t integer = 0;
+  bool is_integer = false, too_large = false;  // too_large: an int beyond 64 bits
+  TensorView tensor = TensorView::absent();
+};
+
 // Checks shared by the files in ops/. `op` and `arg` name the place for the user: "[layer_norm] weight must ...".
 inline void check_cpu(const char* op, const char* arg, const TensorView& t) {
   if (!t.present()) fail(Error::type, "[", op, "] ", arg, " must be a tensor, but got None");

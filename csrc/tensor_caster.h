@@ -97,4 +97,30 @@ struct type_caster<pyllm::TensorView> {
   object owner;  // the unconsumed capsule: its destructor gives the tensor back
 };
 
+template <>
+struct type_caster<pyllm::Setting> {
+  PYBIND11_TYPE_CASTER(pyllm::Setting, const_name("float | TensorView"));
+
+  bool load(handle source, bool convert) {
+    if (PyFloat_Check(source.ptr())) {
+      value.number = PyFloat_AS_DOUBLE(source.ptr());
+      return true;
+    }
+    if (PyLong_Check(source.ptr())) {
+      int overflow = 0;
+      value.integer = PyLong_AsLongLongAndOverflow(source.ptr(), &overflow);
+      value.number = static_cast<double>(value.integer);
+      value.is_integer = true;
+      value.too_large = overflow != 0;
+      return true;
+    }
+    if (!view.load(source, convert)) return false;
+    value.tensor = static_cast<pyllm::TensorView&>(view);
+    return true;
+  }
+
+ private:
+  type_caster<pyllm::TensorView> view;  // holds the capsule, where there is one
+};
+
 }  // namespace pybind11::detail

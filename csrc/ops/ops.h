@@ -69,5 +69,10 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& dh0_or_none, const TensorView& dc0_or_none);
 void rope(const TensorView& x, const TensorView& positions, const TensorView& inv_freq, const TensorView& out,
           int64_t rotary_dim, bool interleaved, double scale, bool inverse);
+void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,
+            const Setting& top_k, const Setting& top_p, const Setting& min_p, const Setting& typical_p,
+            const Setting& repetition_penalty, const Setting& frequency_penalty, const Setting& presence_penalty,
+            const TensorView& history_or_none, const TensorView& logit_bias_or_none, const TensorView& ids,
+            const TensorView& logprobs, const TensorView& processed_logprobs);
 
 }  // namespace pyllm::ops

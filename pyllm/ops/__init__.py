@@ -8,9 +8,11 @@ from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
+from pyllm.ops.sample import Sample, sample
 
 __all__ = [
     "PackedLinear",
+    "Sample",
     "attention",
     "cross_entropy",
     "embedding",
@@ -28,6 +30,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rope",
+    "sample",
     "silu",
     "swiglu",
 ]

@@ -12,8 +12,10 @@ from pyllm.reference.layer_norm import layer_norm, rms_norm
 from pyllm.reference.linear import linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
+from pyllm.reference.sample import Sample, sample
 
 __all__ = [
+    "Sample",
     "attention",
     "cross_entropy",
     "embedding",
@@ -30,6 +32,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rope",
+    "sample",
     "silu",
     "swiglu",
 ]

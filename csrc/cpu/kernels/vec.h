@@ -46,6 +46,19 @@ VEC VI lane_index() {
   for (int k = 0; k < W; k++) i[k] = k;
   return i;
 }
+VEC uint32_t bits(VI mask) {  // lane k's truth in bit k
+#if __AVX512F__
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif __AVX2__ && ISA_AVX2
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif __SSE2__ && !ISA_AVX512
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+  uint32_t b = 0;
+  for (int k = 0; k < W; k++) b |= (mask[k] & 1u) << k;
+  return b;
+#endif
+}
 
 VEC V fma(V a, V b, V c) {  // a * b + c, rounded once where the instruction set can
 #if __AVX512F__
