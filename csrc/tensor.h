@@ -131,6 +131,10 @@ inline void check_ids(const char* op, const char* arg, const TensorView& ids, in
     fail(Error::type, "[", op, "] ", arg, " must be int64 or int32, but got ", name_of(ids.dtype));
   check_contiguous(op, arg, ids);
   const auto scan = [&](const auto* p, int64_t n) {
+    bool bad = false;  // without an early end, so that it is vectorised
+    for (int64_t i = 0; i < n; i++)
+      bad |= (static_cast<uint64_t>(p[i]) >= static_cast<uint64_t>(bound)) & ((p[i] != allowed) | (allowed == 0));
+    if (!bad) return;
     for (int64_t i = 0; i < n; i++) {
       if (static_cast<uint64_t>(p[i]) < static_cast<uint64_t>(bound) || (p[i] == allowed && allowed != 0)) continue;
       std::string position;

@@ -1,5 +1,6 @@
 #include "cpu/activations.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -51,6 +52,7 @@ void activation_forward(const TensorView& gate, const TensorView& up, const Tens
   if (up.present()) check_like(op, "up", up, gate);
   check_output(op, "out", out, gate);
   const Walk walk = walk_over(op, gate, up, TensorView::absent());
+  cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
   pyllm::activation_forward({kind_of(op, kind), gate.dtype, walk.cols, gate.data, up.data, walk.rows(gate),
                              walk.rows(up), out.data});
 }
@@ -64,6 +66,8 @@ void activation_backward(const TensorView& dy, const TensorView& gate, const Ten
   check_output(op, "dgate", dgate, gate);
   if (up.present()) check_output(op, "dup", dup, gate);
   const Walk walk = walk_over(op, dy, gate, up);
+  cpu::prefer_large_pages(dgate.data, dgate.numel() * size_of(dgate.dtype));
+  if (up.present()) cpu::prefer_large_pages(dup.data, dup.numel() * size_of(dup.dtype));
   pyllm::activation_backward({kind_of(op, kind), gate.dtype, walk.cols, dy.data, gate.data, up.data, walk.rows(dy),
                               walk.rows(gate), walk.rows(up), dgate.data, dup.data});
 }

@@ -1,5 +1,6 @@
 #include "cpu/cross_entropy.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -82,6 +83,7 @@ void cross_entropy_backward(const TensorView& logits, const TensorView& targets,
   check_floats(op, "statistics", statistics, 2 * rows.count);
   check_floats(op, "dloss", dloss, loss.reduction == Reduction::none ? rows.count : 1);
   check_gradient(op, "dlogits", dlogits, logits.dtype, logits.numel());
+  cpu::prefer_large_pages(dlogits.data, dlogits.numel() * size_of(dlogits.dtype));
   pyllm::cross_entropy_backward({rows, logits.size(-1), logits.dtype, logits.data, loss, statistics.as<float>(),
                                  dloss.as<float>(), dlogits.data});
 }
@@ -120,6 +122,8 @@ void linear_cross_entropy(const TensorView& x, const TensorView& weight, const T
   check(block.size(0) >= 1 && (block.size(1) == classes || (!gradients && block.size(1) > 0 && block.size(1) % 4096 == 0)),
         "[", op, "] block must have ", classes, " columns, or without gradients a multiple of 4096, but got shape ",
         block.shape_text());
+  cpu::prefer_large_pages(block.data, block.numel() * size_of(block.dtype));
+  if (dweight.present()) cpu::prefer_large_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
   pyllm::linear_cross_entropy({rows.count, width, classes, block.size(0), block.size(1), x.data, weight.data, bias.data,
                                x.dtype, rows.levels ? rows.step[0] : 0, x.step(-1), weight.step(0), weight.step(1),
                                loss, block.as<float>(), losses.as<float>(), total.as<float>(), dloss.as<float>(),

@@ -1,5 +1,6 @@
 #include "cpu/embedding.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -15,6 +16,7 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
         out.shape_text());
   check_contiguous(op, "out", out);
   check_writable(op, "out", out);
+  cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
   pyllm::embedding_forward({ids.numel(), weight.size(1), weight.step(0), ids.dtype, weight.dtype, ids.data, weight.data,
                             out.data});
 }
@@ -29,6 +31,7 @@ void embedding_backward(const TensorView& ids, const TensorView& dy, const Tenso
   check_dtype(op, "dy", dy, dweight.dtype);
   check_shape(op, "dy", dy, ids.numel(), dweight.size(1));
   check_inner_stride(op, "dy", dy);
+  if (!zeroed) cpu::prefer_large_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
   pyllm::embedding_backward({ids.numel(), dweight.size(1), dweight.size(0), dy.step(0), ids.dtype, dweight.dtype, zeroed,
                              ids.data, dy.data, dweight.data});
 }

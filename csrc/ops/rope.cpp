@@ -1,5 +1,6 @@
 #include "cpu/rope.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -27,6 +28,7 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   check_shape(op, "out", out, batch, length, x.size(2), width);
   check_contiguous(op, "out", out);
   check_writable(op, "out", out);
+  cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
   pyllm::rope({batch, length, x.size(2), width, rotary_dim, interleaved, inverse, x.dtype, positions.dtype, x.data,
                positions.data, x.step(0), x.step(1), x.step(2), shared, inv_freq.as<double>(),
                static_cast<float>(scale), out.data});

@@ -60,7 +60,7 @@ class _Embedding(torch.autograd.Function):
         rows = dy.reshape(ids.numel(), ctx.shape[1])
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        fresh = ctx.shape.numel() * dy.dtype.itemsize >= 1 << 23 and 8 * ids.numel() <= ctx.shape[0]
+        fresh = ctx.shape.numel() * dy.dtype.itemsize >= 1 << 25 and 8 * ids.numel() <= ctx.shape[0]
         dweight = _zeros(ctx.shape, dy.dtype) if fresh else torch.empty(ctx.shape, dtype=dy.dtype)
         _C.embedding_backward(ids, rows, dweight, fresh)
         return None, dweight

@@ -17,8 +17,7 @@ namespace {
 constexpr int64_t kPiece = 4096;
 
 VEC V within(V x, float limit) {  // NaN stays NaN
-  x = x > limit ? set(limit) : x;
-  return x < -limit ? set(-limit) : x;
+  return max(set(-limit), min(set(limit), x));
 }
 
 // f(x), and its slope where it is asked for.

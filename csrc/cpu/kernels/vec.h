@@ -291,8 +291,7 @@ VEC V exp_parts(V x, VI& power) {
 
 // exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
 VEC V exp(V x) {
-  x = x > 89.0f ? set(89.0f) : x;
-  x = x < -104.0f ? set(-104.0f) : x;
+  x = max(set(-104.0f), min(set(89.0f), x));
   VI n;
   const V p = exp_parts(x, n);
   const VI half = n >> 1;  // two steps, so that 2^n may be denormal or overflow
@@ -302,7 +301,7 @@ VEC V exp(V x) {
 // The same where x <= 0, as in a softmax: cheaper, and 0 below exp(-87), so that no denormal slows what follows.
 VEC V exp_nonpositive(V x) {
   VI n;
-  const V p = exp_parts(x < -87.0f ? set(-87.0f) : x, n);
+  const V p = exp_parts(max(set(-87.0f), x), n);
   return x < -87.0f ? V{} : p * as_float((n + 127) << 23);
 }
 
@@ -374,7 +373,7 @@ VEC void sincos(VD angle, V& sine, V& cosine) {
 // The standard normal distribution's mass beyond a >= 0, and bell = exp(-a^2 / 2). The tail is the bell times a
 // polynomial in 1 / (1 + c a), fitted for the least largest relative error: it keeps its digits until it is 0.
 VEC V normal_tail(V a, V& bell) {
-  a = a > 14.0f ? set(14.0f) : a;
+  a = min(set(14.0f), a);
   const V square = a * a, rest = fma(a, a, -square);  // what rounding the square lost would cost the bell digits
   bell = exp_nonpositive(-0.5f * square);
   bell = fma(bell, -0.5f * rest, bell);
