@@ -40,7 +40,12 @@ def _norm(centred: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
         raise ValueError("[layer_norm] x must have at least 1 dimension, but got a scalar")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[layer_norm] residual must have shape {tuple(x.shape)}, but got {tuple(residual.shape)}")
-    if any(t is not None and t.requires_grad for t in (x, weight, bias, residual)) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
         y, h = _Norm.apply(centred, x, weight, bias, residual, eps)
     else:
         y, h, *_ = _forward(centred, x, weight, bias, residual, eps, statistics=False)
@@ -48,7 +53,7 @@ def _norm(centred: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _rows(t: Tensor) -> Tensor:
-    rows = t.detach().reshape(-1, t.shape[-1])
+    rows = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
@@ -58,9 +63,14 @@ def _forward(centred, x, weight, bias, residual, eps, statistics):
     h = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(len(rows), dtype=torch.float32) if statistics else None
     mean = torch.empty(len(rows), dtype=torch.float32) if statistics and centred else None
-    weight, bias = (None if p is None else p.detach().contiguous() for p in (weight, bias))
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     _C.norm_forward(rows, None if residual is None else _rows(residual), weight, bias, y, h, mean, rstd, centred, eps)
-    return y.view(x.shape), x if h is None else h.view(x.shape), mean, rstd
+    if x.dim() != 2:
+        y, h = y.view(x.shape), None if h is None else h.view(x.shape)
+    return y, x if h is None else h, mean, rstd
 
 
 class _Norm(torch.autograd.Function):

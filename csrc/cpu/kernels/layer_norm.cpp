@@ -73,22 +73,26 @@ void backward_row(const NormBackwardArgs& a, const float* weight, int64_t row, f
   const T* dy = reinterpret_cast<const T*>(a.dy) + row * a.dy_stride;
   const T* h = reinterpret_cast<const T*>(a.h) + row * a.h_stride;
   const V m = set(kCentred ? a.mean[row] : 0.0f), r = set(a.rstd[row]);
-  if (dweight || dbias)
-    each(cols, [&](int64_t i, int64_t n) {
-      const V g = get(dy + i, n);
-      if (dweight) write(dweight + i, fma(g, (get(h + i, n) - m) * r, get(dweight + i, n)), n);
-      if (dbias) write(dbias + i, g + get(dbias + i, n), n);
-    });
-  if (!a.dh) return;
   const auto weighted = [&](int64_t i, int64_t n) {
     const V g = get(dy + i, n);
     return weight ? g * get(weight + i, n) : g;
   };
-  const float along = reduce(cols, [&](V s, int64_t i, int64_t n) {
-                        return fma(weighted(i, n), (get(h + i, n) - m) * r, s);
-                      }) / cols;
-  const float level =
-      kCentred ? reduce(cols, [&](V s, int64_t i, int64_t n) { return s + weighted(i, n); }) / cols : 0.0f;
+  // One walk for all the sums over this row and for this row's share of the weights' gradients, one for the result.
+  V along_sums[4] = {}, level_sums[4] = {};
+  const auto add = [&](int part, int64_t i, int64_t n) {
+    const V g = get(dy + i, n), x = (get(h + i, n) - m) * r, w = weight ? g * get(weight + i, n) : g;
+    along_sums[part] = fma(w, x, along_sums[part]);
+    if (kCentred) level_sums[part] = level_sums[part] + w;
+    if (dweight) write(dweight + i, fma(g, x, get(dweight + i, n)), n);
+    if (dbias) write(dbias + i, g + get(dbias + i, n), n);
+  };
+  int64_t i = 0;
+  for (; i + 4 * W <= cols; i += 4 * W) UNROLL for (int part = 0; part < 4; part++) add(part, i + part * W, W);
+  for (; i + W <= cols; i += W) add(0, i, W);
+  if (i < cols) add(1, i, cols - i);
+  if (!a.dh) return;
+  const auto mean_of = [&](const V* s) { return sum((s[0] + s[1]) + (s[2] + s[3])) / cols; };
+  const float along = mean_of(along_sums), level = kCentred ? mean_of(level_sums) : 0.0f;
   const V c = set(along), l = set(level);
   const T* dsum = a.dsum ? reinterpret_cast<const T*>(a.dsum) + row * a.dsum_stride : nullptr;
   T* dh = reinterpret_cast<T*>(a.dh) + row * cols;
