@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: test install lint clean
+.PHONY: test install bench wheel lint format sanitize sanitize-address sanitize-undefined sanitize-thread clean
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -18,10 +19,43 @@ install: .venv/ready
 	  pytest hypothesis matplotlib
 	touch $@
 
+# Every operation against torch and the machine's ceilings: a table, build/bench.csv and build/bench.png.
+bench: install
+	mkdir -p build
+	$(BIN)/python -m pyllm.benchmarks --csv build/bench.csv --picture build/bench.png
+
+# Built as users' pip builds it: isolated, and without CUDA.
+wheel: .venv/ready
+	rm -rf dist
+	$(PIP) wheel -q --no-deps -C cmake.define.PYLLM_CUDA=OFF -w dist .
+
 lint: .venv/ready
 	$(PIP) install -q -c constraints.txt ruff mypy clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/ready
+	$(PIP) install -q -c constraints.txt ruff clang-format
+	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The operations' tests under a sanitizer. Python itself is not instrumented: its leaks are its own, and the address and
+# thread run-times must be loaded before it. `-S` leaves out the editable install, so that build/SANITIZER is what runs;
+# our own pool runs too, since OpenMP's library hides its synchronisation from the thread sanitizer.
+sanitize: sanitize-address sanitize-undefined
+
+sanitize-address: RUNTIME := LD_PRELOAD=$$(c++ -print-file-name=libasan.so)
+sanitize-undefined: RUNTIME :=
+sanitize-thread: RUNTIME := LD_PRELOAD=$$(c++ -print-file-name=libtsan.so) PYLLM_POOL=own
+sanitize-address sanitize-undefined sanitize-thread: sanitize-%: .venv/ready
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target build/$*/site -C build-dir=build/$* \
+	  -C cmake.define.PYLLM_SANITIZE=$* -C cmake.define.PYLLM_CUDA=OFF -C install.strip=false .
+	PYTHONPATH=build/$*/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  TSAN_OPTIONS=halt_on_error=1:suppressions=tests/thread_sanitizer.txt \
+	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider tests/ops
 
 clean:
 	rm -rf .venv build dist
