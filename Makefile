@@ -42,20 +42,21 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(CPP)
 
 # The operations' tests under a sanitizer. Python itself is not instrumented: its leaks are its own, and the address and
-# thread run-times must be loaded before it. `-S` leaves out the editable install, so that build/SANITIZER is what runs;
+# thread run-times must be loaded before it, with the C++ library whose exceptions they watch. `-S` leaves out the editable install, so that build/SANITIZER is what runs;
 # our own pool runs too, since OpenMP's library hides its synchronisation from the thread sanitizer.
 sanitize: sanitize-address sanitize-undefined
 
-sanitize-address: RUNTIME := LD_PRELOAD=$$(c++ -print-file-name=libasan.so)
-sanitize-undefined: RUNTIME :=
-sanitize-thread: RUNTIME := LD_PRELOAD=$$(c++ -print-file-name=libtsan.so) PYLLM_POOL=own
+preload = LD_PRELOAD="$$(c++ -print-file-name=$(1)) $$(c++ -print-file-name=libstdc++.so.6)"
+sanitize-address: RUNTIME = $(call preload,libasan.so)
+sanitize-undefined: RUNTIME =
+sanitize-thread: RUNTIME = $(call preload,libtsan.so) PYLLM_POOL=own
 sanitize-address sanitize-undefined sanitize-thread: sanitize-%: .venv/ready
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target build/$*/site -C build-dir=build/$* \
 	  -C cmake.define.PYLLM_SANITIZE=$* -C cmake.define.PYLLM_CUDA=OFF -C install.strip=false .
 	PYTHONPATH=build/$*/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:suppressions=tests/thread_sanitizer.txt \
-	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider tests/ops
+	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/ops
 
 clean:
 	rm -rf .venv build dist

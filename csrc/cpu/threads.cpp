@@ -131,6 +131,9 @@ void after_fork_in_child() {
   inside = false;
 }
 
+// When this library is loaded: a child must not enter libgomp even where only torch has used it before.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
 Gomp gomp() {
   static const Gomp found = find_gomp();
   return forked ? Gomp{} : found;
@@ -142,8 +145,6 @@ bool run_on_all(void (*work)(void*), void* job) {
     team.parallel(work, job, static_cast<unsigned>(num_threads()), 0);
     return true;
   }
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-  (void)registered;
   std::unique_lock lock(pool_mutex, std::try_to_lock);
   if (!lock) return false;  // another Python thread has the pool
   if (!pool || pool->size() != num_threads()) {
