@@ -1,5 +1,12 @@
-"""The compiled operations. Each has a twin of the same name and signature in `pyllm.reference`."""
+"""The compiled operations. Each has a twin of the same name and signature in `pyllm.reference`.
 
+With PYLLM_REFERENCE=1 in the environment these names are the twins, and `REFERENCE` is true.
+"""
+
+import os
+
+from pyllm import reference
+from pyllm.ops import library
 from pyllm.ops.activations import geglu, gelu, silu, swiglu
 from pyllm.ops.attention import attention
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
@@ -34,3 +41,9 @@ __all__ = [
     "silu",
     "swiglu",
 ]
+
+globals().update(library.register({name: globals()[name] for name in __all__}))
+
+REFERENCE = os.environ.get("PYLLM_REFERENCE", "0") not in ("", "0")
+if REFERENCE:
+    globals().update({name: getattr(reference, name) for name in __all__})

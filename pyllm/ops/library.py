@@ -1,0 +1,240 @@
+"""The operations as torch.library's (`torch.ops.pyllm.linear`), so that torch.compile and torch.export see them.
+
+Eager calls stay plain functions. `register` puts a function in front of each that, while a graph is traced, calls the
+registered operation in its place. A registered operation's schema comes from the function's own annotations; it takes
+every argument in order, optional and either-or tensors as lists, a number where a tensor would do as one of no
+dimension, and returns a list. Its gradient is an operation too, which runs the function again with gradients on: a
+compiled backward pass computes the forward pass twice.
+
+What is written by hand is one line an operation, the shapes that it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("pyllm", "DEF")
+
+_KINDS = {  # an annotation -> a schema's type, and what Python may give in its place
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    tuple[Tensor, Tensor]: "Tensor[]",
+    tuple[Tensor, Tensor] | None: "Tensor[]?",
+    Tensor | tuple[Tensor, Tensor] | None: "Tensor[]? or one",
+    float | Tensor: "Tensor or float",
+    int | Tensor: "Tensor or int",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    str: "str",
+}
+
+
+def _norm(a):
+    return [_like(a.x)] if a.residual is None else [_like(a.x), _like(a.x)]
+
+
+def _loss(a, like):
+    return [like.new_empty(a.targets.shape if a.reduction == "none" else (), dtype=torch.float32)]
+
+
+def _attention(a):
+    weights = a.q.new_empty(a.q.shape[0], a.q.shape[2], a.q.shape[1], a.k.shape[1])
+    return [_like(a.q), weights] if a.return_weights else [_like(a.q)]
+
+
+def _recurrent(a, states=1):
+    directions, hidden, (batch, time) = 2 if a.bidirectional else 1, a.params[1].shape[1], a.x.shape[:2]
+    if not a.batch_first:
+        batch, time = time, batch
+    sizes = (batch, time) if a.batch_first else (time, batch)
+    last = (a.num_layers * directions, batch, hidden)
+    return [a.x.new_empty(*sizes, directions * hidden), *(a.x.new_empty(last) for _ in range(states))]
+
+
+def _like(x):
+    return x.new_empty(x.shape)
+
+
+SHAPES: dict[str, Callable] = {
+    "attention": _attention,
+    "cross_entropy": lambda a: _loss(a, a.logits),
+    "embedding": lambda a: [a.weight.new_empty(*a.ids.shape, a.weight.shape[1])],
+    "geglu": lambda a: [_like(a.gate)],
+    "gelu": lambda a: [_like(a.x)],
+    "gru": _recurrent,
+    "gru_cell": lambda a: [_like(a.h)],
+    "layer_norm": _norm,
+    "linear": lambda a: [a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0])],
+    "linear_cross_entropy": lambda a: _loss(a, a.x),
+    "lstm": lambda a: _recurrent(a, states=2),
+    "lstm_cell": lambda a: [_like(a.state[0]), _like(a.state[1])],
+    "rms_norm": _norm,
+    "rnn": _recurrent,
+    "rnn_cell": lambda a: [_like(a.h)],
+    "rope": lambda a: [_like(a.x)],
+    "sample": lambda a: [a.logits.new_empty(a.logits.shape[0], dtype=t) for t in
+                         (torch.int64, torch.float32, torch.float32)],
+    "silu": lambda a: [_like(a.x)],
+    "swiglu": lambda a: [_like(a.gate)],
+}  # fmt: skip
+
+
+def register(functions: dict[str, Callable]) -> dict[str, Callable]:
+    """Registers each function under its name; returns those to call in their place."""
+    return {name: _front(name, f, *_register(name, f)) for name, f in functions.items()}
+
+
+def _front(name: str, eager: Callable, traced: Callable, kinds: dict[str, str]) -> Callable:
+    @functools.wraps(eager)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return traced(*args, **kwargs)
+        try:
+            return eager(*args, **kwargs)
+        except (AttributeError, TypeError) as error:
+            _explain(name, kinds, args, kwargs, error)
+            raise
+
+    return call
+
+
+def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error: Exception) -> None:
+    """Where an argument that must be a tensor is none, says so in place of what became of that."""
+    for key, value in (dict(zip(kinds, args, strict=False)) | kwargs).items():
+        kind = kinds.get(key, "")
+        if not kind.startswith("Tensor") or " or " in kind or (value is None and "?" in kind):
+            continue
+        listed = "[" in kind and isinstance(value, (list, tuple))
+        for i, part in enumerate(value if listed else [value]):
+            if not isinstance(part, Tensor):
+                where = f"{key}[{i}]" if listed else key
+                raise TypeError(f"[{name}] {where} must be a torch.Tensor, but got {type(part).__name__}") from error
+
+
+def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
+    parameters = inspect.signature(f).parameters
+    hints = typing.get_type_hints(f)
+    kinds = {key: _KINDS[hints[key]] for key in parameters}
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    arguments = ", ".join(f"{kind.split()[0]} {key}" for key, kind in kinds.items())
+    nested, named = hints["return"] == tuple[Tensor, tuple[Tensor, Tensor]], getattr(hints["return"], "_make", None)
+    shapes = SHAPES[name]
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor[]")
+    _LIBRARY.define(f"{name}_backward(Tensor?[] gradients, bool[] wanted, {arguments}) -> Tensor[]")
+    op, backward_op = (getattr(torch.ops.pyllm, n).default for n in (name, f"{name}_backward"))
+
+    def call(args):  # positional, as in the schema
+        values = {key: _from_schema(kinds[key], value) for key, value in zip(kinds, args, strict=True)}
+        positional = [values.pop(key) for key in kinds if parameters[key].kind is not inspect.Parameter.KEYWORD_ONLY]
+        return _flat(f(*positional, **values))
+
+    def forward(*args):
+        with torch.no_grad():
+            return call(args)
+
+    def backward(gradients, wanted, *args):
+        needed = iter(wanted)
+        leaves = []
+
+        def leaf(t):
+            t = t.detach()
+            if next(needed):
+                leaves.append(t.requires_grad_())
+            return t
+
+        with torch.enable_grad():
+            outputs = call([_map(leaf, a) for a in args])
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(t) for t in leaves]
+        found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g.contiguous() for t, g in zip(leaves, found, strict=True)]
+
+    def fake(*args):
+        values = {
+            key: None
+            if kind.startswith("Tensor or")
+            else _from_schema(kind, value)  # a number is not known while tracing
+            for (key, kind), value in zip(kinds.items(), args, strict=True)
+        }
+        return shapes(SimpleNamespace(**values))
+
+    def fake_backward(gradients, wanted, *args):
+        return [_like(t) for t, needed in zip(_tensors(args), wanted, strict=True) if needed]
+
+    def setup_context(ctx, inputs, output):
+        ctx.wanted = [t.requires_grad for t in _tensors(inputs)]
+        ctx.others = [_map(lambda t: None, a) for a in inputs]
+        ctx.lengths = [len(a) if isinstance(a, (list, tuple)) else int(isinstance(a, Tensor)) for a in inputs]
+        ctx.save_for_backward(*_tensors(inputs))
+
+    def differentiate(ctx, gradients):
+        saved = iter(ctx.saved_tensors)
+        args = [
+            [next(saved) for _ in range(n)] if isinstance(other, list) else next(saved) if n else other
+            for other, n in zip(ctx.others, ctx.lengths, strict=True)
+        ]
+        found = iter(backward_op(gradients, ctx.wanted, *args))
+        each = iter([next(found) if needed else None for needed in ctx.wanted])
+        return tuple(_map(lambda t: next(each), a) if n else None for a, n in zip(args, ctx.lengths, strict=True))
+
+    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyllm::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"pyllm::{name}_backward", fake_backward, lib=_LIBRARY)
+    torch.library.register_autograd(f"pyllm::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
+
+    def traced(*args, **kwargs):
+        values = defaults | dict(zip(kinds, args, strict=False)) | kwargs
+        if values.keys() != kinds.keys() or len(args) > len(kinds):
+            raise TypeError(f"[{name}] takes {', '.join(kinds)}, but got {len(args)} and {', '.join(kwargs)}")
+        out = op(*[_to_schema(kind, values[key]) for key, kind in kinds.items()])
+        if nested:
+            return out[0], tuple(out[1:])
+        return named(out) if named else out[0] if len(out) == 1 else tuple(out)
+
+    return traced, kinds
+
+
+def _to_schema(kind: str, value):
+    if value is None or not kind.startswith("Tensor"):
+        return value
+    if kind.startswith("Tensor["):
+        return [value] if isinstance(value, Tensor) else list(value)
+    if isinstance(value, (int, float)):
+        return torch.tensor(value, dtype=torch.int64 if kind.endswith("int") else torch.float64)
+    return value
+
+
+def _from_schema(kind: str, value):
+    if value is None or not kind.startswith("Tensor"):
+        return value
+    if kind.startswith("Tensor["):
+        return value[0] if len(value) == 1 and kind.endswith("or one") else tuple(value)
+    return value.item() if " or " in kind and value.dim() == 0 else value
+
+
+def _map(f, value):
+    """f of a tensor or of each of a list of them; anything else as it is."""
+    if isinstance(value, Tensor):
+        return f(value)
+    return [f(t) for t in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tensors(args) -> list[Tensor]:
+    return [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+
+
+def _flat(out) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [t for part in out for t in _flat(part)]

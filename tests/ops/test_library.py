@@ -1,0 +1,134 @@
+"""The operations as torch.library has them: in compiled and exported graphs, with gradients."""
+
+import pytest
+import torch
+
+from pyllm import ops
+from pyllm.ops import library
+
+
+def randn(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def parameters(gates, hidden, inputs=5):
+    """w_ih, w_hh, b_ih, b_hh"""
+    return [randn(gates * hidden, n) for n in (inputs, hidden)] + [randn(gates * hidden) for _ in range(2)]
+
+
+ids = torch.tensor([[1, 0, 3], [2, 2, 4]])
+CALLS = {
+    "attention": [
+        lambda: ((randn(2, 3, 4, 8), randn(2, 5, 2, 8), randn(2, 5, 2, 8)), {"causal": True, "return_weights": True}),
+        lambda: (
+            (randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8)),
+            {"bias": randn(2, 3, 3), "key_lengths": torch.tensor([2, 3]), "segment_ids": ids},
+        ),
+        lambda: ((randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8)), {"segment_ids": (ids, ids), "window": 2}),
+    ],
+    "cross_entropy": [
+        lambda: ((randn(6, 5), ids.flatten()), {}),
+        lambda: ((randn(6, 5), ids.flatten()), {"reduction": "none"}),
+    ],
+    "embedding": [lambda: ((ids, randn(5, 4)), {})],
+    "geglu": [lambda: ((randn(3, 8), randn(3, 8)), {"approximate": "tanh"})],
+    "gelu": [lambda: ((randn(3, 8),), {})],
+    "gru": [lambda: ((randn(2, 3, 5), parameters(3, 4)), {})],
+    "gru_cell": [lambda: ((randn(2, 5), randn(2, 4), *parameters(3, 4)), {})],
+    "layer_norm": [
+        lambda: ((randn(3, 8), randn(8), randn(8)), {}),
+        lambda: ((randn(3, 8),), {"residual": randn(3, 8)}),
+    ],
+    "linear": [lambda: ((randn(2, 3, 8), randn(5, 8), randn(5)), {}), lambda: ((randn(8), randn(5, 8)), {})],
+    "linear_cross_entropy": [lambda: ((randn(6, 8), randn(5, 8), ids.flatten()), {"label_smoothing": 0.1})],
+    "lstm": [
+        lambda: ((randn(2, 3, 5), parameters(4, 4)), {"lengths": torch.tensor([3, 1])}),
+        lambda: ((randn(2, 3, 5), parameters(4, 4), (randn(1, 3, 4), randn(1, 3, 4))), {"batch_first": False}),
+    ],
+    "lstm_cell": [lambda: ((randn(2, 5), (randn(2, 4), randn(2, 4)), *parameters(4, 4)), {})],
+    "rms_norm": [lambda: ((randn(3, 8), randn(8)), {"eps": 1e-5})],
+    "rnn": [
+        lambda: (
+            (randn(2, 3, 5), [*parameters(1, 4), *parameters(1, 4), *parameters(1, 4, 8), *parameters(1, 4, 8)]),
+            {"num_layers": 2, "bidirectional": True, "nonlinearity": "relu"},
+        )
+    ],
+    "rnn_cell": [lambda: ((randn(2, 5), randn(2, 4), *parameters(1, 4)), {})],
+    "rope": [lambda: ((randn(2, 3, 2, 8), torch.arange(3)), {})],
+    "sample": [
+        lambda: ((torch.randn(3, 50),), {"seeds": 1, "positions": torch.arange(3), "temperature": 0.7, "top_p": 0.9})
+    ],
+    "silu": [lambda: ((randn(3, 8),), {})],
+    "swiglu": [lambda: ((randn(3, 8), randn(3, 8)), {})],
+}
+EACH = [(name, i) for name in ops.__all__ for i in range(len(CALLS[name]))]
+
+
+def flat(out):
+    return [out] if isinstance(out, torch.Tensor) else [t for part in out for t in flat(part)]
+
+
+def leaves(args, kwargs):
+    return [t for t in library._tensors([*args, *kwargs.values()]) if t.requires_grad]
+
+
+def gradients(out, inputs):
+    total = sum(t.sin().sum() for t in flat(out) if t.requires_grad)
+    return torch.autograd.grad(total, inputs) if inputs else ()
+
+
+def test_every_op_is_registered_and_tried_here():
+    assert set(ops.__all__) <= library.SHAPES.keys() & CALLS.keys()
+    for name in ops.__all__:
+        assert hasattr(torch.ops.pyllm, name) and hasattr(torch.ops.pyllm, f"{name}_backward")
+
+
+@pytest.mark.parametrize(("name", "i"), EACH)
+def test_a_compiled_graph_gives_the_same(name, i):
+    args, kwargs = CALLS[name][i]()
+    op = getattr(ops, name)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a, k: op(*a, **k), fullgraph=True, backend="aot_eager")
+    expected, out = op(*args, **kwargs), compiled(args, kwargs)
+    assert type(out) is type(expected)
+    for a, b in zip(flat(out), flat(expected), strict=True):
+        assert torch.equal(a, b)
+    inputs = leaves(args, kwargs)
+    for a, b in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "i"), EACH)
+def test_an_exported_program_holds_the_op(name, i):
+    args, kwargs = CALLS[name][i]()
+
+    class Model(torch.nn.Module):
+        def forward(self, args, kwargs):
+            return getattr(ops, name)(*args, **kwargs)
+
+    with torch.no_grad():
+        program = torch.export.export(Model(), (args, kwargs))
+        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert getattr(torch.ops.pyllm, name).default in targets
+        for a, b in zip(flat(program.module()(args, kwargs)), flat(getattr(ops, name)(*args, **kwargs)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "i"), EACH)
+def test_opcheck(name, i, monkeypatch):
+    """On the very arguments that the op gets from its function."""
+    args, kwargs = CALLS[name][i]()
+    seen = []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    packet = getattr(torch.ops.pyllm, name).default
+    record = library._to_schema
+    monkeypatch.setattr(library, "_to_schema", lambda kind, value: seen.append(record(kind, value)) or seen[-1])
+    getattr(ops, name)(*args, **kwargs)
+    monkeypatch.undo()
+    torch.library.opcheck(packet, tuple(seen))
+
+
+def test_a_traced_call_refuses_wrong_arguments(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(TypeError, match=r"\[linear\] takes x, weight, bias, but got 2 and sidewise"):
+        ops.linear(randn(2, 8), randn(5, 8), sidewise=1)
