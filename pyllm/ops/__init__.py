@@ -46,4 +46,4 @@ globals().update(library.register({name: globals()[name] for name in __all__}))
 
 REFERENCE = os.environ.get("PYLLM_REFERENCE", "0") not in ("", "0")
 if REFERENCE:
-    globals().update({name: getattr(reference, name) for name in __all__})
+    globals().update({name: getattr(reference, name) for name in __all__ if hasattr(reference, name)})

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from pyllm.ops.linear import PackedLinear
+
 _LIBRARY = torch.library.Library("pyllm", "DEF")
 
 _KINDS = {  # an annotation -> a schema's type, and what Python may give in its place
@@ -29,6 +31,7 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
     tuple[Tensor, Tensor]: "Tensor[]",
     tuple[Tensor, Tensor] | None: "Tensor[]?",
     Tensor | tuple[Tensor, Tensor] | None: "Tensor[]? or one",
+    Tensor | PackedLinear: "Tensor",  # a packed weight is for eager calls
     float | Tensor: "Tensor or float",
     int | Tensor: "Tensor or int",
     float: "float",
@@ -38,6 +41,9 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
     bool: "bool",
     str: "str",
 }
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)  # as in csrc/dtype.h
 
 
 def _norm(a):
@@ -91,8 +97,8 @@ SHAPES: dict[str, Callable] = {
 
 
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:
-    """Registers each function under its name; returns those to call in their place."""
-    return {name: _front(name, f, *_register(name, f)) for name, f in functions.items()}
+    """Registers each function that has an entry in SHAPES under its name; returns those to call in their place."""
+    return {name: _front(name, f, *_register(name, f)) for name, f in functions.items() if name in SHAPES}
 
 
 def _front(name: str, eager: Callable, traced: Callable, kinds: dict[str, str]) -> Callable:
@@ -102,24 +108,30 @@ def _front(name: str, eager: Callable, traced: Callable, kinds: dict[str, str]) 
             return traced(*args, **kwargs)
         try:
             return eager(*args, **kwargs)
-        except (AttributeError, TypeError) as error:
-            _explain(name, kinds, args, kwargs, error)
+        except Exception as error:
+            if not str(error).startswith("["):
+                _explain(name, kinds, args, kwargs, error)
             raise
 
     return call
 
 
 def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error: Exception) -> None:
-    """Where an argument that must be a tensor is none, says so in place of what became of that."""
+    """Where an argument is not a tensor that any kernel could take, says so in place of what became of that."""
     for key, value in (dict(zip(kinds, args, strict=False)) | kwargs).items():
         kind = kinds.get(key, "")
-        if not kind.startswith("Tensor") or " or " in kind or (value is None and "?" in kind):
+        if not kind.startswith("Tensor"):
             continue
         listed = "[" in kind and isinstance(value, (list, tuple))
         for i, part in enumerate(value if listed else [value]):
-            if not isinstance(part, Tensor):
-                where = f"{key}[{i}]" if listed else key
-                raise TypeError(f"[{name}] {where} must be a torch.Tensor, but got {type(part).__name__}") from error
+            where = f"[{name}] {key}[{i}]" if listed else f"[{name}] {key}"
+            if isinstance(part, Tensor):
+                if part.device.type != "cpu":
+                    raise NotImplementedError(f"{where} must be on the cpu, but got {part.device}") from error
+                if part.dtype not in _DTYPES:
+                    raise TypeError(f"{where} must have one of {_DTYPES}, but got {part.dtype}") from error
+            elif not (isinstance(part, PackedLinear) or (part is None and "?" in kind) or kind.startswith("Tensor or")):
+                raise TypeError(f"{where} must be a torch.Tensor, but got {type(part).__name__}") from error
 
 
 def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
@@ -222,7 +234,7 @@ def _from_schema(kind: str, value):
         return value
     if kind.startswith("Tensor["):
         return value[0] if len(value) == 1 and kind.endswith("or one") else tuple(value)
-    return value.item() if " or " in kind and value.dim() == 0 else value
+    return value.item() if kind.startswith("Tensor or") and value.dim() == 0 else value
 
 
 def _map(f, value):

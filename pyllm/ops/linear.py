@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
         ValueError, TypeError: a shape or dtype that does not fit, or a weight packed for another instruction set.
     """
     grad = torch.is_grad_enabled()
-    if type(weight) is PackedLinear:
+    if isinstance(weight, PackedLinear):
         if grad and (x.requires_grad or (bias is not None and bias.requires_grad)):
             raise ValueError("[linear] a packed weight has no gradients: x and bias must not require one")
         if x.dim() and x.shape[-1] != weight.shape[1]:

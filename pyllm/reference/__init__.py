@@ -9,7 +9,7 @@ from pyllm.reference.attention import attention
 from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
-from pyllm.reference.linear import linear
+from pyllm.reference.linear import linear, pack_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
 from pyllm.reference.sample import Sample, sample
@@ -28,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "pack_linear",
     "rms_norm",
     "rnn",
     "rnn_cell",

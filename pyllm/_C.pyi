@@ -1,0 +1,147 @@
+"""The compiled module: what csrc/module.cpp exposes. Kernels fill the outputs that are among their arguments."""
+
+from typing import Any, TypeAlias
+
+Array: TypeAlias = Any  # a tensor, or anything else with __dlpack__
+
+def info() -> dict[str, Any]: ...
+def set_num_threads(n: int, /) -> None: ...
+def num_threads() -> int: ...
+def set_isa(name: str, /) -> None: ...
+def cross_entropy_forward(
+    logits: Array,
+    targets: Array,
+    losses: Array | None,
+    statistics: Array | None,
+    total: Array | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    /,
+) -> None: ...
+def cross_entropy_backward(
+    logits: Array,
+    targets: Array,
+    statistics: Array,
+    dloss: Array,
+    dlogits: Array,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    /,
+) -> None: ...
+def linear_cross_entropy(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    targets: Array,
+    block: Array,
+    losses: Array | None,
+    total: Array | None,
+    dloss: Array | None,
+    dx: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    /,
+) -> None: ...
+def embedding_forward(ids: Array, weight: Array, out: Array, /) -> None: ...
+def embedding_backward(ids: Array, dy: Array, dweight: Array, zeroed: bool, /) -> None: ...
+def multiply_add(rounds: int, /) -> int: ...
+def read(data: Array, /) -> None: ...
+def norm_forward(
+    x: Array,
+    residual: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    y: Array,
+    sum: Array | None,
+    mean: Array | None,
+    rstd: Array | None,
+    centred: bool,
+    eps: float,
+    /,
+) -> None: ...
+def norm_backward(
+    dy: Array,
+    dsum: Array | None,
+    h: Array,
+    weight: Array | None,
+    mean: Array | None,
+    rstd: Array,
+    dh: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    centred: bool,
+    /,
+) -> None: ...
+def linear(x: Array, weight: Array, bias: Array | None, y: Array, packed: bool, /) -> None: ...
+def pack_linear(weight: Array, panels: Array, /) -> None: ...
+def panel_width() -> int: ...
+def matmul(a: Array, b: Array, bias: Array | None, c: Array, /) -> None: ...
+def column_sum(a: Array, sums: Array, /) -> None: ...
+def recurrent_forward(
+    op: str,
+    kind: int,
+    reverse: bool,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None,
+    b_hh: Array | None,
+    h0: Array | None,
+    c0: Array | None,
+    lengths: Array | None,
+    y: Array,
+    h_n: Array,
+    c_n: Array | None,
+    gates: Array | None,
+    new_hidden: Array | None,
+    tanh_cell: Array | None,
+    cell: Array | None,
+    /,
+) -> None: ...
+def recurrent_cell(
+    op: str,
+    kind: int,
+    x: Array,
+    h: Array,
+    c: Array | None,
+    w_ih: Array,
+    w_hh: Array,
+    b_ih: Array | None,
+    b_hh: Array | None,
+    h_n: Array,
+    c_n: Array | None,
+    /,
+) -> None: ...
+def recurrent_backward(
+    op: str,
+    kind: int,
+    reverse: bool,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array,
+    h0: Array | None,
+    c0: Array | None,
+    lengths: Array | None,
+    y: Array,
+    gates: Array,
+    new_hidden: Array | None,
+    tanh_cell: Array | None,
+    cell: Array | None,
+    dy: Array | None,
+    dh_n: Array | None,
+    dc_n: Array | None,
+    dx: Array | None,
+    add_dx: bool,
+    dw_ih: Array | None,
+    dw_hh: Array | None,
+    db_ih: Array | None,
+    db_hh: Array | None,
+    dh0: Array | None,
+    dc0: Array | None,
+    /,
+) -> None: ...
