@@ -8,6 +8,17 @@ def info() -> dict[str, Any]: ...
 def set_num_threads(n: int, /) -> None: ...
 def num_threads() -> int: ...
 def set_isa(name: str, /) -> None: ...
+def activation_forward(gate: Array, up: Array | None, out: Array, op: str, kind: str, /) -> None: ...
+def activation_backward(
+    dy: Array,
+    gate: Array,
+    up: Array | None,
+    dgate: Array,
+    dup: Array | None,
+    op: str,
+    kind: str,
+    /,
+) -> None: ...
 def cross_entropy_forward(
     logits: Array,
     targets: Array,
@@ -143,5 +154,16 @@ def recurrent_backward(
     db_hh: Array | None,
     dh0: Array | None,
     dc0: Array | None,
+    /,
+) -> None: ...
+def rope(
+    x: Array,
+    positions: Array,
+    inv_freq: Array,
+    out: Array,
+    rotary_dim: int,
+    interleaved: bool,
+    scale: float,
+    inverse: bool,
     /,
 ) -> None: ...

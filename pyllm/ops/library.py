@@ -126,6 +126,8 @@ def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error:
         for i, part in enumerate(value if listed else [value]):
             where = f"[{name}] {key}[{i}]" if listed else f"[{name}] {key}"
             if isinstance(part, Tensor):
+                if part.dim() > 8:
+                    raise ValueError(f"{where} must have at most 8 dimensions, but got {part.dim()}") from error
                 if part.device.type != "cpu":
                     raise NotImplementedError(f"{where} must be on the cpu, but got {part.device}") from error
                 if part.dtype not in _DTYPES:
