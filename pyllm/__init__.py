@@ -2,9 +2,9 @@
 
 import torch
 
-from pyllm import _C, ops, reference
+from pyllm import _C, ops
 
 __version__: str = _C.info()["version"]
-__all__ = ["ops", "reference"]
+__all__ = ["ops"]
 
 _C.set_num_threads(torch.get_num_threads())

@@ -59,8 +59,8 @@ def check_contents(path: Path, expected: Seal) -> None:
         raise CheckpointError(f"{path} is damaged: its SHA-256 must be {expected.sha256}, but is {digest}")
 
 
-def write_json(path: Path, tree: dict) -> None:
-    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, tree: dict, indent: int | None = 1) -> None:
+    path.write_text(json.dumps(tree, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:

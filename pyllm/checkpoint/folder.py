@@ -86,13 +86,10 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
         OSError: the disk is full, or the like; the old checkpoint stays.
     """
     folder = Path(folder)
-    for name, value, kind in (
-        ("model_type", model_type, str),
-        ("config", config, dict),
-        ("training", training, dict | None),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {getattr(kind, '__name__', 'dict')}, but got {type(value).__name__}")
+    _check_type("model_type", model_type, str)
+    _check_type("config", config, dict)
+    if training is not None:
+        _check_type("training", training, dict)
     check_plain(config, "config")
     check_tensors(weights, "weights")
     kept, tied = _tied(weights)
@@ -111,7 +108,7 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
         if tokenizer is not None:
             tokenizer.save(writing / _TOKENIZER)
         if plain is not None:
-            write_json(writing / _TRAINING, plain)
+            write_json(writing / _TRAINING, plain, indent=None)
             write_tensors(writing / _OPTIMIZER, optimizer)
         files = {path.name: seal(path)._asdict() for path in sorted(writing.iterdir())}
         write_json(writing / "config.json", {"format": _FORMAT, "version": _VERSION, "model_type": model_type,
@@ -156,6 +153,11 @@ def load_checkpoint(folder: str | os.PathLike, *, training: bool = True) -> Chec
             # A writer may have put a new checkpoint in the place of the one that was being read.
             if current.exists() or _current(folder) == current:
                 raise
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, but got {type(value).__name__}")
 
 
 def _read(folder: Path, with_training: bool) -> Checkpoint:
