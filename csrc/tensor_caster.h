@@ -75,11 +75,13 @@ struct type_caster<pyllm::TensorView> {
       return true;
     }
     if (!hasattr(source, "__dlpack__")) return false;
+    object exporter = reinterpret_borrow<object>(source);
+    if (getattr(source, "requires_grad", bool_(false)).cast<bool>()) exporter = source.attr("detach")();
     try {
-      owner = source.attr("__dlpack__")(arg("max_version") = make_tuple(1, 1));
+      owner = exporter.attr("__dlpack__")(arg("max_version") = make_tuple(1, 1));
     } catch (error_already_set& e) {
       if (!e.matches(PyExc_TypeError)) throw;  // producers older than DLPack 1.0 do not know max_version
-      owner = source.attr("__dlpack__")();
+      owner = exporter.attr("__dlpack__")();
     }
     if (PyCapsule_IsValid(owner.ptr(), "dltensor_versioned")) {
       auto* m = static_cast<ManagedTensorVersioned*>(PyCapsule_GetPointer(owner.ptr(), "dltensor_versioned"));

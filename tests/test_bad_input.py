@@ -49,6 +49,7 @@ GOOD = {
 }
 OUT_OF_RANGE = {"cross_entropy": "targets", "embedding": "ids", "linear_cross_entropy": "targets"}
 FINE = {  # what is not a mistake after all
+    ("attention", "v", "size"),
     ("cross_entropy", "logits", "size"),
     ("embedding", "ids", "rank"),
     ("embedding", "ids", "size"),
@@ -56,6 +57,7 @@ FINE = {  # what is not a mistake after all
     ("gelu", "x", "rank"),
     ("gelu", "x", "size"),
     ("linear", "x", "rank"),
+    ("sample", "logits", "size"),
     ("silu", "x", "rank"),
     ("silu", "x", "size"),
 }

@@ -121,7 +121,7 @@ def test_dtypes_and_devices_that_no_kernel_takes():
     y = torch.empty(4, 9)
     for x, message in (
         (torch.ones(4, 9, dtype=torch.complex64), "dtype must be"),
-        (np.ones((4, 9), np.float64), "dtype must be"),
+        (np.ones((4, 9), np.float64), "must be float32, bfloat16 or float16, but got float64"),
         (torch.ones(4, 9, dtype=torch.int32), "must be float32, bfloat16 or float16, but got int32"),
     ):
         with pytest.raises(TypeError, match=message):

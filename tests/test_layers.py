@@ -58,7 +58,7 @@ def test_imports_point_down(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in HEIGHT, f"{room} is a new room: give it a place in LAYERS"
     tree = ast.parse(path.read_text("utf-8"))
-    switches = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "PYLLM_REFERENCE" in ast.unparse(n.test)]
+    switches = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "REFERENCE" in ast.unparse(n.test)]
     for line, name in imports(tree):
         target = room_of(name)
         if target is None or target == room:

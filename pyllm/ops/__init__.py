@@ -5,7 +5,6 @@ With PYLLM_REFERENCE=1 in the environment these names are the twins, and `REFERE
 
 import os
 
-from pyllm import reference
 from pyllm.ops import library
 from pyllm.ops.activations import geglu, gelu, silu, swiglu
 from pyllm.ops.attention import attention
@@ -46,4 +45,6 @@ globals().update(library.register({name: globals()[name] for name in __all__}))
 
 REFERENCE = os.environ.get("PYLLM_REFERENCE", "0") not in ("", "0")
 if REFERENCE:
+    from pyllm import reference
+
     globals().update({name: getattr(reference, name) for name in __all__ if hasattr(reference, name)})

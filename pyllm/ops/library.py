@@ -132,7 +132,10 @@ def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error:
                     raise NotImplementedError(f"{where} must be on the cpu, but got {part.device}") from error
                 if part.dtype not in _DTYPES:
                     raise TypeError(f"{where} must have one of {_DTYPES}, but got {part.dtype}") from error
-            elif not (isinstance(part, PackedLinear) or (part is None and "?" in kind) or kind.startswith("Tensor or")):
+            elif kind.startswith("Tensor or"):
+                if not isinstance(part, (int, float)):
+                    raise TypeError(f"{where} must be a number or a tensor, but got {type(part).__name__}") from error
+            elif not (isinstance(part, PackedLinear) or (part is None and "?" in kind)):
                 raise TypeError(f"{where} must be a torch.Tensor, but got {type(part).__name__}") from error
 
 
