@@ -1,0 +1,27 @@
+"""The blocks that models are built from: torch's modules, names and state dicts, on pyllm's operations."""
+
+from pyllm.nn.attention import Attention
+from pyllm.nn.embedding import Embedding
+from pyllm.nn.feed_forward import FeedForward
+from pyllm.nn.linear import Linear
+from pyllm.nn.norm import LayerNorm, RMSNorm
+from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Attention",
+    "AttentionState",
+    "Embedding",
+    "FeedForward",
+    "GRUCell",
+    "KeyValueCache",
+    "LSTMCell",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "RNNCell",
+    "RecurrentState",
+]

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension; with a residual, (norm(x + residual), x + residual) in one pass."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
+        super().__init__(hidden_size, eps, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm over the last dimension; with a residual, (norm(x + residual), x + residual) in one pass."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, device=None, dtype=None):
+        super().__init__(hidden_size, eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, self.weight, residual=residual, eps=self.eps)

@@ -1,0 +1,98 @@
+"""The blocks against torch's modules of the same name and state dict."""
+
+import pytest
+import torch
+
+from pyllm import nn
+
+
+def copy_of(ours, theirs):
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def same(a, b):
+    a, b = (t if isinstance(t, (tuple, list)) else [t] for t in (a, b))
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, tuple):
+            same(x, y)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_embedding_and_norms():
+    x = torch.randn(3, 5, 16)
+    for ours, theirs in (
+        (nn.Linear(16, 9), torch.nn.Linear(16, 9)),
+        (nn.LayerNorm(16), torch.nn.LayerNorm(16)),
+        (nn.RMSNorm(16), torch.nn.RMSNorm(16, 1e-6)),
+    ):
+        same(ours(x), copy_of(ours, theirs)(x))
+    ours, ids = nn.Embedding(11, 16), torch.randint(11, (3, 5))
+    same(ours(ids), copy_of(ours, torch.nn.Embedding(11, 16))(ids))
+    with pytest.raises(IndexError):
+        ours(torch.tensor([11]))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_recurrent_layers_load_torch_weights(name, batch_first):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    ours, theirs = getattr(nn, name)(7, 6, **options), getattr(torch.nn, name)(7, 6, **options)
+    copy_of(ours, theirs)
+    x = torch.randn(4, 5, 7)
+    a, b = ours(x), theirs(x)
+    same(a, b)
+    same(ours(x, a[1]), theirs(x, b[1]))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_cell_steps_equal_the_layer(name):
+    layer, cell = getattr(nn, name)(7, 6, batch_first=True), getattr(nn, name + "Cell")(7, 6)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x, state = torch.randn(3, 5, 7), None
+    whole, _ = layer(x)
+    for t in range(5):
+        state = cell(x[:, t], state)
+        assert torch.equal(state[0] if name == "LSTM" else state, whole[:, t])
+
+
+def test_dropout_between_layers_follows_the_seed():
+    layer, x = nn.LSTM(4, 8, num_layers=2, dropout=0.5, batch_first=True), torch.randn(2, 9, 4)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(layer(x)[0])
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "silu"])
+def test_feed_forward(activation):
+    block, x = nn.FeedForward(8, 12, activation), torch.randn(2, 3, 8)
+    act = {"swiglu": torch.nn.functional.silu, "geglu": torch.nn.functional.gelu}.get(activation)
+    if act:
+        gate, up = (x @ block.up.weight.T).chunk(2, -1)
+        expected = (act(gate) * up) @ block.down.weight.T
+    else:
+        expected = getattr(torch.nn.functional, activation)(x @ block.up.weight.T) @ block.down.weight.T
+    same(block(x), expected)
+    with pytest.raises(ValueError, match="activation must be one of swiglu"):
+        nn.FeedForward(8, 12, "relu6")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"rope_theta": 100.0}, {"window": 3}, {"head_dim": 5}])
+def test_attention_with_a_cache_equals_attention_without(options):
+    block, x = nn.Attention(16, 4, **options), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        whole = block(x, torch.arange(7))
+        cache = nn.KeyValueCache(2, 9, block.num_kv_heads, block.head_dim, torch.float32)
+        parts = [block(x[:, a:b], torch.arange(a, b).expand(2, -1), cache) for a, b in ((0, 3), (3, 4), (4, 7))]
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_attention_checks_its_sizes():
+    with pytest.raises(ValueError, match="multiple of num_heads, but got 10 and 4"):
+        nn.Attention(10, 4)
+    with pytest.raises(ValueError, match="multiple of num_kv_heads, but got 4 and 3"):
+        nn.Attention(16, 4, 3)
