@@ -1,0 +1,9 @@
+"""A page per kind of model, built from `pyllm.nn`."""
+
+from pyllm.models.decoder import Decoder
+from pyllm.models.model import Model
+from pyllm.models.recurrent import LanguageModel
+
+MODELS: dict[str, type[Model]] = {m.model_type: m for m in (LanguageModel, Decoder)}
+
+__all__ = ["MODELS", "Decoder", "LanguageModel", "Model"]

@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+import pyllm
+from pyllm.models import MODELS
+
+MAKERS = {
+    "rnn": lambda: pyllm.LanguageModel(31, 24, 2, cell="rnn"),
+    "gru": lambda: pyllm.LanguageModel(31, 24, 1, cell="gru"),
+    "lstm": lambda: pyllm.LanguageModel(31, 24, 2, cell="lstm", embedding_size=10),
+    "gpt": lambda: pyllm.Decoder(31, 24, 2, 4, num_kv_heads=2, context_length=40),
+    "gpt2": lambda: pyllm.Decoder(31, 24, 2, 4, context_length=40, position="learned", norm="layer_norm",
+                                  activation="gelu", bias=True, qkv_bias=True, tie_embeddings=False),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MAKERS)
+def model(request):
+    return MAKERS[request.param]().eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 12], [19, 1]])
+def test_whole_sequence_chunks_and_steps_give_the_same_bits(model, chunks, dtype):
+    model.to(dtype)
+    ids = torch.randint(31, (3, 20))
+    whole = model(ids)
+    state = model.new_state(3, 20)
+    assert torch.equal(torch.cat([model(part, state) for part in ids.split(chunks, 1)], 1), whole)
+    assert state.lengths.tolist() == [20] * 3
+
+
+@torch.no_grad()
+def test_a_sequence_does_not_depend_on_its_batch_or_padding(model, threads):
+    rows = [torch.randint(31, (n,)) for n in (20, 3, 11, 1)]
+    alone = []
+    for row in rows:
+        alone.append(model(row[None])[0])
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
+    lengths = torch.tensor([len(r) for r in rows])
+    for n in (1, 2, 3):
+        threads(n)
+        state = model.new_state(4, 30)
+        together = model(padded, state, lengths)
+        for row, expected, found in zip(rows, alone, together, strict=True):
+            assert torch.equal(found[: len(row)], expected)
+        assert torch.equal(state.lengths, lengths)
+        # and they go on from their own ends
+        step = torch.randint(31, (4, 1))
+        after = model(step, state)
+        for row, s, found in zip(rows, step, after, strict=True):
+            assert torch.equal(found, model(torch.cat((row, s))[None])[0, -1:])
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(model):
+    ids = torch.randint(31, (3, 8))
+    targets = torch.randint(31, (3, 8))
+    targets[0, 2:] = -100
+    loss = model.loss(ids, targets)
+    expected = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_config_makes_the_model_again(model):
+    again = MODELS[model.model_type](**model.config)
+    again.load_state_dict(model.state_dict())
+    ids = torch.randint(31, (2, 5))
+    assert torch.equal(again.eval()(ids), model(ids))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="cell must be one of rnn, gru, lstm, but got 'elman'"):
+        pyllm.LanguageModel(10, cell="elman")
+    with pytest.raises(ValueError, match="position must be"):
+        pyllm.Decoder(10, position="absolute")
+    with pytest.raises(ValueError, match="norm must be one of"):
+        pyllm.Decoder(10, norm="batch")
+    model = MAKERS["gpt"]()
+    with pytest.raises(ValueError, match="context is 40 tokens, but got 41 ids"):
+        model(torch.zeros(1, 41, dtype=torch.int64))
+    state = model.new_state(1, 5)
+    model(torch.zeros(1, 4, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match="holds 5 positions, but got 2 tokens after 4"):
+        model(torch.zeros(1, 2, dtype=torch.int64), state)
+    with pytest.raises(IndexError, match="31"):
+        model(torch.full((1, 1), 31))
