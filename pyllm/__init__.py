@@ -3,8 +3,28 @@
 import torch
 
 from pyllm import _C, ops
+from pyllm.checkpoint import load, save
+from pyllm.engine import SamplingParams, generate
+from pyllm.models import Decoder, LanguageModel
+from pyllm.runtime import info, num_threads, set_num_threads
+from pyllm.text import Tokenizer
+from pyllm.training import test, train
 
 __version__: str = _C.info()["version"]
-__all__ = ["ops"]
+__all__ = [
+    "Decoder",
+    "LanguageModel",
+    "SamplingParams",
+    "Tokenizer",
+    "generate",
+    "info",
+    "load",
+    "num_threads",
+    "ops",
+    "save",
+    "set_num_threads",
+    "test",
+    "train",
+]
 
-_C.set_num_threads(torch.get_num_threads())
+set_num_threads(torch.get_num_threads())

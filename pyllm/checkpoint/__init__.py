@@ -2,15 +2,18 @@
 
 from pyllm.checkpoint.files import CheckpointError
 from pyllm.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint
+from pyllm.checkpoint.loading import load, save
 from pyllm.checkpoint.state import optimizer_tensors, random_state, restore_optimizer, restore_random_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "load",
     "load_checkpoint",
     "optimizer_tensors",
     "random_state",
     "restore_optimizer",
     "restore_random_state",
+    "save",
     "save_checkpoint",
 ]

@@ -7,6 +7,7 @@ which ones is a pure function of (seed, epoch, step): an interrupted run goes on
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -83,6 +84,12 @@ class SequenceLoader:
     def tokens(self) -> int:
         """The number of targets in an epoch."""
         return self._full * self.batch_size * self.sequence_length if self.drop_last else len(self.ids) - 1
+
+    def signature(self) -> dict:
+        """What makes the batches what they are, as plain values: two loaders of one signature give the same batches."""
+        return {"tokens": len(self.ids), "crc32": zlib.crc32(self.ids.to("cpu", torch.int64).numpy()),
+                "batch_size": self.batch_size, "sequence_length": self.sequence_length, "shuffle": self.shuffle,
+                "seed": self.seed, "drop_last": self.drop_last}  # fmt: skip
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step`, in [0, len(self)), of an epoch: a copy, the caller's to change.

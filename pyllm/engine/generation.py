@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from pyllm.engine.sampling import Sampler, SamplingParams
+from pyllm.models import Model
+from pyllm.text import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, *,
+                 max_tokens: int | None = None,
+                 stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:  # fmt: skip
+    """Continues a batch of sequences of ids, each as if it were alone.
+
+    Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id or at max_tokens.
+
+    Raises:
+        ValueError: no prompt, an empty one, or more tokens than the model's context holds.
+    """
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("each prompt must have at least one id")
+    longest = max(len(p) for p in prompts)
+    room = DEFAULT_MAX_TOKENS if model.context_length is None else model.context_length - longest
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1))
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
+    if model.context_length is not None and max_tokens > room:
+        raise ValueError(f"a prompt of {longest} tokens and {max_tokens} more do not fit the model's context of "
+                         f"{model.context_length}")  # fmt: skip
+    return _steps(model, prompts, params or SamplingParams(), max_tokens, frozenset(stop_ids))
+
+
+@torch.no_grad()
+def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: frozenset[int]):
+    was_training = model.training
+    model.eval()
+    try:
+        # 1. All prompts at once, padded on the right.
+        lengths = torch.tensor([len(p) for p in prompts])
+        state = model.new_state(len(prompts), int(lengths.max()) + max_tokens)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.as_tensor(p, dtype=torch.int64) for p in prompts], batch_first=True
+        )
+        hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts)), lengths - 1]
+        sample, live = Sampler(params, [list(p) for p in prompts]), [True] * len(prompts)
+        for step in range(max_tokens):
+            # 2. Draw; a sequence that has ended goes on in its row, unheard.
+            drawn = sample(model.head(hidden))
+            yield [i if l else None for i, l in zip(drawn, live, strict=True)]
+            live = [l and i not in stop_ids for i, l in zip(drawn, live, strict=True)]
+            if not any(live) or step + 1 == max_tokens:
+                return
+            # 3. One step of all of them.
+            hidden = model.hidden(torch.tensor(drawn)[:, None], state)[:, 0]
+    finally:
+        model.train(was_training)
+
+
+def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *, max_tokens: int | None = None,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0,
+             repetition_penalty: float = 1.0, frequency_penalty: float = 0.0, presence_penalty: float = 0.0,
+             seed: int | None = None, stop: str | Sequence[str] = (),
+             stream: bool = False) -> str | list[str] | Iterator[str]:  # fmt: skip
+    """Continues a text, or each of several; the continuations alone are returned.
+
+    Args:
+        max_tokens: how many at most; by default 256, or what fits the model's context.
+        temperature, ..., seed: see `SamplingParams`.
+        stop: texts that end it, and that are not part of it. The tokenizer's end-of-text token always ends it.
+        stream: for one prompt, gives an iterator over pieces of the text as they become final.
+
+    Raises:
+        ValueError: a setting out of its bounds, or a prompt that does not fit the model's context.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise ValueError("a stop text must not be empty")
+    params = SamplingParams(temperature, top_k, top_p, min_p, typical_p, repetition_penalty, frequency_penalty,
+                            presence_penalty, seed=seed)  # fmt: skip
+    one = isinstance(prompt, str)
+    if stream and not one:
+        raise ValueError("stream=True takes one prompt")
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    prompts = [tokenizer.encode(p) or end for p in ([prompt] if one else prompt)]
+    steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
+    if stream:
+        return _stream(steps, TextStream(tokenizer, stops))
+    streams, texts = [TextStream(tokenizer, stops) for _ in prompts], [""] * len(prompts)
+    for ids in steps:
+        for n, i in enumerate(ids):
+            if i is not None and not streams[n].ended:
+                texts[n] += streams[n].push(i)
+        if all(s.ended for s in streams):
+            break
+    texts = [t + s.finish() for t, s in zip(texts, streams, strict=True)]
+    return texts[0] if one else texts
+
+
+def _stream(steps: Iterator[list[int | None]], text: TextStream) -> Iterator[str]:
+    for (i,) in steps:
+        if piece := text.push(i):
+            yield piece
+        if text.ended:
+            break
+    if piece := text.finish():
+        yield piece
+
+
+class TextStream:
+    """Turns one sequence's ids into text, holding back what could still become part of a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.decoder, self.eos_id, self.stops = tokenizer.stream(), tokenizer.eos_id, stops
+        self.held, self.ended = "", False
+
+    def push(self, i: int) -> str:
+        if i == self.eos_id:
+            return self.finish()
+        return self._pass(self.decoder.push(i))
+
+    def finish(self) -> str:
+        """What is left when no more ids come."""
+        if self.ended:
+            return ""
+        text = self._pass(self.decoder.flush())
+        return text if self.ended else self._end(text + self.held)
+
+    def _pass(self, piece: str) -> str:
+        text = self.held + piece
+        found = [at for s in self.stops if (at := text.find(s)) >= 0]
+        if found:
+            return self._end(text[: min(found)])
+        keep = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _end(self, text: str) -> str:
+        self.held, self.ended = "", True
+        return text

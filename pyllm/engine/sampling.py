@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the settings are those of `pyllm.ops.sample`, which checks them.
+
+    temperature 0 is greedy. With the same seed a sequence is the same whatever it shares a batch with; with seed None
+    one is drawn.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Tensor | None = None
+    seed: int | None = None
+
+    def with_seed(self) -> SamplingParams:
+        return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(63))
+
+
+@dataclass
+class Sampler:
+    """Draws the next id of each sequence of a batch. `sequences` are all ids so far, which the penalties look at."""
+
+    params: SamplingParams
+    sequences: list[list[int]]
+    seeds: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.params = self.params.with_seed()
+        self.seeds = torch.full((len(self.sequences),), self.params.seed, dtype=torch.int64)
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """logits (B, vocabulary) -> the ids drawn, which are appended to the sequences."""
+        p = self.params
+        history = None
+        if (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0):
+            history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
+                                                      batch_first=True, padding_value=-1)  # fmt: skip
+        positions = torch.tensor([len(s) for s in self.sequences], dtype=torch.int64)
+        ids = ops.sample(logits, seeds=self.seeds, positions=positions, temperature=p.temperature, top_k=p.top_k,
+                         top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p, repetition_penalty=p.repetition_penalty,
+                         frequency_penalty=p.frequency_penalty, presence_penalty=p.presence_penalty, history=history,
+                         logit_bias=p.logit_bias).ids.tolist()  # fmt: skip
+        for sequence, i in zip(self.sequences, ids, strict=True):
+            sequence.append(i)
+        return ids

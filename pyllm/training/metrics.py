@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+from pyllm.models import Model
+from pyllm.nn import RecurrentState
+
+IGNORED = -100  # a target that does not count, as in torch
+
+
+@dataclass
+class Metrics:
+    """How well a model predicts each next token."""
+
+    loss: float  # nats a token
+    accuracy: float  # share of tokens that were the model's first choice
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits to code each of the `num_bytes` bytes of the text that these tokens are."""
+        return self.loss * self.tokens / math.log(2) / num_bytes
+
+
+@dataclass
+class History:
+    """The course of a training: the loss of every step, and what the validation gave, as (step, metrics)."""
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, Metrics]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> History:
+        return cls(
+            data["losses"], [(step, Metrics(**m)) for step, m in data["validation"]], data["seconds"], data["tokens"]
+        )
+
+
+def logits_of(model: torch.nn.Module, inputs: Tensor, state: RecurrentState | None) -> Tensor:
+    """A model's logits; one that returns (logits, hidden state), as recurrent models often do, is understood too."""
+    out = model(inputs) if state is None else model(inputs, state)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def state_to_carry(
+    model: torch.nn.Module, loader: Iterable, carry: bool | None
+) -> Callable[[int], RecurrentState] | None:
+    """Makes the state that goes from one batch to the next, or None where each batch starts anew.
+
+    By default (carry=None) a recurrent model carries its state over batches that continue each other.
+    """
+    contiguous = getattr(loader, "contiguous", False)
+    if carry and not contiguous:
+        raise ValueError("carry_state=True needs batches that continue each other: a SequenceLoader without shuffle")
+    if carry is False or not contiguous or not isinstance(model, Model):
+        return None
+    make = model.new_state
+    if isinstance(make(1, 1), RecurrentState):
+        return make
+    if carry:
+        raise ValueError(f"carry_state=True needs a recurrent model, but got {type(model).__name__}")
+    return None
+
+
+def next_state(make: Callable[[int], RecurrentState], state: RecurrentState | None, rows: int) -> RecurrentState:
+    """What a batch of `rows` goes on from; a smaller one continues the last rows of the batch before it."""
+    if state is None or len(state.lengths) < rows:
+        return make(rows)
+    return state if len(state.lengths) == rows else state.last_rows(rows)
+
+
+@torch.no_grad()
+def test(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], criterion: Callable | None = None, *,
+         carry_state: bool | None = None) -> Metrics:  # fmt: skip
+    """Loss, perplexity and next-token accuracy of a model over a loader of (inputs, targets), each (B, T).
+
+    Args:
+        criterion: called with logits (N, vocabulary) and targets (N,), giving their mean loss; default cross-entropy.
+        carry_state: see `train`.
+
+    Raises:
+        ValueError: the loader gives no target that counts.
+    """
+    make_state, was_training = state_to_carry(model, loader, carry_state), model.training
+    model.eval()
+    loss, right, tokens, state = 0.0, 0, 0, None
+    for inputs, targets in loader:
+        if make_state:
+            state = next_state(make_state, state, len(inputs))
+        logits, flat = logits_of(model, inputs, state).flatten(0, 1), targets.flatten()
+        kept = flat != IGNORED
+        count = int(kept.sum())
+        if count:
+            mean = ops.cross_entropy(logits, flat) if criterion is None else criterion(logits, flat)
+            loss += float(mean) * count
+            right += int(((logits.argmax(-1) == flat) & kept).sum())
+            tokens += count
+    model.train(was_training)
+    if not tokens:
+        raise ValueError("the loader gave no target to score")
+    return Metrics(loss / tokens, right / tokens, tokens)
