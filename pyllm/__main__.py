@@ -1,0 +1,3 @@
+from pyllm.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""The command line: `pyllm train | generate | evaluate | bench | info`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
+
+import pyllm
+from pyllm import data as datasets
+from pyllm import training
+from pyllm.checkpoint import load_checkpoint
+from pyllm.data import SequenceLoader
+from pyllm.models import Decoder, LanguageModel, Model
+from pyllm.text import Tokenizer
+from pyllm.training import History, Metrics
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help=pyllm.__doc__)  # fmt: skip
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ModelName(str, Enum):
+    rnn = "rnn"
+    gru = "gru"
+    lstm = "lstm"
+    gpt = "gpt"
+
+
+DEFAULTS = {"model": "gpt", "tokenizer": "char", "hidden": 256, "layers": 2, "heads": 4, "context": 128, "batch": 16,
+            "epochs": 1, "steps": None, "lr": 2e-3, "dropout": 0.0, "seed": 0, "validation": 0.1,
+            "data": []}  # fmt: skip
+
+Folder = Annotated[Path, Argument(help="A checkpoint folder.", show_default=False)]
+Data = Annotated[list[Path] | None, Option(help="UTF-8 text; further files may follow. Default: the embedded corpus.")]
+More = Annotated[list[Path] | None, Argument(metavar="[FILE]...", hidden=True)]
+Threads = Annotated[int | None, Option(help="CPU threads. Default: torch's.", min=1, max=4096)]
+
+
+@app.command()
+def train(
+    out_folder: Annotated[Path, Option("--out", help="The checkpoint folder to write.", show_default=False)],
+    model: Annotated[ModelName | None, Option(help="Default: gpt.")] = None,
+    data: Data = None,
+    more: More = None,
+    tokenizer: Annotated[str | None, Option(help="char, or bpe:SIZE. Default: char.")] = None,
+    hidden: Annotated[int | None, Option(help="Width. Default: 256.", min=1)] = None,
+    layers: Annotated[int | None, Option(help="Default: 2.", min=1)] = None,
+    heads: Annotated[int | None, Option(help="Attention heads (gpt). Default: 4.", min=1)] = None,
+    context: Annotated[int | None, Option(help="Tokens a training sequence. Default: 128.", min=1)] = None,
+    batch: Annotated[int | None, Option(help="Sequences a step. Default: 16.", min=1)] = None,
+    epochs: Annotated[int | None, Option(help="Default: 1.", min=1)] = None,
+    steps: Annotated[int | None, Option(help="Instead of epochs.", min=1)] = None,
+    lr: Annotated[float | None, Option(help="Highest learning rate. Default: 0.002.", min=0)] = None,
+    dropout: Annotated[float | None, Option(help="Default: 0.", min=0, max=0.99)] = None,
+    seed: Annotated[int | None, Option(help="Default: 0.", min=0)] = None,
+    validation: Annotated[
+        float | None, Option(help="Share of the text kept for validation. Default: 0.1.", min=0, max=0.9)
+    ] = None,
+    save_every: Annotated[int | None, Option(help="Steps between checkpoints.", min=1)] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    threads: Threads = None,
+):
+    """Train a language model on text, from nothing or from an interrupted training's checkpoint."""
+    given = {"model": model and model.value, "tokenizer": tokenizer, "hidden": hidden, "layers": layers, "heads": heads,
+             "context": context, "batch": batch, "epochs": epochs, "steps": steps, "lr": lr, "dropout": dropout,
+             "seed": seed, "validation": validation,
+             "data": [str(p.resolve()) for p in [*(data or []), *(more or [])]] or None}  # fmt: skip
+    _set_threads(threads)
+    if resume:
+        checkpoint = load_checkpoint(out_folder)
+        settings, text_tokenizer = (checkpoint.training or {}).get("settings"), checkpoint.tokenizer
+        if not settings or text_tokenizer is None:
+            raise ValueError(f"{out_folder} holds no training that `pyllm train` began")
+        for name, value in given.items():
+            if value is not None and value != settings[name]:
+                raise ValueError(f"--{name} was {settings[name]} in {out_folder}, but got {value}: "
+                                 "leave it out, or train into another folder")  # fmt: skip
+    else:
+        if out_folder.exists() and any(out_folder.iterdir()):
+            raise ValueError(f"{out_folder} is not empty: add --resume, or give another --out")
+        settings = DEFAULTS | {k: v for k, v in given.items() if v is not None}
+        text_tokenizer = None
+    text = _text([Path(p) for p in settings["data"]])
+    parts = datasets.split(text, settings["validation"])
+    if text_tokenizer is None:
+        text_tokenizer = Tokenizer.train(settings["tokenizer"], [text])
+    torch.manual_seed(settings["seed"])
+    network = _new_model(settings, text_tokenizer)
+    loaders = [_loader(part, text_tokenizer, settings, shuffle=n == 0 and isinstance(network, Decoder))
+               for n, part in enumerate(parts) if part]  # fmt: skip
+    total = settings["steps"] or settings["epochs"] * len(loaders[0])
+    err.print(f"{settings['model']}: {network.num_parameters():,} parameters, vocabulary "
+              f"{text_tokenizer.vocab_size:,}, {len(text):,} characters, {total:,} steps")  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    try:
+        history = training.train(network, loaders[0], optimizer, steps=total, schedule=training.warmup_cosine(total),
+                                 validation=loaders[1] if len(loaders) > 1 else None,
+                                 validate_every=max(1, total // 10), folder=out_folder, tokenizer=text_tokenizer,
+                                 save_every=save_every, resume=resume, settings=settings)  # fmt: skip
+    except training.Interrupted as e:
+        _fail(f"{e}; go on with --resume", 130)
+    _print_history(history)
+    err.print(f"saved to {out_folder}")
+
+
+def _new_model(settings: dict, tokenizer: Tokenizer) -> Model:
+    if settings["model"] == "gpt":
+        return Decoder(tokenizer.vocab_size, settings["hidden"], settings["layers"], settings["heads"],
+                       context_length=settings["context"], dropout=settings["dropout"])  # fmt: skip
+    return LanguageModel(tokenizer.vocab_size, settings["hidden"], settings["layers"], settings["dropout"],
+                         cell=settings["model"])  # fmt: skip
+
+
+def _loader(text: str, tokenizer: Tokenizer, settings: dict, shuffle: bool) -> SequenceLoader:
+    return SequenceLoader([tokenizer.eos_id, *tokenizer.encode(text)], settings["batch"], settings["context"],
+                          shuffle=shuffle, seed=settings["seed"])  # fmt: skip
+
+
+def _text(files: list[Path]) -> str:
+    return datasets.read_text(files) if files else datasets.embedded_corpus()
+
+
+def _print_history(history: History) -> None:
+    table = Table("", "loss", "perplexity", "accuracy")
+    recent = history.losses[-50:]
+    loss = sum(recent) / len(recent)
+    table.add_row("training, last 50 steps", f"{loss:.3f}", f"{Metrics(loss, 0, 1).perplexity:.2f}", "")
+    if history.validation:
+        m = history.validation[-1][1]
+        table.add_row("validation", f"{m.loss:.3f}", f"{m.perplexity:.2f}", f"{m.accuracy:.1%}")
+    out.print(table)
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, Argument(help="The text to go on from.")] = "",
+    max_tokens: Annotated[int | None, Option(help="Default: 256, or what fits the context.", min=1)] = None,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, Option(help="Only the k likeliest; 0 is off.")] = 0,
+    top_p: Annotated[float, Option(help="Only the likeliest that make up p.")] = 1.0,
+    min_p: Annotated[float, Option(help="Only those at least p times as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, Option(help="Above 1: against repeating.")] = 1.0,
+    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, Option(help="End before this text; may be repeated.")] = None,
+    stream: Annotated[bool, Option("--stream", help="Print as it comes.")] = False,
+    threads: Threads = None,
+):
+    """Continue a text."""
+    _set_threads(threads)
+    model, tokenizer = _load(folder)
+    pieces = pyllm.generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+                            stop=stop or (), stream=stream)  # fmt: skip
+    sys.stdout.write(prompt)
+    for piece in pieces if stream else [pieces]:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    data: Data = None,
+    more: More = None,
+    context: Annotated[int | None, Option(help="Tokens a window. Default: the model's context, or 256.", min=1)] = None,
+    batch: Annotated[int, Option(help="Windows at once.", min=1)] = 16,
+    threads: Threads = None,
+):
+    """Score a text: loss, perplexity, bits a byte, next-token accuracy."""
+    _set_threads(threads)
+    model, tokenizer = _load(folder)
+    text = _text([*(data or []), *(more or [])])
+    ids = tokenizer.encode(text)
+    if tokenizer.eos_id is not None:  # what the first token follows
+        ids.insert(0, tokenizer.eos_id)
+    context = min(context or model.context_length or 256, len(ids) - 1)
+    batch = max(1, min(batch, (len(ids) - 1) // context))
+    metrics = pyllm.test(model, SequenceLoader(ids, batch, context, drop_last=False))
+    table = Table("tokens", "loss", "perplexity", "bits a byte", "accuracy")
+    table.add_row(f"{metrics.tokens:,}", f"{metrics.loss:.4f}", f"{metrics.perplexity:.3f}",
+                  f"{metrics.bits_per_byte(len(text.encode())):.4f}", f"{metrics.accuracy:.2%}")  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, Argument(metavar="[OP]...", help="Which; default: all.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Less time, fewer sizes.")] = False,
+    csv: Annotated[Path | None, Option(help="Append the figures to this file.")] = None,
+    picture: Annotated[Path | None, Option(help="Draw the ratios as a PNG.")] = None,
+    threads: Threads = None,
+):
+    """Time each compiled operation beside torch and the reference."""
+    _set_threads(threads)
+    from pyllm import benchmarks
+
+    benchmarks.run(ops or [], quick=quick, csv=csv, picture=picture)
+
+
+@app.command()
+def info():
+    """Version, instruction sets, threads, devices, and each operation's backends."""
+    facts = pyllm.info()
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        if name != "ops":
+            table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    out.print(table)
+    backends = Table("operation", "backends")
+    for name, where in facts["ops"].items():
+        backends.add_row(name, ", ".join(where))
+    out.print(backends)
+
+
+def _load(folder: Path) -> tuple[Model, Tokenizer]:
+    model, tokenizer = pyllm.load(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.json")
+    return model, tokenizer
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+        pyllm.set_num_threads(threads)
+
+
+def main() -> None:
+    """Runs the command line. What the user can put right is one line and exit code 2; Ctrl-C is 130."""
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except (ValueError, IndexError, OSError, NotImplementedError, FloatingPointError, ImportError) as e:
+        _fail(str(e), 2)
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # typer's own errors have one
+            raise
+        help_asked = type(e).__name__ == "NoArgsIsHelpError"
+        print(e.format_message()) if help_asked else _fail(e.format_message(), e.exit_code)
+    else:
+        sys.exit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"pyllm: {' '.join(message.split())}", markup=False)
+    sys.exit(code)

@@ -1,0 +1,156 @@
+"""The command line as a user meets it: a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+
+from pyllm.checkpoint import load_checkpoint
+from pyllm.data import embedded_corpus
+
+TEXT = embedded_corpus()[:8000]
+SMALL = ["--hidden", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch", "4"]
+
+
+def pyllm(*arguments, **options):
+    command = [sys.executable, "-m", "pyllm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def fails(*arguments):
+    """The message of a call that must fail with one line and exit code 2."""
+    done = pyllm(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == "", done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def train(corpus, tmp_path_factory):
+    """A function from a model's name to a folder in which the command line trained it."""
+
+    @cache
+    def folder_of(model):
+        folder = tmp_path_factory.mktemp("trained") / model
+        tokenizer = "bpe:300" if model == "gpt" else "char"
+        done = pyllm("train", "--model", model, "--data", corpus, "--tokenizer", tokenizer, "--out", folder,
+                     "--steps", 30, *SMALL)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "validation" in done.stdout and "perplexity" in done.stdout
+        return folder
+
+    return folder_of
+
+
+@pytest.mark.parametrize("model", ["rnn", "gru", "lstm", "gpt"])
+def test_train_generate_evaluate(model, train, corpus):
+    trained = train(model)
+    options = ["--seed", 3, "--max-tokens", 8, "--temperature", 0.8, "--top-k", 20, "--top-p", 0.9, "--min-p", 0.01,
+               "--repetition-penalty", 1.1]  # fmt: skip
+    first, second = (
+        pyllm("generate", trained, "the ", *options),
+        pyllm("generate", trained, "the ", "--stream", *options),
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the ") and len(first.stdout) > 6
+    assert first.stdout == second.stdout
+    done = pyllm("evaluate", trained, "--data", corpus)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("loss", "perplexity", "bits a byte", "accuracy"))
+
+
+def test_several_files_and_resume_refuses_other_settings(corpus, tmp_path):
+    other = tmp_path / "more.txt"
+    other.write_text(TEXT.upper())
+    folder = tmp_path / "model"
+    done = pyllm("train", "--data", corpus, other, "--steps", 3, "--out", folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    settings = load_checkpoint(folder).training["settings"]
+    assert settings["data"] == [str(corpus), str(other)]
+    assert "add --resume" in fails("train", "--data", corpus, "--out", folder)
+    assert "--hidden was 16" in fails("train", "--resume", "--hidden", 32, "--out", folder)
+
+
+def test_ctrl_c_then_resume_gives_the_losses_of_an_uninterrupted_training(corpus, tmp_path):
+    arguments = ["train", "--model", "lstm", "--data", corpus, "--dropout", "0.1", "--steps", "150", *SMALL]
+    arguments[arguments.index("1")] = "2"  # two layers, so that there is dropout between them
+    assert pyllm(*arguments, "--out", tmp_path / "whole").returncode == 0
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "-m", "pyllm", *map(str, arguments), "--out", str(folder), "--save-every", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "go on with --resume" in stderr
+    resumed = pyllm("train", "--resume", "--out", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    losses = [load_checkpoint(f).training["history"]["losses"] for f in (tmp_path / "whole", folder)]
+    assert losses[0] == losses[1]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(train, corpus, tmp_path):
+    trained = load_checkpoint(train("gpt")).folder
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    new = ["--out", tmp_path / "new"]
+    assert "missing.txt" in fails("train", "--data", tmp_path / "missing.txt", *new)
+    assert "empty" in fails("train", "--data", empty, *new)
+    assert "tokens" in fails("train", "--data", short, *new)
+    assert "binary.txt" in fails("train", "--data", binary, *new)
+    assert "char, bpe:SIZE" in fails("train", "--data", corpus, "--tokenizer", "words", *new)
+    assert "multiple of num_heads" in fails("train", "--data", corpus, "--hidden", 10, "--heads", 4, *new)
+    assert "--modle" in fails("train", "--modle", "gpt", *new)
+    assert "transformer" in fails("train", "--model", "transformer", *new)
+    assert not (tmp_path / "new").exists()
+    assert "nowhere" in fails("generate", tmp_path / "nowhere", "the")
+    assert "top_p" in fails("generate", trained, "the", "--top-p", 2)
+    assert "threads" in fails("generate", trained, "the", "--threads", 0)
+    assert "softmaxx" in fails("bench", "softmaxx")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        copy = tmp_path / f"cut-{name}"
+        copy.mkdir()
+        for file in trained.iterdir():
+            content = file.read_bytes()
+            (copy / file.name).write_bytes(content[: len(content) // 2] if file.name == name else content)
+        assert name in fails("generate", copy, "the")
+    other = tmp_path / "other-sizes"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "config.json").read_text())
+    config["config"]["hidden_size"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    assert "must be" in fails("generate", other, "the")
+
+
+def test_info_and_help():
+    done = pyllm("info", env=os.environ | {"PYLLM_ISA": "baseline"})
+    assert done.returncode == 0, done.stderr
+    assert "baseline" in done.stdout and "attention" in done.stdout and "torch" in done.stdout
+    assert "PYLLM_ISA must be one of" in fails_with_isa("mmx")
+    done = pyllm("--help")
+    assert done.returncode == 0 and all(c in done.stdout for c in ("train", "generate", "evaluate", "bench", "info"))
+    assert pyllm("train", "--help").returncode == 0
+
+
+def fails_with_isa(name):
+    done = pyllm("info", env=os.environ | {"PYLLM_ISA": name})
+    assert done.returncode != 0
+    return done.stderr
