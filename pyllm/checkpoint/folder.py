@@ -31,13 +31,11 @@ from pyllm.checkpoint.files import (
     check_contents,
     check_plain,
     check_size,
-    check_tensors,
     read_json,
-    read_tensors,
     seal,
     write_json,
-    write_tensors,
 )
+from pyllm.checkpoint.safetensors import check_tensors, read_tensors, write_tensors
 from pyllm.checkpoint.state import pack, unpack
 from pyllm.text import Tokenizer
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllm.checkpoint import CheckpointError
-from pyllm.checkpoint.files import read_tensors, write_tensors
+from pyllm.checkpoint.safetensors import read_tensors, write_tensors
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

@@ -1,0 +1,177 @@
+"""What reads the weights of a checkpoint, one at a time, whatever its format.
+
+A reader knows the dtype and shape of every weight before it reads any, and takes no memory beyond the tensor that it
+fills and one small piece. Files are read, not mapped, so that nothing which happens to them later can harm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyllm.checkpoint.files import CheckpointError, short
+
+_PIECE = 1 << 20  # values converted at a time
+
+
+class Entry(NamedTuple):
+    """What a checkpoint says of a weight. Packed weights count as the float32 that they are widened to."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightReader(Protocol):
+    """The weights of a checkpoint under their Hugging Face names and in their Hugging Face layouts."""
+
+    def entries(self) -> dict[str, Entry]:
+        """The name, dtype and shape of each weight."""
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """Reads a weight into `out`, which is contiguous and of its shape, or into a new tensor.
+
+        An `out` of another float dtype gets the values rounded to it.
+
+        Raises:
+            KeyError: there is no such weight.
+            ValueError: `out` is of another shape, not contiguous, or of a dtype that cannot hold the values.
+            CheckpointError: the file has become shorter.
+        """
+
+
+class Extent(NamedTuple):
+    """Where a weight lies in a file."""
+
+    file: FileIO
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    heads: int = 0  # rows of this many heads, whose rotary pairs are neighbours here; 0: rows as they are
+
+
+class FileReader:
+    """Reads weights from where they lie in open files. Closed by `close`, or at the end of a `with`."""
+
+    def __init__(self, extents: dict[str, Extent], files: list[FileIO]):
+        self._extents, self._files = extents, files
+
+    def entries(self) -> dict[str, Entry]:
+        return {name: Entry(extent.dtype, extent.shape) for name, extent in self._extents.items()}
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        extent = self._extents[name]
+        if out is None:
+            out = torch.empty(extent.shape, dtype=extent.dtype)
+        check_out(name, Entry(extent.dtype, extent.shape), out)
+        with torch.no_grad():
+            if extent.heads:
+                stored = torch.empty(extent.shape, dtype=extent.dtype)
+                self._fill(name, extent, stored)
+                out.copy_(halves(stored, extent.heads))
+            else:
+                self._fill(name, extent, out)
+        return out
+
+    def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
+        extent.file.seek(extent.begin)
+        for piece in _pieces(out, extent.dtype):
+            fill(extent.file, piece, name)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class MemoryReader:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self._tensors = tensors
+
+    def entries(self) -> dict[str, Entry]:
+        return {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        if out is None:
+            return tensor.clone()
+        check_out(name, Entry(tensor.dtype, tuple(tensor.shape)), out)
+        with torch.no_grad():
+            return out.copy_(tensor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tensors = {}
+
+
+def open_file(path: Path) -> tuple[int]:
+    """A file and its size."""
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (the reader closes it)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing from its checkpoint") from None
+    return file, os.fstat(file.fileno()).st_size
+
+
+def fill(file: FileIO, out: Tensor, name: str) -> None:
+    """Fills a flat tensor with the next bytes of a file."""
+    data = memoryview(out.view(torch.uint8).numpy().data)
+    done = 0
+    while done < len(data):
+        read = file.readinto(data[done:])
+        if not read:
+            raise CheckpointError(
+                f"{file.name}: {short(name)} must have {len(data) - done} more bytes, but the file ends"
+            )
+        done += read
+
+
+def check_out(name: str, entry: Entry, out: Tensor) -> None:
+    if tuple(out.shape) != entry.shape or not out.is_contiguous():
+        raise ValueError(f"[read] out must be contiguous and of {name}'s shape {entry.shape}, but got one of shape "
+                         f"{tuple(out.shape)} and strides {out.stride()}")  # fmt: skip
+    if out.dtype != entry.dtype and not (out.is_floating_point() and entry.dtype.is_floating_point):
+        raise ValueError(f"[read] out must hold {name}'s {entry.dtype}, but got {out.dtype}")
+
+
+def halves(weight: Tensor, heads: int) -> Tensor:
+    """Query or key rows whose rotary pairs are neighbours, put half a head apart as Hugging Face has them."""
+    return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def check_extents(where: str, extents: list[tuple[int, int, str]], size: int, alignment: int = 1) -> None:
+    """Raises unless (begin, end, name) lie one behind the other, each aligned, and fill `size` bytes."""
+    last = end = 0
+    for begin, behind, name in sorted(extents):
+        if begin != end:
+            raise CheckpointError(f"{where}: {short(name)} must begin at byte {end}, but does at {begin}")
+        last, end = behind, -(-behind // alignment) * alignment
+    if not last <= size <= end:
+        raise CheckpointError(f"{where} must have {end} bytes behind its header, but has {size}")
+
+
+def _pieces(out: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The parts of `out` to fill in order: itself, or pieces of another dtype that are then copied into it."""
+    flat = out.detach().view(-1)
+    if flat.dtype == dtype and flat.device.type == "cpu":
+        yield flat
+        return
+    piece = torch.empty(min(_PIECE, len(flat)), dtype=dtype)
+    for begin in range(0, len(flat), _PIECE):
+        part = flat[begin : begin + _PIECE]
+        yield piece[: len(part)]
+        part.copy_(piece[: len(part)])

@@ -1,0 +1,71 @@
+"""Wrong files are refused at once, for a reason, and before memory is taken for what they promise."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from checkpoint import malformed
+
+from pyllm.checkpoint import CheckpointError
+from pyllm.checkpoint.gguf import open_gguf
+from pyllm.checkpoint.llama2c import open_llama2c
+from pyllm.checkpoint.safetensors import open_shards
+
+CASES = list(malformed.cases())
+
+
+def read(kind, folder):
+    """The config, if there is one, and all weights."""
+    if kind == "llama2c":
+        config, reader = open_llama2c(folder / "m.bin")
+    elif kind == "gguf":
+        reader = open_gguf(folder / "m.gguf")
+    else:
+        config, reader = None, open_shards(folder)
+    with reader:
+        if kind == "gguf":
+            config = reader.config
+        return config, {name: reader.read(name) for name in reader.entries()}
+
+
+def write(folder, files):
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def test_there_are_many_cases():
+    assert len(CASES) > 200 and len({(what, kind) for what, kind, _ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("safetensors", {"model.safetensors": malformed.safetensors()}),
+        ("llama2c", {"m.bin": malformed.llama2c(0)}),
+        ("llama2c", {"m.bin": malformed.llama2c(1)}),
+        ("gguf", {"m.gguf": malformed.gguf()}),
+    ],
+)
+def test_the_right_files_are_read(tmp_path, kind, files):
+    write(tmp_path, files)
+    config, weights = read(kind, tmp_path)
+    assert weights.keys() == malformed.SHAPES.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight.numpy(), malformed.values(name))
+    for key, value in (config or {}).items():
+        assert key not in malformed.CONFIG or value == pytest.approx(malformed.CONFIG[key])
+
+
+@pytest.mark.parametrize(("kind", "files"), [case[1:] for case in CASES], ids=[f"{k}: {w}" for w, k, _ in CASES])
+def test_a_wrong_file_is_refused(tmp_path, kind, files):
+    write(tmp_path, files)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as error:
+            read(kind, tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(map(len, files.values())) + (16 << 20)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path)) and "\n" not in message and len(message) < 600
