@@ -3,7 +3,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: test install bench wheel lint format sanitize sanitize-address sanitize-undefined sanitize-thread clean
+.PHONY: demo test install bench wheel lint format sanitize sanitize-address sanitize-undefined sanitize-thread clean
+
+# Two small models trained from nothing, in a few minutes; checkpoints and a picture go to demo-out/.
+demo: install
+	$(BIN)/python examples/demo.py
 
 test: install
 	$(BIN)/python -m pytest -q
