@@ -4,11 +4,14 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from pyllm.text import formats
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
@@ -19,20 +22,32 @@ _PIECE = 1 << 16
 class Tokenizer:
     """Text to token ids and back, over a tokenizer of the `tokenizers` library, which does all the work.
 
-    Made by `train` or `load`. Text never turns into control tokens unless `encode` is told so, and no tokens are added
-    that the text does not hold. Safe to share between threads, and to pickle.
+    Made by `train`, `load` or `from_gguf_metadata`. Text never turns into control tokens unless `encode` is told so. No
+    tokens are added that the text does not hold, but for the one that begins each text (BOS) where the checkpoint asks
+    for it. Safe to share between threads, and to pickle.
+
+    Attributes:
+        bos_id: the id of the token that begins a text, if there is one.
+        add_bos: whether `encode` puts it there.
+        eos_ids: all ids that end a text.
+        chat_template: how a conversation is written as text, in Jinja, if the checkpoint says it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: Sequence[int] = (),
+                 add_bos: bool = False, chat_template: str | None = None):  # fmt: skip
         # A file may ask for truncation and padding, which would change texts in silence.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
         self._special: tokenizers.Tokenizer | None = None
+        self._plain = _without_control(backend)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
         self._divisible = _divisible(backend, vocabulary)
+        end = backend.token_to_id(END_OF_TEXT)
+        self.eos_ids = tuple(eos_ids) or (() if end is None else (end,))
+        self.bos_id, self.add_bos, self.chat_template = bos_id, add_bos, chat_template
 
     @classmethod
     def train(cls, kind: str, texts: str | Iterable[str]) -> Tokenizer:
@@ -57,24 +72,29 @@ class Tokenizer:
             raise ValueError("[tokenizer] training needs text, but got none")
         return cls(_train_bpe(int(bpe[1]), texts) if bpe else _train_char(texts))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, allow_special: bool = False, bos: bool | None = None) -> list[int]:
         """The token ids of text.
 
         With allow_special, control tokens spelled out in text, such as <|endoftext|>, become their ids; otherwise they
         are text like any other. Lone surrogates, which no UTF-8 text holds, are a ValueError.
+
+        With bos, or where it is None and `add_bos` is set, the ids begin with `bos_id`: once, also where the text
+        begins with it already, as chat templates do.
         """
         _check_text(text)
-        backend = self._with_special() if allow_special else self._backend
+        backend = self._with_special() if allow_special else self._plain
         pieces = _pieces(text) if self._divisible else [text]
-        return [i for e in backend.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+        ids = [i for e in backend.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+        return self._begin(ids, bos)
 
-    def encode_batch(self, texts: Iterable[str], *, allow_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str], *, allow_special: bool = False,
+                     bos: bool | None = None) -> list[list[int]]:  # fmt: skip
         """The token ids of each text, as `encode` gives them; the texts are shared out over the processors."""
         texts = list(texts)
         for text in texts:
             _check_text(text)
-        backend = self._with_special() if allow_special else self._backend
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        backend = self._with_special() if allow_special else self._plain
+        return [self._begin(e.ids, bos) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens spelled out, bytes that are no UTF-8 as U+FFFD. ids may be a 1-D tensor.
@@ -99,8 +119,8 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The id of <|endoftext|>; None where a loaded tokenizer has no such token."""
-        return self._backend.token_to_id(END_OF_TEXT)
+        """The first of eos_ids, <|endoftext|> where nothing else is said; None where there is no such token."""
+        return self.eos_ids[0] if self.eos_ids else None
 
     def token(self, id: int) -> str | None:
         """How the vocabulary spells an id (bytes as GPT-2's printable stand-ins); None where it has no such id."""
@@ -126,23 +146,33 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
-        """Reads a tokenizer.json.
+        """Reads a tokenizer from the file or folder of a checkpoint.
+
+        Args:
+            path: a tokenizer.json; GPT-2's vocab.json and merges.txt, or encoder.json and vocab.bpe, by either's name;
+                WordPiece's vocab.txt; a sentencepiece .model; llama2.c's .bin. Or a folder with one of them: then the
+                files beside it (tokenizer_config.json, special_tokens_map.json, generation_config.json, ...) give
+                `bos_id`, `add_bos`, `eos_ids` and `chat_template`.
 
         Raises:
-            FileNotFoundError, IsADirectoryError: there is no such file.
-            ValueError: the file is truncated, is no JSON, or holds no tokenizer.
+            FileNotFoundError, IsADirectoryError: there is no such file, or no tokenizer in the folder.
+            ValueError: a file is truncated, malformed, or holds no tokenizer.
         """
-        data = Path(path).read_bytes()
+        backend, arguments = formats.read(Path(path))
+        return cls(backend, **arguments)
+
+    @classmethod
+    def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of a GGUF file, whose metadata ("tokenizer.ggml.model", ...) is given as plain values.
+
+        Raises:
+            ValueError: an entry is missing, malformed or of a kind that is not known.
+        """
         try:
-            contents = json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"[tokenizer] {path} must be JSON, but it is corrupt or truncated: {e}") from None
-        if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
-            raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
-        try:
-            return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")))
+            backend, arguments = formats.from_gguf(metadata)
+            return cls(backend, **arguments)
         except Exception as e:  # the library raises no type more exact than this
-            raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but: {e}") from None
+            raise ValueError(f"[tokenizer] this GGUF metadata gives no tokenizer: {' '.join(str(e).split())}") from None
 
     def __len__(self) -> int:
         return self._size
@@ -151,7 +181,18 @@ class Tokenizer:
         return f"Tokenizer({type(self._backend.model).__name__}, vocab_size={self._size})"
 
     def __reduce__(self):
-        return _from_json, (self.to_json(),)
+        return _from_json, (self.to_json(), self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"bos_id": self.bos_id, "eos_ids": self.eos_ids, "add_bos": self.add_bos,
+                "chat_template": self.chat_template}  # fmt: skip
+
+    def _begin(self, ids: list[int], bos: bool | None) -> list[int]:
+        if not (self.add_bos if bos is None else bos):
+            return ids
+        if self.bos_id is None:
+            raise ValueError("[tokenizer] bos needs a token that begins a text, but this tokenizer has none")
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def _with_special(self) -> tokenizers.Tokenizer:
         # The switch is a property of the library's object, so each setting needs an object of its own.
@@ -262,5 +303,38 @@ def _check_text(text: str) -> None:
         raise ValueError(f"[tokenizer] text must be valid Unicode, but got {wrong}") from None
 
 
-def _from_json(contents: str) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(contents))
+def _without_control(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer for text in which control tokens are spelled out but not meant.
+
+    The library does not look for them then, but a model that has them among its pieces may still come upon them.
+    """
+    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    if not control or not isinstance(backend.model, (models.Unigram, models.WordLevel, models.BPE)):
+        return backend
+    if isinstance(backend.model, models.BPE) and backend.pre_tokenizer is not None:
+        return backend  # words end at punctuation
+    contents = json.loads(backend.to_str())
+    model = contents["model"]
+    if isinstance(backend.model, models.BPE):
+        merges = [
+            m for m in model["merges"] if (m.replace(" ", "") if isinstance(m, str) else "".join(m)) not in control
+        ]
+        if len(merges) == len(model["merges"]):
+            return backend
+        model["merges"] = merges
+    else:
+        # No word or piece has a space in it.
+        hidden = {token: f" {token} " for token in control}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
+            model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+        else:
+            model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
+        contents["added_tokens"] = [t for t in contents["added_tokens"] if not t["special"]]
+    plain = tokenizers.Tokenizer.from_str(json.dumps(contents))
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _from_json(contents: str, arguments: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(contents), **arguments)

@@ -1,0 +1,305 @@
+"""Finds out which kind of tokenizer a file or folder holds, and reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pyllm.text import vocabulary
+from pyllm.text.sentencepiece import read_llama2c, read_model
+from pyllm.text.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+
+_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_BYTES = 1 << 28  # no file of a tokenizer is larger
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+_ALWAYS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
+
+
+def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The library's tokenizer of a file or folder, and the further arguments of Tokenizer that its files give.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file, or no tokenizer in the folder.
+        ValueError: a file is truncated or malformed, in one line that names it.
+    """
+    return _read_folder(path) if path.is_dir() else _read_file(path, {})
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The library's tokenizer of a GGUF file's metadata, and the further arguments of Tokenizer."""
+
+    def get(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = metadata.get(f"tokenizer.{key}", default)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise ValueError(f"tokenizer.{key} has a value of the wrong type, {type(value).__name__}")
+        return value
+
+    def get_list(key: str, kind: type | tuple[type, ...]) -> list | None:
+        value = metadata.get(f"tokenizer.{key}")
+        if value is None:
+            return None
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, kind) for v in value):
+            raise ValueError(f"tokenizer.{key} has a value of the wrong type, or in it")
+        return list(value)
+
+    model = get("ggml.model", str)
+    tokens = get_list("ggml.tokens", str)
+    if not tokens:
+        raise ValueError("tokenizer.ggml.tokens must be there")
+    types = get_list("ggml.token_type", int) or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type must have {len(tokens)} entries, but has {len(types)}")
+    roles = {}
+    for role in ("bos", "eos", "eot", "eom", "unknown", "cls"):
+        id = get(f"ggml.{role}_token_id", int)
+        if id is not None and 0 <= id < len(tokens):
+            roles[role] = id
+    control = [tokens[i] for i, t in enumerate(types) if t in (UNKNOWN, CONTROL)]
+    user_defined = [tokens[i] for i, t in enumerate(types) if t == USER_DEFINED]
+    if model == "gpt2":
+        merges = get_list("ggml.merges", str)
+        if merges is None:
+            raise ValueError("tokenizer.ggml.merges must be there")
+        control += [tokens[roles[r]] for r in ("bos", "eos", "eot") if r in roles]
+        split = get("ggml.pre", str, "gpt-2")
+        backend = vocabulary.byte_level(vocabulary.unique(tokens), _merges(merges), control, user_defined, split)
+    elif model in ("llama", "t5"):
+        scores = get_list("ggml.scores", (int, float))
+        if scores is None or len(scores) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.scores must have {len(tokens)} entries")
+        if UNKNOWN not in types and "unknown" in roles:
+            types[roles["unknown"]] = UNKNOWN
+        charsmap = get_list("ggml.precompiled_charsmap", int) or []
+        backend = vocabulary.sentence_piece(
+            tokens, scores, types, unigram=model == "t5", prefix=get("ggml.add_space_prefix", bool, True),
+            squeeze=get("ggml.remove_extra_whitespaces", bool, False), charsmap=bytes(c & 255 for c in charsmap),
+        )  # fmt: skip
+    elif model == "bert":
+        unknown = tokens[roles.get("unknown", 100 if len(tokens) > 100 else 0)]
+        backend = vocabulary.word_piece([_bert_token(t) for t in tokens], unknown=unknown, control=control)
+    else:
+        raise ValueError(f"tokenizer.ggml.model must be gpt2, llama, t5 or bert, but is {model!r}")
+    add_bos = get("ggml.add_bos_token", bool)
+    if add_bos is None:
+        add_bos = model == "llama" or (model == "gpt2" and get("ggml.pre", str, "gpt-2") in ("llama-bpe", "llama3"))
+    bos = roles.get("bos")
+    arguments = {"bos_id": bos, "add_bos": add_bos and bos is not None, "chat_template": get("chat_template", str),
+                 "eos_ids": tuple(dict.fromkeys(roles[r] for r in ("eos", "eot", "eom") if r in roles))}  # fmt: skip
+    if arguments["add_bos"]:
+        vocabulary.begin_with(backend, roles["bos"])
+    return backend, arguments
+
+
+def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    config: dict[str, Any] = {}
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            config |= _json_object(folder / name)
+    files = ["tokenizer.json", *(a for pair in _PAIRS for a in pair[:1]), *_PIECES, "vocab.txt", "tokenizer.bin"]
+    found = next((folder / name for name in files if (folder / name).is_file()), None)
+    if found is None:
+        raise IsADirectoryError(f"[tokenizer] {folder} is a folder without any of {', '.join(files)}")
+    backend, arguments = _read_file(found, config)
+    where = folder / "tokenizer_config.json"
+    try:
+        if found.name != "tokenizer.json":
+            _add_from_config(backend, config)
+        tokens = {role: _token(config[role]) for role in _ROLES if config.get(role) is not None}
+        ids = {role: backend.token_to_id(token) for role, token in tokens.items()}
+        if ids.get("bos_token") is not None:
+            arguments["bos_id"] = ids["bos_token"]
+        eos = [ids.get("eos_token"), *arguments.get("eos_ids", ())]
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).is_file():
+                where = folder / name
+                theirs = _json_object(where)
+                eos += _ids(theirs.get("eos_token_id"), "eos_token_id")
+                if arguments.get("bos_id") is None:
+                    arguments["bos_id"] = next(iter(_ids(theirs.get("bos_token_id"), "bos_token_id")), None)
+        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        arguments["eos_ids"] = tuple(dict.fromkeys(i for i in eos if i is not None and 0 <= i < size))
+        bos = arguments.get("bos_id")
+        arguments["bos_id"] = bos = bos if bos is not None and 0 <= bos < size else None
+        add = config.get("add_bos_token")
+        if not isinstance(add, bool):
+            if found.name == "tokenizer.json":
+                add = _begins_with(backend, bos)
+            else:
+                add = config.get("tokenizer_class") in _ALWAYS_BOS
+        arguments["add_bos"] = add and bos is not None
+        if arguments["add_bos"] and found.name != "tokenizer.json":
+            vocabulary.begin_with(backend, bos)
+        where = folder / "tokenizer_config.json"
+        arguments["chat_template"] = _chat_template(folder, config)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"[tokenizer] {where}: {_line(e)}") from None
+    return backend, arguments
+
+
+def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    name = path.name
+    for vocab, merges in _PAIRS:
+        if name in (vocab, merges):
+            return _read_pair(path.with_name(vocab), path.with_name(merges)), {}
+    if name.endswith((".model", ".spm")):
+        return _with_roles(path, "a sentencepiece model", read_model)
+    if name.endswith(".bin"):
+        return _with_roles(path, "a llama2.c tokenizer", read_llama2c)
+    if name.endswith(".txt"):
+        return _read_word_piece(path, config), {}
+    return _read_json(path), {}
+
+
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    text, contents = _json(path)
+    if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
+        raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except BaseException as e:  # the library raises no type more exact than this, and panics on some files
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but: {_line(e)}") from None
+
+
+def _read_pair(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    tokens = _json_object(vocab)
+    if not tokens or not all(type(i) is int and 0 <= i < 1 << 31 for i in tokens.values()):
+        raise ValueError(f"[tokenizer] {vocab} must give each token an id")
+    if len(set(tokens.values())) != len(tokens):
+        raise ValueError(f"[tokenizer] {vocab} gives two tokens one id")
+    lines = _text(merges).split("\n")
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    control = [t for t in ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>") if t in tokens]
+    try:
+        return vocabulary.byte_level(tokens, _merges([line.rstrip("\r") for line in lines if line.strip()]), control)
+    except Exception as e:
+        raise ValueError(f"[tokenizer] {merges}: {_line(e)}") from None
+
+
+def _read_word_piece(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    tokens = _text(path).split("\n")
+    tokens = [t.rstrip("\r") for t in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    flags = {name: config.get(name) for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
+    try:
+        for name, flag in flags.items():
+            if flag is not None and not isinstance(flag, bool):
+                raise ValueError(f"{name} must be true or false, but is {flag!r}")
+        return vocabulary.word_piece(tokens, lowercase=flags["do_lower_case"], strip_accents=flags["strip_accents"],
+                                     chinese=flags["tokenize_chinese_chars"] is not False)  # fmt: skip
+    except Exception as e:
+        raise ValueError(f"[tokenizer] {path}: {_line(e)}") from None
+
+
+def _with_roles(path: Path, what: str, read: Callable) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    data = _bytes(path)
+    try:
+        backend, roles = read(data)
+    except Exception as e:
+        raise ValueError(f"[tokenizer] {path} must be {what}, but: {_line(e)}") from None
+    return backend, {"bos_id": roles.get("bos"), "eos_ids": (roles["eos"],) if "eos" in roles else ()}
+
+
+def _add_from_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """The tokens of tokenizer_config.json that the vocabulary lacks, or does not know to be control tokens."""
+    listed = config.get("added_tokens_decoder", {})
+    if not isinstance(listed, dict):
+        raise ValueError("added_tokens_decoder must be an object")
+    for key, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+        token, special = _token(entry), isinstance(entry, dict) and bool(entry.get("special"))
+        vocabulary.add_tokens(backend, [token] if special else [], [] if special else [token])
+        if backend.token_to_id(token) != int(key):
+            raise ValueError(
+                f"the added token {token!r} must have the id {key}, but {backend.token_to_id(token)} is next"
+            )
+    roles = [_token(config[role]) for role in _ROLES if config.get(role) is not None]
+    vocabulary.add_tokens(backend, [token for token in roles if backend.token_to_id(token) is not None])
+
+
+def _begins_with(backend: tokenizers.Tokenizer, bos: int | None) -> bool:
+    """Whether the library's own post-processor puts bos first."""
+    return bos is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos]
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return _text(folder / "chat_template.jinja")
+    template = config.get("chat_template")
+    if template is None and (folder / "chat_template.json").is_file():
+        template = _json_object(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {t["name"]: t.get("template") for t in template if isinstance(t, dict) and "name" in t}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("chat_template must be a string")
+    return template
+
+
+def _merges(lines: list[str]) -> list[tuple[str, str]]:
+    pairs = [line.split(" ") for line in lines]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"a merge must be two tokens, but is {' '.join(pair)[:80]!r}")
+    return [(a, b) for a, b in pairs]
+
+
+def _bert_token(token: str) -> str:
+    """GGUF marks the beginning of words, the library what continues them."""
+    if token.startswith("[") and token.endswith("]"):
+        return token
+    return token[1:] if token.startswith("\u2581") else f"##{token}"
+
+
+def _token(value: Any) -> str:
+    value = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(value, str):
+        raise ValueError(f"a token must be a string, but is {type(value).__name__}")
+    return value
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{name} must be an id or a list of them")
+    return ids
+
+
+def _json(path: Path) -> tuple[str, Any]:
+    try:
+        text = _bytes(path).decode("utf-8")
+        return text, json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"[tokenizer] {path} must be JSON, but it is corrupt or truncated: {_line(e)}") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    _, contents = _json(path)
+    if not isinstance(contents, dict):
+        raise ValueError(f"[tokenizer] {path} must be a JSON object")
+    return contents
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"[tokenizer] {path} must be UTF-8, but: {e}") from None
+
+
+def _bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(_BYTES + 1)
+    if len(data) > _BYTES:
+        raise ValueError(f"[tokenizer] {path} has more than {_BYTES} bytes, which no tokenizer has")
+    return data
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
