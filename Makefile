@@ -28,10 +28,11 @@ bench: install
 	mkdir -p build
 	$(BIN)/python -m pyllm.benchmarks --csv build/bench.csv --picture build/bench.png
 
-# Built as users' pip builds it: isolated, and without CUDA.
+# The sdist, and the wheel from it as users' pip builds it: isolated, and without CUDA.
 wheel: .venv/ready
 	rm -rf dist
-	$(PIP) wheel -q --no-deps -C cmake.define.PYLLM_CUDA=OFF -w dist .
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("dist")'
+	$(PIP) wheel -q --no-deps -C cmake.define.PYLLM_CUDA=OFF -w dist dist/*.tar.gz
 
 lint: .venv/ready
 	$(PIP) install -q -c constraints.txt ruff mypy clang-format

@@ -2,9 +2,9 @@
 
 import torch
 
-from pyllm import _C, ops
+from pyllm import _C, data, nn, ops
 from pyllm.checkpoint import load, save
-from pyllm.engine import SamplingParams, generate
+from pyllm.engine import SamplingParams, check, generate
 from pyllm.models import Decoder, LanguageModel
 from pyllm.runtime import info, num_threads, set_num_threads
 from pyllm.text import Tokenizer
@@ -16,9 +16,12 @@ __all__ = [
     "LanguageModel",
     "SamplingParams",
     "Tokenizer",
+    "check",
+    "data",
     "generate",
     "info",
     "load",
+    "nn",
     "num_threads",
     "ops",
     "save",

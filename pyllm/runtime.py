@@ -18,7 +18,7 @@ def info() -> dict:
         "torch": torch.__version__,
         "cuda_built": core["cuda_built"],
         "cuda_devices": core["cuda_devices"],
-        "ops": {name: [backend] for name in ops.__all__},
+        "ops": {name: [backend] for name in ops.__all__ if name[0].islower()},
     }
 
 

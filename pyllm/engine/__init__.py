@@ -1,6 +1,7 @@
-"""Running models: sampling settings and the generation loop."""
+"""Running models: sampling settings, the generation loop, and the check that a model keeps the numerics contract."""
 
+from pyllm.engine.check import Difference, check
 from pyllm.engine.generation import generate, generate_ids
 from pyllm.engine.sampling import SamplingParams
 
-__all__ = ["SamplingParams", "generate", "generate_ids"]
+__all__ = ["Difference", "SamplingParams", "check", "generate", "generate_ids"]

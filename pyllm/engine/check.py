@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyllm import _C
+from pyllm.models import Model
+
+
+@dataclass
+class Difference:
+    """Where a way of running a model first gives other bits than the whole sequence at once does."""
+
+    way: str  # what was done: "in pieces of 1", "in a batch", ...
+    module: str  # the first module, in the order that they run, whose output differs
+    row: int
+    position: int
+    largest: float  # the largest difference in that module's output
+
+    def __str__(self) -> str:
+        return (f"{self.way}: {self.module or 'the model'} first differs, in row {self.row} at position "
+                f"{self.position}, by up to {self.largest:.3g}")  # fmt: skip
+
+
+@torch.no_grad()
+def check(model: Model, *, length: int = 40, batch_size: int = 3, seed: int = 0) -> list[Difference]:
+    """Runs a model on random ids in every way that must give the same bits, and compares them module by module.
+
+    The whole sequence at once is compared with: the same in pieces of 1, of 7 and of growing size, each row alone, the
+    rows padded to different lengths, and one thread.
+
+    Returns:
+        The first difference of each way that differs; an empty list if the model keeps the contract.
+
+    Raises:
+        ValueError: a length or batch size below 2, or one longer than the model's context.
+    """
+    if length < 2 or batch_size < 2:
+        raise ValueError(f"length and batch_size must be at least 2, but got {length} and {batch_size}")
+    ids = torch.randint(model.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+    was_training = model.training
+    model.eval()
+    threads = _C.num_threads()
+    try:
+        whole = _outputs(model, [ids], None)
+        found = []
+        for name, sizes in (("1", [1] * length), ("7", [7] * (length // 7)), ("growing size", [1, 2, 4, 8])):
+            sizes = [*sizes, length - sum(sizes)] if sum(sizes) < length else sizes
+            sizes = sizes if sum(sizes) == length else [length]
+            pieces = _outputs(model, list(ids.split(sizes, 1)), model.new_state(batch_size, length))
+            found.append(_first_difference(f"in pieces of {name}", whole, pieces))
+        alone = [_outputs(model, [row[None]], None) for row in ids]
+        joined = {name: torch.cat([a[name] for a in alone]) for name in whole if all(name in a for a in alone)}
+        found.append(_first_difference("each row alone", whole, joined))
+        lengths = torch.tensor([max(1, length - 3 * row) for row in range(batch_size)])
+        padded = _outputs(model, [ids], model.new_state(batch_size, length), lengths)
+        found.append(_first_difference("padded", whole, padded, lengths))
+        _C.set_num_threads(1 if threads > 1 else 2)
+        found.append(_first_difference("with another number of threads", whole, _outputs(model, [ids], None)))
+    finally:
+        _C.set_num_threads(threads)
+        model.train(was_training)
+    return [d for d in found if d is not None]
+
+
+def _outputs(model: Model, pieces: list[Tensor], state, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    """Each module's output (B, T, ...), in the order that they ran, over all pieces."""
+    seen: dict[str, list[Tensor]] = {}
+    with _hooks(model, seen):
+        for piece in pieces:
+            model(piece, state, lengths) if lengths is not None else model(piece, state)
+    return {name: torch.cat(parts, 1) for name, parts in seen.items() if len(parts) == len(pieces)}
+
+
+@contextmanager
+def _hooks(model: Model, seen: dict[str, list[Tensor]]):
+    def hook(name):
+        def note(module, args, output):
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.dim() >= 3:
+                seen.setdefault(name, []).append(first)
+
+        return note
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(way: str, whole: dict[str, Tensor], other: dict[str, Tensor],
+                      lengths: Tensor | None = None) -> Difference | None:  # fmt: skip
+    for name, expected in whole.items():
+        found = other.get(name)
+        if found is None or found.shape != expected.shape:
+            continue
+        differs = (found != expected).flatten(2).any(-1)
+        if lengths is not None:
+            differs &= torch.arange(expected.shape[1]) < lengths[:, None]
+        if differs.any():
+            row, position = differs.nonzero()[0].tolist()
+            return Difference(way, name, row, position, float((found - expected).abs().max()))
+    return None

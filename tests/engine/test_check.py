@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+import pyllm
+from pyllm import nn
+from pyllm.models import Model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "gpt"])
+def test_the_models_keep_the_contract(kind, dtype):
+    model = pyllm.Decoder(50, 32, 2, 4) if kind == "gpt" else pyllm.LanguageModel(50, 32, 2, cell=kind)
+    threads = pyllm.num_threads()
+    assert pyllm.check(model.to(dtype)) == []
+    assert model.training and pyllm.num_threads() == threads
+
+
+class Averaging(torch.nn.Module):
+    """Looks at the rest of its call: no two ways of running it agree."""
+
+    def forward(self, x):
+        return x + x.mean((0, 1))
+
+
+class OwnModel(Model):
+    """An architecture that the package does not have: a recurrent layer whose output a gate lets through."""
+
+    model_type = "own"
+
+    def __init__(self, vocab_size, hidden_size, broken=False):
+        super().__init__()
+        self.config = {"vocab_size": vocab_size, "hidden_size": hidden_size, "broken": broken}
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True)
+        self.mixing = Averaging() if broken else torch.nn.Identity()
+        self.feed_forward = nn.FeedForward(hidden_size, 2 * hidden_size)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def hidden(self, ids, state=None, lengths=None):
+        x = self.embedding(ids)
+        y, last = self.gru(x, None if state is None else state.vectors[0], lengths)
+        if state is not None:
+            state.advance((last,), ids.shape[1] if lengths is None else lengths)
+        return y + self.feed_forward(self.mixing(y))
+
+    def new_state(self, batch_size, max_length=None):
+        return nn.RecurrentState(torch.zeros(1, batch_size, self.gru.hidden_size, dtype=self.head.weight.dtype))
+
+
+def test_a_model_of_the_users_own_trains_generates_and_is_checked():
+    text = "the fox lives by the sea. " * 40
+    tokenizer = pyllm.Tokenizer.train("char", [text])
+    torch.manual_seed(0)
+    model = OwnModel(tokenizer.vocab_size, 24)
+    assert pyllm.check(model) == []
+    loader = pyllm.data.SequenceLoader(tokenizer.encode(text), 4, 16)
+    history = pyllm.train(model, loader, torch.optim.Adam(model.parameters(), 0.02), epochs=6, progress=False)
+    assert history.losses[-1] < 0.3
+    assert pyllm.generate(model, tokenizer, "the fox ", max_tokens=17, temperature=0) == "lives by the sea."
+
+
+def test_what_breaks_the_contract_is_named():
+    found = pyllm.check(OwnModel(30, 16, broken=True))
+    assert {d.way for d in found} >= {"in pieces of 1", "in pieces of 7", "each row alone"}
+    assert {d.module for d in found} == {"mixing"}
+    assert "mixing first differs, in row 0 at position 0" in str(found[0])
+    with pytest.raises(ValueError, match="at least 2"):
+        pyllm.check(OwnModel(30, 16), length=1)
