@@ -37,8 +37,11 @@ class Model(torch.nn.Module):
         return self.head(self.hidden(ids, state, lengths))
 
     def loss(self, ids: Tensor, targets: Tensor, state=None, *, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy a token, in nats. Targets of -100 do not count. The logits are never held whole."""
+        """Mean cross-entropy a token, in nats. Targets of -100 do not count. Unless they are
+        softcapped, the logits are never held whole."""
         h = self.hidden(ids, state)
+        if getattr(self.head, "softcap", None) is not None:
+            return ops.cross_entropy(self.head(h).flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
         return ops.linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.head.bias,
                                         label_smoothing=label_smoothing)  # fmt: skip
 

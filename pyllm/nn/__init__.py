@@ -2,9 +2,10 @@
 
 from pyllm.nn.attention import Attention
 from pyllm.nn.embedding import Embedding
-from pyllm.nn.feed_forward import FeedForward
-from pyllm.nn.linear import Linear
+from pyllm.nn.feed_forward import Experts, FeedForward
+from pyllm.nn.linear import Head, Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
+from pyllm.nn.position import rope_frequencies
 from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState
 
@@ -15,8 +16,10 @@ __all__ = [
     "Attention",
     "AttentionState",
     "Embedding",
+    "Experts",
     "FeedForward",
     "GRUCell",
+    "Head",
     "KeyValueCache",
     "LSTMCell",
     "LayerNorm",
@@ -24,4 +27,5 @@ __all__ = [
     "RMSNorm",
     "RNNCell",
     "RecurrentState",
+    "rope_frequencies",
 ]

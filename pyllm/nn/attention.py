@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyllm import ops
 from pyllm.nn.linear import Linear
+from pyllm.nn.position import rope_frequencies
 from pyllm.nn.state import KeyValueCache
 
 
@@ -12,12 +16,15 @@ class Attention(torch.nn.Module):
     """Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), on (B, T, hidden).
 
     Query, key and value are one product. With `rope_theta`, queries and keys are turned by their positions
-    (https://arxiv.org/abs/2104.09864). With a cache, keys and values are written at `positions` (B, T) and attention is
-    over all of the sequence so far.
+    (https://arxiv.org/abs/2104.09864), after `head_norm` (a norm of a head's size) where that is given; `rotary_dim`
+    and `rope_scaling` are those of `ops.rope` and `rope_frequencies`, `scale` and `softcap` those of `ops.attention`.
+    With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
-                 head_dim: int | None = None, *, rope_theta: float | None = None, window: int | None = None,
+                 head_dim: int | None = None, *, rope_theta: float | None = None, rotary_dim: int | None = None,
+                 rope_scaling: dict[str, Any] | None = None, window: int | None = None, scale: float | None = None,
+                 softcap: float | None = None, head_norm: Callable[[int], torch.nn.Module] | None = None,
                  qkv_bias: bool = False, bias: bool = False):  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -26,28 +33,37 @@ class Attention(torch.nn.Module):
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, but got {num_heads} and {num_kv_heads}")
         self.head_dim = head_dim or hidden_size // num_heads
-        self.rope_theta, self.window = rope_theta, window
+        self.rope_theta, self.window, self.scale, self.softcap = rope_theta, window, scale, softcap
+        self.rotary_dim = rotary_dim or self.head_dim
+        self.inv_freq, self.rope_scale = None, 1.0
+        if rope_theta is not None and rope_scaling is not None:
+            self.inv_freq, self.rope_scale = rope_frequencies(rope_theta, self.rotary_dim, rope_scaling)
         self.qkv = Linear(hidden_size, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
+        self.qkv.parts = tuple(n * self.head_dim for n in (num_heads, self.num_kv_heads, self.num_kv_heads))
         self.out = Linear(num_heads * self.head_dim, hidden_size, bias=bias)
+        self.q_norm = None if head_norm is None else head_norm(self.head_dim)
+        self.k_norm = None if head_norm is None else head_norm(self.head_dim)
 
     def forward(self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, time, _ = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
-        rotated = self.num_heads + self.num_kv_heads
+        count = (self.num_heads, self.num_kv_heads)
+        qk, v = heads.split((sum(count), self.num_kv_heads), 2)
+        if self.q_norm is not None:
+            q, k = qk.split(count, 2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
         if self.rope_theta is not None:
-            turned = ops.rope(heads[:, :, :rotated], positions, theta=self.rope_theta)
-            q, k = turned.split((self.num_heads, self.num_kv_heads), 2)
-        else:
-            q, k = heads[:, :, :rotated].split((self.num_heads, self.num_kv_heads), 2)
-        v = heads[:, :, rotated:]
-        if cache is None:
-            y = ops.attention(q, k, v, causal=True, window=self.window)
-        else:
+            qk = ops.rope(qk, positions, theta=self.rope_theta, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq,
+                          scale=self.rope_scale)  # fmt: skip
+        q, k = qk.split(count, 2)
+        lengths = None
+        if cache is not None:
             cache.write(positions, k, v)
             lengths = positions[:, -1] + 1
             longest = int(lengths.max())
-            y = ops.attention(q, cache.keys[:, :longest], cache.values[:, :longest], causal=True, window=self.window,
-                              key_lengths=lengths)  # fmt: skip
+            k, v = cache.keys[:, :longest], cache.values[:, :longest]
+        y = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale, softcap=self.softcap,
+                          key_lengths=lengths)  # fmt: skip
         return self.out(y.flatten(2))
 
     def extra_repr(self) -> str:

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pyllm import ops
 from pyllm.nn.linear import Linear
 
-GATED = {"swiglu": ops.swiglu, "geglu": ops.geglu}
-PLAIN = {"gelu": ops.gelu, "silu": ops.silu}
+GATED = {"swiglu": ops.swiglu, "geglu": ops.geglu, "geglu_tanh": partial(ops.geglu, approximate="tanh")}
+PLAIN = {"gelu": ops.gelu, "gelu_tanh": partial(ops.gelu, approximate="tanh"), "silu": ops.silu}
 
 
 class FeedForward(torch.nn.Module):
     """down(activation(up(x))), or, for the gated "swiglu" and "geglu", down(activation(gate(x)) * up(x)).
 
-    The gate and up products are one (Shazeer, 2020, https://arxiv.org/abs/2002.05202).
+    The gate and up products are one (Shazeer, 2020, https://arxiv.org/abs/2002.05202). "gelu_tanh" and "geglu_tanh" use
+    the approximation by tanh.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu", *, bias: bool = False):
@@ -32,3 +35,33 @@ class FeedForward(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+class Experts(torch.nn.Module):
+    """A sparse mixture (Shazeer et al., 2017, https://arxiv.org/abs/1701.06538): each token goes through the `active`
+    experts that the router gives the most weight, and their results are added by those weights, made to sum to one."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu", *, num_experts: int,
+                 active: int, bias: bool = False):  # fmt: skip
+        super().__init__()
+        if not 1 <= active <= num_experts:
+            raise ValueError(f"active must be from 1 to {num_experts}, the number of experts, but got {active}")
+        self.active = active
+        self.router = Linear(hidden_size, num_experts, bias=False)
+        self.experts = torch.nn.ModuleList(
+            FeedForward(hidden_size, intermediate_size, activation, bias=bias) for _ in range(num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.active, -1)  # (N, active)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            which, place = (chosen == i).nonzero(as_tuple=True)
+            if len(which):
+                y = y.index_add(0, which, expert(rows[which]) * weights[which, place, None])
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}"

@@ -17,10 +17,16 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch.nn.RMSNorm over the last dimension; with a residual, (norm(x + residual), x + residual) in one pass."""
+    """torch.nn.RMSNorm over the last dimension; with a residual, (norm(x + residual), x + residual) in one pass.
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, *, device=None, dtype=None):
+    `offset` is added to the weight, in float32: 1 for models that keep the weight's distance from 1 (Gemma)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, offset: float = 0.0, device=None, dtype=None):
         super().__init__(hidden_size, eps, device=device, dtype=dtype)
+        self.offset = offset
+        if offset:
+            torch.nn.init.constant_(self.weight, 1.0 - offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return ops.rms_norm(x, self.weight, residual=residual, eps=self.eps)
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        return ops.rms_norm(x, weight, residual=residual, eps=self.eps)

@@ -1,0 +1,210 @@
+"""What a family of models is to us: one table. How its config.json makes our model, and where its checkpoints keep what
+we keep elsewhere. Nothing that a checkpoint brings is ever run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyllm.models import Model
+
+
+class WeightsError(ValueError):
+    """A checkpoint's weights are not those of the model that its config describes."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of our parameters, and where a Hugging Face checkpoint keeps it.
+
+    name: ours; "{i}" stands for the layer's number, "{e}" for the expert's: "blocks.{i}.attention.qkv.weight".
+    parts: theirs, joined along the first dimension.
+    transposed: stored (in, out), as by GPT-2's Conv1D.
+    by_head: query, key and value rows are stored head by head (all three of the first head, of the second, ...).
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    transposed: bool = False
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of `FAMILIES`.
+
+    model_type, architectures: config.json's "model_type", and the "architectures" that name a model of this kind.
+    config: a Hugging Face config as our constructor's arguments; ValueError for what it lacks or we do not have.
+    weights: of all settings; those that a model has no parameter for are not looked for.
+    to_config: a model's Hugging Face config.
+    ignored: patterns of names in checkpoints that hold nothing that is needed.
+    prefix: what checkpoints of the bare model leave off their names.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    model: type[Model]
+    config: Callable[[dict], dict]
+    weights: tuple[Weight, ...]
+    to_config: Callable[[Any], dict]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+class Entry(Protocol):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightReader(Protocol):
+    """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor."""
+
+    def entries(self) -> dict[str, Entry]: ...
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter of a model, and its parts in a checkpoint with their shapes as stored."""
+
+    name: str
+    parameter: Tensor
+    weight: Weight
+    parts: dict[str, tuple[int, ...]]
+    heads: int
+
+
+def check_config(config: dict, family: Family) -> None:
+    """Raises ValueError where a config asks for code of its own, or is not this family's."""
+    if "auto_map" in config:
+        raise ValueError(
+            f"the checkpoint's config.json has an auto_map: it asks to run code of its own ({config['auto_map']!r}). "
+            "That is never done. If its weights are those of a family that is known here, remove auto_map and set "
+            "model_type to that family"
+        )
+    if config.get("model_type") != family.model_type:
+        raise ValueError(f"model_type must be {family.model_type!r}, but got {config.get('model_type')!r}")
+    named = config.get("architectures") or []
+    if named and not set(named) & set(family.architectures):
+        raise ValueError(f"architectures must name one of {', '.join(family.architectures)}, but got {named!r}")
+
+
+def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: torch.dtype | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+    """Fills a model's parameters from a checkpoint.
+
+    Args:
+        model: one made from `family.config(...)`. Its parameters may be on the meta device, so that nothing was
+            allocated for them: they are then made one after the other, as they are read.
+        reader: the checkpoint.
+        dtype: of the parameters from now on; by default the checkpoint's, for those on the meta device, or their own.
+        progress: called with the number of elements read so far, and of all.
+
+    Raises:
+        WeightsError: weights that are missing, of another shape, or not the model's. All of them are listed, and
+            nothing has been allocated, read or changed.
+    """
+    entries = reader.entries()
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in entries)
+    places = _places(model, family, bare)
+    wanted = {name: shape for place in places for name, shape in place.parts.items()}
+    tied = {part for name in _tied_names(model) for part in _parts(family, name, bare)[1]}
+    wrong = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in entries]
+    wrong += [f"wrong shape: {name} must be {shape}, but is {tuple(entries[name].shape)}"
+              for name, shape in wanted.items() if name in entries and tuple(entries[name].shape) != shape]  # fmt: skip
+    wrong += [f"wrong dtype: {name} must be of a floating dtype, but is {entries[name].dtype}"
+              for name in wanted if name in entries and not entries[name].dtype.is_floating_point]  # fmt: skip
+    wrong += [f"not the model's: {name} {tuple(entry.shape)}" for name, entry in entries.items()
+              if name not in wanted and name not in tied
+              and not any(re.fullmatch(p, name) for p in family.ignored)]  # fmt: skip
+    if wrong:
+        raise WeightsError(
+            f"the checkpoint does not hold the weights of {family.model_type!r}:\n  " + "\n  ".join(wrong)
+        )
+
+    done, total = 0, sum(place.parameter.numel() for place in places)
+    owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, name))
+    for place in places:
+        old, new = place.parameter, place.parameter
+        kind = dtype or (entries[next(iter(place.parts))].dtype if old.is_meta else old.dtype)
+        if old.is_meta or old.dtype != kind:
+            new = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
+        _read(reader, place, new.detach())
+        for module, name in owners[id(old)]:
+            setattr(module, name, new)
+        done += new.numel()
+        if progress is not None:
+            progress(done, total)
+
+
+def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible."""
+    for place in _places(model, family, False):
+        tensor = place.parameter.detach()
+        if place.weight.by_head:
+            tensor = _rows(tensor, (3, place.heads)).transpose(0, 1).flatten(0, 2)
+        if place.weight.transposed:
+            tensor = tensor.t()
+        at = 0
+        for name, shape in place.parts.items():
+            yield name, tensor if len(place.parts) == 1 else tensor[at : at + shape[0]]
+            at += shape[0]
+
+
+def _read(reader: WeightReader, place: _Place, out: Tensor) -> None:
+    if place.weight.transposed:
+        out.copy_(reader.read(next(iter(place.parts))).t())
+    elif place.weight.by_head:
+        stored = reader.read(next(iter(place.parts)))
+        _rows(out, (3, place.heads)).copy_(_rows(stored, (place.heads, 3)).transpose(0, 1))
+    else:
+        at = 0
+        for name, shape in place.parts.items():
+            reader.read(name, out[at : at + shape[0]])
+            at += shape[0]
+
+
+def _rows(tensor: Tensor, groups: tuple[int, int]) -> Tensor:
+    return tensor.view(*groups, -1, *tensor.shape[1:])
+
+
+def _places(model: Model, family: Family, bare: bool) -> list[_Place]:
+    places = []
+    for name, parameter in model.named_parameters():
+        weight, names = _parts(family, name, bare)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        shape = tuple(parameter.shape)
+        if len(names) == 1:
+            shapes = [shape[::-1] if weight.transposed else shape]
+        else:
+            rows = getattr(owner, "parts", (shape[0] // len(names),) * len(names))
+            shapes = [(n, *shape[1:]) for n in rows]
+        heads = model.config["num_heads"] if weight.by_head else 0
+        places.append(_Place(name, parameter, weight, dict(zip(names, shapes, strict=True)), heads))
+    return places
+
+
+def _tied_names(model: Model) -> list[str]:
+    once = dict(model.named_parameters())
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in once]
+
+
+def _parts(family: Family, name: str, bare: bool) -> tuple[Weight, list[str]]:
+    for weight in family.weights:
+        pattern = re.escape(weight.name)
+        for key in ("i", "e"):
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>[0-9]+)")
+        if match := re.fullmatch(pattern, name):
+            names = [part.format(**match.groupdict()) for part in weight.parts]
+            return weight, [n.removeprefix(family.prefix) for n in names] if bare else names
+    raise KeyError(f"the table of {family.model_type!r} has no row for the parameter {name}")

@@ -1,0 +1,104 @@
+"""Reading a Hugging Face config: what is there is checked before it is believed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pyllm.nn.position import SCALINGS
+
+_LARGEST = 2**31 - 1
+
+
+def whole(config: dict, name: str, default: int | None = None, *, optional: bool = False) -> Any:
+    """A whole number above 0; None only where it is optional."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise ValueError(f"config: {name} must be a whole number from 1 to {_LARGEST}, but got {value!r}")
+    return value
+
+
+def number(config: dict, name: str, default: float | None = None, *, optional: bool = False) -> Any:
+    """A finite number above 0, as a float; None only where it is optional."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"config: {name} must be a number above 0, but got {value!r}")
+    return float(value)
+
+
+def flag(config: dict, name: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if not isinstance(value, bool):
+        raise ValueError(f"config: {name} must be true or false, but got {value!r}")
+    return value
+
+
+def choice(config: dict, name: str, choices: dict[str, str], default: str) -> str:
+    """What one of the names stands for."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"config: {name} must be one of {', '.join(choices)}, but got {value!r}")
+    return choices[value]
+
+
+def fixed(config: dict, name: str, value: Any) -> None:
+    """A setting that is known in one form only."""
+    if config.get(name) not in (None, value):
+        raise ValueError(f"config: {name} must be {value!r}: nothing else is known here, but got {config[name]!r}")
+
+
+def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from rope_parameters or, as older configs have it, from keys of their own."""
+    found = config.get("rope_parameters")
+    if found is None:
+        found = config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"config: rope_parameters must be a table, but got {found!r}")
+    scaling = {k: v for k, v in found.items() if v is not None and k not in ("type", "partial_rotary_factor")}
+    kind = scaling.pop("rope_type", found.get("type", "default"))
+    base = number(scaling, "rope_theta", number(config, "rope_theta", theta))
+    scaling.pop("rope_theta", None)
+    if kind == "default":
+        return {"rope_theta": base, "rope_scaling": None}
+    if kind not in SCALINGS:
+        raise ValueError(f"config: rope_type must be one of default, {', '.join(SCALINGS)}, but got {kind!r}")
+    if kind in ("llama3", "yarn") and "original_max_position_embeddings" not in scaling:
+        scaling["original_max_position_embeddings"] = config.get("original_max_position_embeddings") or whole(
+            config, "max_position_embeddings"
+        )
+    return {"rope_theta": base, "rope_scaling": {"rope_type": kind} | scaling}
+
+
+def to_rope(config: dict) -> dict[str, Any]:
+    """The reverse of `rope`."""
+    return {"rope_type": "default", "rope_theta": config["rope_theta"]} | (config["rope_scaling"] or {})
+
+
+def windowed_layers(config: dict, layers: int, default: list[int]) -> list[int]:
+    """The layers that layer_types says have a sliding window."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return default
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
+        raise ValueError(f"config: layer_types must be a list of {layers} of {', '.join(known)}, but got {kinds!r}")
+    return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+def layer_types(config: dict) -> list[str]:
+    """The reverse of `windowed_layers`."""
+    windowed = config["window_layers"] if config["window_layers"] is not None else range(config["num_layers"])
+    windowed = set(windowed) if config["window"] is not None else ()
+    return ["sliding_attention" if i in windowed else "full_attention" for i in range(config["num_layers"])]

@@ -1,0 +1,204 @@
+"""Each family against transformers: a small random model saved there, loaded here, and saved back."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pyllm.engine import SamplingParams, generate_ids
+from pyllm.families import FAMILIES, WeightsError, check_config, export_weights, load_weights
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+SHARED = SIZES | {"num_key_value_heads": 2}
+THETA = {"rope_theta": 5000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16, **THETA}  # fmt: skip
+
+CASES = {
+    "llama": ("llama", SHARED),
+    "llama, all biases, wide heads": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "llama, tied": ("llama", SHARED | {"tie_word_embeddings": True}),
+    "llama, linear": ("llama", SHARED | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, **THETA}}),
+    "llama, dynamic": ("llama", SHARED | {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}}),
+    "llama, llama3": ("llama", SHARED | {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("llama", SHARED | {"rope_parameters": YARN}),
+    "llama, yarn with mscale": ("llama", SHARED | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4,
+                                                                             "truncate": False}}),
+    "mistral": ("mistral", SHARED | {"sliding_window": 7}),
+    "qwen2": ("qwen2", SHARED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", SHARED | {"head_dim": 12}),
+    "mixtral": ("mixtral", SHARED | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+class Reader:
+    """Weights in memory."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def entries(self):
+        return {name: SimpleNamespace(dtype=t.dtype, shape=tuple(t.shape)) for name, t in self.tensors.items()}
+
+    def read(self, name, out=None):
+        return self.tensors[name].clone() if out is None else out.copy_(self.tensors[name])
+
+
+def make(case, folder):
+    """A transformers model whose norms and biases are random too, saved to a folder."""
+    model_type, settings = CASES[case]
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **settings), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def load(folder, dtype=None):
+    config = json.loads((folder / "config.json").read_text())
+    family = FAMILIES[config["model_type"]]
+    check_config(config, family)
+    with torch.device("meta"):
+        model = family.model(**family.config(config))
+    load_weights(model, family, Reader(load_file(folder / "model.safetensors")), dtype=dtype)
+    return model.eval(), family
+
+
+def save(model, family, folder):
+    folder.mkdir()
+    config = family.to_config(model) | {"model_type": family.model_type, "architectures": list(family.architectures)}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: t.contiguous().clone() for name, t in export_weights(model, family)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    theirs = make(request.param, folder)
+    ours, family = load(folder)
+    return SimpleNamespace(theirs=theirs, ours=ours, family=family, folder=folder)
+
+
+@torch.no_grad()
+def test_logits_agree(pair, record_property):
+    ids = torch.randint(3, 61, (2, 40))
+    eager = pair.theirs(ids).logits
+    sdpa = type(pair.theirs).from_pretrained(pair.folder, attn_implementation="sdpa").eval()(ids).logits
+    own, found = difference(eager, sdpa), difference(pair.ours(ids), eager)
+    record_property("difference", f"{found:.1e}, transformers' own {own:.1e}, of {eager.abs().max().item():.1f}")
+    assert found <= 2 * own + 2e-6 * eager.abs().max().item()
+
+
+def test_gradients_agree(pair):
+    ids = torch.randint(3, 61, (2, 24))
+    targets = ids.roll(-1, 1)
+    theirs = pair.theirs(ids).logits
+    torch.nn.functional.cross_entropy(theirs.flatten(0, 1), targets.flatten()).backward()
+    pair.ours.loss(ids, targets).backward()
+    weights = {parameter: parameter.detach().clone() for parameter in pair.ours.parameters()}
+    for parameter in pair.ours.parameters():  # as if the gradients were weights, to get them under their names
+        parameter.data.copy_(0 if parameter.grad is None else parameter.grad)
+    found = {name: t.clone() for name, t in export_weights(pair.ours, pair.family)}
+    for parameter, weight in weights.items():
+        parameter.data.copy_(weight)
+    compared = 0
+    for name, parameter in pair.theirs.named_parameters():
+        if name in found:
+            scale = parameter.grad.abs().max().item()
+            assert difference(found[name], parameter.grad) <= 2e-5 * scale + 1e-8, name
+            compared += 1
+        else:  # fused experts
+            assert "experts" in name or ".gate." in name
+    assert compared >= 10
+    pair.theirs.zero_grad()
+    pair.ours.zero_grad()
+
+
+@torch.no_grad()
+def test_greedy_generation_is_the_same(pair):
+    prompts = [torch.randint(3, 61, (n,)).tolist() for n in (9, 4)]
+    steps = list(generate_ids(pair.ours, prompts, SamplingParams(temperature=0), max_tokens=24))
+    for prompt, ours in zip(prompts, zip(*steps, strict=True), strict=True):
+        options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        theirs = pair.theirs.generate(torch.tensor([prompt]), **options, pad_token_id=0)
+        assert theirs[0, len(prompt) :].tolist() == list(ours)
+
+
+@torch.no_grad()
+def test_what_is_saved_loads_there_with_equal_logits(pair, tmp_path):
+    save(pair.ours, pair.family, tmp_path / "saved")
+    again, info = type(pair.theirs).from_pretrained(tmp_path / "saved", attn_implementation="eager",
+                                                    output_loading_info=True)  # fmt: skip
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ids = torch.randint(3, 61, (2, 40))
+    assert torch.equal(again.eval()(ids).logits, pair.theirs(ids).logits)
+    ours, _ = load(tmp_path / "saved")
+    assert torch.equal(ours(ids), pair.ours(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_steps_and_padding_give_the_same_bits(pair, dtype):
+    ours, _ = load(pair.folder, dtype)
+    rows = [torch.randint(3, 61, (n,)) for n in (23, 5, 14)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    together = ours(padded, lengths=lengths)
+    for row, logits in zip(rows, together, strict=True):
+        alone = ours(row[None])[0]
+        assert torch.equal(logits[: len(row)], alone)
+        state = ours.new_state(1, 23)
+        assert torch.equal(torch.cat([ours(part[None], state)[0] for part in row.split([3, 1, len(row) - 4])]), alone)
+
+
+def test_weights_that_do_not_fit_are_all_listed(pair):
+    tensors = load_file(pair.folder / "model.safetensors")
+    first, second, *_ = sorted(n for n in tensors if n.endswith("weight") and "norm" not in n and "head" not in n)
+    tensors["stranger"] = tensors.pop(first)
+    tensors[second] = tensors[second][1:]
+    before = [p.clone() for p in pair.ours.parameters()]
+    with pytest.raises(WeightsError) as error:
+        load_weights(pair.ours, pair.family, Reader(tensors))
+    for message in (f"missing: {first}", "not the model's: stranger", f"wrong shape: {second} must be"):
+        assert message in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, pair.ours.parameters(), strict=True))
+
+
+def test_code_of_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="asks to run code of its own"):
+        check_config({"model_type": "llama", "auto_map": {"AutoModel": "modeling.Mine"}}, FAMILIES["llama"])
+    with pytest.raises(ValueError, match="model_type must be 'llama', but got 'else'"):
+        check_config({"model_type": "else"}, FAMILIES["llama"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"hidden_size": -1}, "hidden_size must be a whole number from 1"),
+        ({"hidden_size": None}, "hidden_size must be a whole number"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0"),
+        ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ({"rope_scaling": {"type": "su"}}, "rope_type must be one of default, linear"),
+    ],
+)
+def test_configs_that_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILIES["llama"].config(SHARED | setting)
