@@ -153,6 +153,12 @@ def load_checkpoint(folder: str | os.PathLike, *, training: bool = True) -> Chec
                 raise
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is to be read by `load_checkpoint`."""
+    config = folder / "config.json"
+    return not config.exists() or "format" in read_json(config)
+
+
 def _check_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, but got {type(value).__name__}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def open_llama2c(path: Path) -> tuple[dict[str, Any], FileReader]:
     return config, FileReader(extents, [file])
 
 
-def _contents(path: Path, file, size: int) -> tuple[dict[str, Any], dict[str, Extent]]:
+def _contents(path: Path, file: FileIO, size: int) -> tuple[dict[str, Any], dict[str, Extent]]:
     header = file.read(_HEADER)
     if len(header) < _HEADER:
         raise CheckpointError(f"{path} must be a llama2.c checkpoint of more than {_HEADER} bytes, but has {size}")
@@ -92,10 +93,10 @@ def _contents(path: Path, file, size: int) -> tuple[dict[str, Any], dict[str, Ex
         raise CheckpointError(f"{path} must have {expected} bytes for {sizes}, but has {size}")
     extents: dict[str, Extent] = {}
     for kind in order:
-        name, shape, paired = (each | once)[kind]
+        weight, shape, paired = (each | once)[kind]
         for i in range(layers if kind in each else 1):
-            if name is not None:
-                full = _LAYER.format(i) + name if kind in each else name
+            if weight is not None:
+                full = _LAYER.format(i) + weight if kind in each else weight
                 extents[full] = Extent(file, begin, torch.float32, shape, paired)
             begin += 4 * math.prod(shape)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": dim,

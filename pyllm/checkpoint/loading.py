@@ -1,30 +1,65 @@
+"""Models from the checkpoints that people have: finds out whose it is, and checks all of it before it takes memory."""
+
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from pyllm.checkpoint.files import CheckpointError
-from pyllm.checkpoint.folder import load_checkpoint, save_checkpoint
+from pyllm.checkpoint.files import CheckpointError, check_plain, read_json, short
+from pyllm.checkpoint.folder import is_ours, load_checkpoint, save_checkpoint
+from pyllm.checkpoint.gguf import open_gguf
+from pyllm.checkpoint.hub import download
+from pyllm.checkpoint.llama2c import open_llama2c
+from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
+from pyllm.checkpoint.reader import WeightReader
+from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
+from pyllm.families import FAMILIES, Family, WeightsError, check_config, load_weights
 from pyllm.models import MODELS, Model
 from pyllm.text import Tokenizer
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
+           "decoder_layers")  # fmt: skip
 
-def load(path: str | os.PathLike) -> tuple[Model, Tokenizer | None]:
-    """The model and tokenizer of a checkpoint folder; the model is in evaluation mode.
+
+def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None,
+         device: str | torch.device | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
+    """The model and the tokenizer of a checkpoint; the model is in evaluation mode.
+
+    Everything is checked before memory is taken for the weights, and no code from a checkpoint is ever run.
+
+    Args:
+        path: a checkpoint of our own; a Hugging Face folder (config.json, with safetensors in one file or in shards, or
+            pickled weights); a GGUF file; a llama2.c .bin file of version 0 or 1, with its vocabulary beside it as
+            tokenizer.bin or, say, tok512.bin; or, where there is no such file, "owner/name" on the Hugging Face hub.
+        dtype: the weights' own, if None. Packed weights count as float32.
+        device: the CPU, if None.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        CheckpointError: it is not a checkpoint, or one whose files do not fit together.
+        FileNotFoundError: there is no such file or folder, and it cannot be had from the hub.
+        CheckpointError: it is not a checkpoint, or one whose parts do not fit together.
+        ImportError: a package is needed to read it, and is not there.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"[load] dtype must be a floating-point torch.dtype, but got {dtype!r}")
+    where = Path(path)
+    if not where.exists():
+        where = download(path)
+    if where.is_dir():
+        model, tokenizer = _ours(where, dtype) if is_ours(where) else _folder(where, dtype)
+    else:
+        model, tokenizer = _file(where, dtype)
+    return model.to(device).eval() if device is not None else model.eval(), tokenizer
+
+
+def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
     saved = load_checkpoint(path, training=False)
     if saved.model_type not in MODELS:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(MODELS)}, but got {saved.model_type!r}")
-    try:
-        with torch.device("meta"):
-            model = MODELS[saved.model_type](**saved.config)
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{path}: config.json does not make a {saved.model_type} model: {e}") from e
+    model = _empty(path, saved.model_type, lambda: MODELS[saved.model_type](**saved.config))
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in saved.weights.items()}
     if expected != found:
@@ -32,7 +67,92 @@ def load(path: str | os.PathLike) -> tuple[Model, Tokenizer | None]:
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
     model.load_state_dict(saved.weights, assign=True)
-    return model.eval(), saved.tokenizer
+    return model if dtype is None else model.to(dtype), saved.tokenizer
+
+
+def _folder(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
+    config = read_json(path / "config.json")
+    try:
+        check_plain(config, "config")
+    except ValueError as e:
+        raise CheckpointError(f"{path / 'config.json'}: {e}") from None
+    _check_family(path, config)
+    if any((path / name).exists() for name in (WEIGHTS, INDEX)):
+        opened = open_shards(path)
+    elif any((path / name).exists() for name in (PICKLED, PICKLED_INDEX)):
+        opened = open_pickled(path)
+    else:
+        raise CheckpointError(f"{path} must hold {WEIGHTS}, {INDEX} or {PICKLED}, but has none of them")
+    with opened as reader:
+        model = _filled(path, config, reader, dtype)
+    return model, _tokenizer(path, lambda: Tokenizer.load(path))
+
+
+def _file(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    if begin == b"GGUF" or path.suffix == ".gguf":
+        with open_gguf(path) as weights:
+            model = _filled(path, weights.config, weights, dtype)
+            if "tokenizer.ggml.model" not in weights.metadata:
+                return model, None
+            return model, _tokenizer(path, lambda: Tokenizer.from_gguf_metadata(weights.metadata))
+    if begin[:2] in (b"PK", b"\x80\x02") or path.suffix != ".bin":
+        raise CheckpointError(f"{path} must be a GGUF or a llama2.c file, but begins with {begin!r}; weights of "
+                              "other formats are loaded by the folder that says what model they are of")  # fmt: skip
+    config, reader = open_llama2c(path)
+    with reader:
+        model = _filled(path, config, reader, dtype)
+    beside = (path.with_name(name) for name in ("tokenizer.bin", f"tok{model.vocab_size}.bin"))
+    found = next((file for file in beside if file.exists()), None)
+    return model, None if found is None else _tokenizer(path, lambda: Tokenizer.load(found))
+
+
+def _filled(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None) -> Model:
+    family = _check_family(path, config)
+    names = len(reader.entries())
+    for key in _LAYERS:
+        layers = config.get(key)
+        if isinstance(layers, int | float) and not 0 <= layers <= names:
+            raise CheckpointError(f"{path}: {key} must be in [0, {names}], the number of weights, but is {layers}")
+    model = _empty(path, family.model_type, lambda: family.model(**family.config(config)))
+    try:
+        load_weights(model, family, reader, dtype=dtype)
+    except WeightsError as e:
+        raise CheckpointError(f"{path}: " + "; ".join(str(e).split("\n  ")).replace(":;", ":")) from None
+    return model
+
+
+def _check_family(path: Path, config: dict[str, Any]) -> Family:
+    kind = config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        asks = ", and code of the checkpoint's own (auto_map) is never run" if "auto_map" in config else ""
+        raise CheckpointError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, but got {short(kind)}{asks}")
+    try:
+        check_config(config, family)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    return family
+
+
+def _empty(path: Path, kind: str, make: Callable[[], Model]) -> Model:
+    """A model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:500]
+        raise CheckpointError(f"{path}: its config does not make a {kind} model: {reason}") from e
+
+
+def _tokenizer(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer | None:
+    try:
+        return make()
+    except IsADirectoryError:  # none of a tokenizer's files
+        return None
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from e
 
 
 def save(model: Model, path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:

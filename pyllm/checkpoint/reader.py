@@ -118,7 +118,7 @@ class MemoryReader:
         self._tensors = {}
 
 
-def open_file(path: Path) -> tuple[int]:
+def open_file(path: Path) -> tuple[FileIO, int]:
     """A file and its size."""
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 (the reader closes it)

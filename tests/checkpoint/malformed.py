@@ -125,6 +125,11 @@ def gguf(metadata=METADATA, tensors: dict | None = None, *, magic=b"GGUF", versi
     return head + bytes(-len(head) % 32) + (data if rest is None else rest)
 
 
+def folder(config: dict | bytes, weights: bytes | None = None) -> dict[str, bytes]:
+    text = config if isinstance(config, bytes) else json.dumps(config).encode()
+    return {"config.json": text, "model.safetensors": safetensors() if weights is None else weights}
+
+
 def cuts(whole: bytes) -> list[int]:
     return [0, 1, 4, 7, 8, 20, 28, 100, 256, len(whole) // 4, len(whole) // 2, len(whole) - 513, len(whole) - 33]
 
@@ -157,6 +162,7 @@ def cases() -> Iterator[tuple[str, str, dict[str, bytes]]]:
     yield "behind the end", "gguf", {"m.gguf": whole + bytes(32)}
     for what, data in _gguf():
         yield what, "gguf", {"m.gguf": data}
+    yield from _loaded()
 
 
 def _safetensors() -> Iterator[tuple[str, str, dict[str, bytes]]]:
@@ -184,7 +190,7 @@ def _safetensors() -> Iterator[tuple[str, str, dict[str, bytes]]]:
 
 
 def _shards() -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    def folder(places, **files):
+    def sharded(places, **files):
         index = places if isinstance(places, bytes) else json.dumps({"weight_map": places}).encode()
         return {"model.safetensors.index.json": index} | {f"{k}.safetensors": v for k, v in files.items()}
 
@@ -201,19 +207,19 @@ def _shards() -> Iterator[tuple[str, str, dict[str, bytes]]]:
         "",
         "..\\a.safetensors",
     ):
-        yield f"index to {outside!r}", "shards", folder(places | {first[0]: outside}, a=a, b=b)
-    yield "a shard missing", "shards", folder(places, a=a)
-    yield "a shard cut", "shards", folder(places, a=a, b=b[:-1])
-    yield "a weight in another shard", "shards", folder(places | {first[0]: "b.safetensors"}, a=a, b=b)
-    yield "a weight twice", "shards", folder(places, a=a, b=safetensors([*second, first[0]]))
-    yield "a weight nowhere", "shards", folder(places | {"x": "a.safetensors"}, a=a, b=b)
-    yield "a weight not in the index", "shards", folder({k: v for k, v in places.items() if k != first[0]}, a=a, b=b)
+        yield f"index to {outside!r}", "shards", sharded(places | {first[0]: outside}, a=a, b=b)
+    yield "a shard missing", "shards", sharded(places, a=a)
+    yield "a shard cut", "shards", sharded(places, a=a, b=b[:-1])
+    yield "a weight in another shard", "shards", sharded(places | {first[0]: "b.safetensors"}, a=a, b=b)
+    yield "a weight twice", "shards", sharded(places, a=a, b=safetensors([*second, first[0]]))
+    yield "a weight nowhere", "shards", sharded(places | {"x": "a.safetensors"}, a=a, b=b)
+    yield "a weight not in the index", "shards", sharded({k: v for k, v in places.items() if k != first[0]}, a=a, b=b)
     texts = {
         "no map": b"{}", "a list": b'{"weight_map": []}', "a number": b'{"weight_map": {"x": 1}}', "no JSON": b"{",
         "a name twice": b'{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}',
     }  # fmt: skip
     for what, text in texts.items():
-        yield f"index with {what}", "shards", folder(text, a=a, b=b)
+        yield f"index with {what}", "shards", sharded(text, a=a, b=b)
 
 
 def _gguf() -> Iterator[tuple[str, bytes]]:
@@ -276,3 +282,57 @@ def _gguf() -> Iterator[tuple[str, bytes]]:
     for key in METADATA:
         if key.startswith(("general", "llama")) and not key.endswith("head_count_kv"):
             yield f"no {key}", gguf({k: v for k, v in METADATA.items() if k != key})
+
+
+def _loaded() -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """What only shows when a model is made."""
+
+    wrong = {
+        "model_type": [None, 3, "mamba", ["llama"]], "architectures": [["GPT2LMHeadModel"], 3],
+        "auto_map": [{"AutoModelForCausalLM": "code.Model"}],
+        "hidden_size": [math.nan, math.inf, 0, -16, 2**31, 2**62, 2**70, "16", 16.0, [16], None, True, 17],
+        "num_hidden_layers": [0, 1, 3, -1, 10**9, 2**70, "2", None, math.nan], "vocab_size": [0, 31, 33, 2**40, "x"],
+        "num_attention_heads": [0, 3, 5, 2**40, None, "4"], "num_key_value_heads": [0, 3, 8, 2**40, {}],
+        "intermediate_size": [0, 25, 2**62, None], "rms_norm_eps": [math.nan, -1.0, "x", {}],
+        "rope_theta": [math.nan, math.inf, -1, 0, "x"], "hidden_act": ["x", 3,""],
+        "max_position_embeddings": [0, -1, 2**70, 1.5], "tie_word_embeddings": [False, 3, "x"],
+        "rope_scaling": [3, [1], {"rope_type": "x"}, {"rope_type": "linear"}, {"rope_type": "linear", "factor": "x"}],
+        "head_dim": [0, 5, 2**40, "x"],
+    }  # fmt: skip
+    for key, items in wrong.items():
+        for item in items:
+            if item is not None or key in ("model_type", "hidden_size", "num_attention_heads", "intermediate_size"):
+                yield f"{key} {item!r}", "folder", folder(CONFIG | {key: item})
+    texts = {
+        "empty": b"", "no object": b"[]", "cut": json.dumps(CONFIG).encode()[:-1], "no UTF-8": b"\xff",
+        "nested deeply": b'{"a":' * 100_000, "a key twice": b'{"model_type": "llama", "model_type": "llama"}',
+    }  # fmt: skip
+    for what, text in texts.items():
+        yield f"config {what}", "folder", folder(text)
+    yield "no weights", "folder", {"config.json": json.dumps(CONFIG).encode()}
+    names = list(SHAPES)
+    yield "a weight missing", "folder", folder(CONFIG, safetensors(names[1:]))
+    zeros = safetensors(changes={"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+    yield "a weight more", "folder", folder(CONFIG, zeros)
+    turned = safetensors(changes={"model.embed_tokens.weight": {"shape": [DIM, VOCAB]}})
+    yield "a weight turned", "folder", folder(CONFIG, turned)
+    whole = safetensors(changes={"model.embed_tokens.weight": {"dtype": "I32"}})
+    yield "whole numbers", "folder", folder(CONFIG, whole)
+    for what, data in {"empty": b"", "no pickle": b"x" * 99, "cut": b"PK\3\4" + bytes(40),
+                       "code": b"cos\nsystem\n(S'exit 3'\ntR."}.items():  # fmt: skip
+        yield f"pickle {what}", "folder", {"config.json": json.dumps(CONFIG).encode(), "pytorch_model.bin": data}
+    for outside in ("../pytorch_model.bin", "/dev/zero", "x.safetensors", "none.bin", 3):
+        index = json.dumps({"weight_map": {"x": outside}}).encode()
+        files = {"config.json": json.dumps(CONFIG).encode(), "pytorch_model.bin.index.json": index}
+        yield f"pickle index to {outside!r}", "folder", files
+    for key, item in (("block_count", 1), ("block_count", 3), ("block_count", 10**7), ("feed_forward_length", 25)):
+        yield f"loaded {key} {item}", "m.gguf", {"m.gguf": gguf(METADATA | {f"llama.{key}": item})}
+    tensors = METADATA | {"tokenizer.ggml.model": "x"}
+    yield "an unknown tokenizer", "m.gguf", {"m.gguf": gguf(tensors)}
+    yield (
+        "a tokenizer of wrong sizes",
+        "m.gguf",
+        {"m.gguf": gguf(METADATA | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]})},
+    )
+    yield "no format", "m.bin", {"m.bin": b"\x80\x02" + bytes(300)}
+    yield "a text", "m.txt", {"m.txt": b"Once upon a time"}
