@@ -17,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 _KINDS = "the kinds are: char, bpe:SIZE"
 _PIECE = 1 << 16
+_MARK = "\ufdd0"  # no character: keeps apart the letters of a control token that a message spells out
 
 
 class Tokenizer:
@@ -107,6 +108,44 @@ class Tokenizer:
             wrong = next(i for i in ids if not 0 <= i < self._size)
             raise IndexError(f"[decode] ids must be in [0, {self._size}), but got {wrong}")
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+                            tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any) -> str:  # fmt: skip
+        """The text of a conversation as `chat_template` writes it; see `pyllm.text.chat.render`. Needs jinja2.
+
+        Raises:
+            ChatTemplateError, a ValueError: there is no template, it is malformed, it refuses the conversation, or it
+                exceeds its limits.
+        """
+        from pyllm.text import chat  # jinja2 is an extra
+
+        if self.chat_template is None:
+            raise chat.ChatTemplateError("[chat] this tokenizer has no chat template")
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {name: self.token(id) for name, id in names.items() if id is not None}
+        return chat.render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, tools=tools,
+                           **(tokens | variables))  # fmt: skip
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
+        """The ids of a conversation: of what `apply_chat_template` writes, and nothing else.
+
+        Control tokens that the template writes are such, those spelled out in messages or tools are text.
+        """
+        control = [t for t in self._backend.get_added_tokens_decoder().values() if t.special]
+        names = sorted((t.content for t in control), key=len, reverse=True)
+        spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        marked = [_mark(m, spelled) for m in messages]
+        if arguments.get("tools"):
+            arguments["tools"] = _mark(arguments["tools"], spelled)
+        text = self.apply_chat_template(marked, **arguments)
+        if _MARK not in text:
+            return self.encode(text, allow_special=True, bos=False)
+        ids, position = [], 0
+        for found in spelled.finditer(text):
+            ids += self.encode(text[position : found.start()].replace(_MARK, ""), bos=False)
+            ids.append(self._backend.token_to_id(found[0]))
+            position = found.end()
+        return ids + self.encode(text[position:].replace(_MARK, ""), bos=False)
 
     def stream(self) -> Detokenizer:
         """Decodes ids one at a time."""
@@ -291,6 +330,14 @@ def _pieces(text: str) -> list[str]:
     while found := border.search(text, cuts[-1] + _PIECE):
         cuts.append(found.start())
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _mark(value: Any, spelled: re.Pattern) -> Any:
+    if isinstance(value, str):
+        return spelled.sub(lambda found: found[0][0] + _MARK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {_mark(k, spelled): _mark(v, spelled) for k, v in value.items()}
+    return [_mark(v, spelled) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_text(text: str) -> None:
