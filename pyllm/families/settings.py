@@ -68,6 +68,8 @@ def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
         raise ValueError(f"config: rope_parameters must be a table, but got {found!r}")
     scaling = {k: v for k, v in found.items() if v is not None and k not in ("type", "partial_rotary_factor")}
     kind = scaling.pop("rope_type", found.get("type", "default"))
+    if not isinstance(kind, str):
+        raise ValueError(f"config: rope_type must be a name, but got {kind!r}")
     base = number(scaling, "rope_theta", number(config, "rope_theta", theta))
     scaling.pop("rope_theta", None)
     if kind == "default":
@@ -79,6 +81,15 @@ def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
             config, "max_position_embeddings"
         )
     return {"rope_theta": base, "rope_scaling": {"rope_type": kind} | scaling}
+
+
+def rotary_dim(config: dict, head_dim: int, default: float = 1.0) -> int | None:
+    """How many elements of a head turn; None for all."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    part = number(found, "partial_rotary_factor", number(config, "partial_rotary_factor", default))
+    if part > 1 or int(head_dim * part) < 2:
+        raise ValueError(f"config: partial_rotary_factor must be up to 1 and turn 2 of {head_dim}, but got {part}")
+    return None if part == 1 else int(head_dim * part)
 
 
 def to_rope(config: dict) -> dict[str, Any]:

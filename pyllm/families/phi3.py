@@ -1,0 +1,47 @@
+"""Phi-3: Llama with query, key and value, and gate and up, stored as one."""
+
+from __future__ import annotations
+
+from pyllm.families.family import Family
+from pyllm.families.llama import ATTENTION, FEED_FORWARD_NORM, IGNORED, OUTSIDE, linear, read, write
+from pyllm.families.settings import rotary_dim, whole
+from pyllm.models import Decoder
+
+
+def _config(config: dict) -> dict:
+    common = read(config)
+    return common | {
+        "window": whole(config, "sliding_window", optional=True),
+        "rotary_dim": rotary_dim(config, common["head_dim"]),
+    }
+
+
+def _to_config(model: Decoder) -> dict:
+    config = write(model)
+    part = (model.config["rotary_dim"] or config["head_dim"]) / config["head_dim"]
+    return config | {
+        "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": part},
+        "partial_rotary_factor": part,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+        "sliding_window": model.config["window"],
+        "pad_token_id": None,  # otherwise it would be 32000, whatever the vocabulary
+    }
+
+
+PHI3 = Family(
+    "phi3",
+    ("Phi3ForCausalLM",),
+    Decoder,
+    _config,
+    (
+        *OUTSIDE,
+        *linear("blocks.{i}.attention.qkv", "model.layers.{i}.self_attn.qkv_proj"),
+        *ATTENTION,
+        FEED_FORWARD_NORM,
+        *linear("blocks.{i}.feed_forward.up", "model.layers.{i}.mlp.gate_up_proj"),
+        *linear("blocks.{i}.feed_forward.down", "model.layers.{i}.mlp.down_proj"),
+    ),
+    _to_config,
+    IGNORED,
+    "model.",
+)
