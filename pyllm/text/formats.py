@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from pyllm.text import vocabulary
+from pyllm.text.charsmap import check as check_charsmap
 from pyllm.text.sentencepiece import read_llama2c, read_model
 from pyllm.text.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
@@ -162,11 +164,19 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
         raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
     try:
+        _check_normalizer(contents.get("normalizer"))
         return tokenizers.Tokenizer.from_str(text)
-    except BaseException as e:  # the library raises no type more exact than this, and panics on some files
-        if isinstance(e, (KeyboardInterrupt, SystemExit)):
-            raise
+    except Exception as e:  # the library raises no type more exact than this
         raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but: {_line(e)}") from None
+
+
+def _check_normalizer(normalizer: Any) -> None:
+    if isinstance(normalizer, dict):
+        charsmap = normalizer.get("precompiled_charsmap")
+        if isinstance(charsmap, str):
+            check_charsmap(base64.b64decode(charsmap))
+        for step in normalizer["normalizers"] if isinstance(normalizer.get("normalizers"), list) else ():
+            _check_normalizer(step)
 
 
 def _read_pair(vocab: Path, merges: Path) -> tokenizers.Tokenizer:

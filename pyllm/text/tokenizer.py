@@ -170,18 +170,29 @@ class Tokenizer:
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes tokenizer.json: whole or, if interrupted, not at all."""
+        """Writes tokenizer.json: whole or, if interrupted, not at all.
+
+        Into a folder, with tokenizer_config.json beside it, which holds what tokenizer.json has no place for: the
+        tokens that begin and end a text, and the chat template. Where several tokens end a text, it has only the first;
+        the others belong in the model's generation_config.json.
+        """
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with open(beside, "w", encoding="utf-8", newline="") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        if path.is_dir():
+            _write(path / "tokenizer.json", self.to_json())
+            _write(path / "tokenizer_config.json", json.dumps(self.config(), ensure_ascii=False, indent=2) + "\n")
+        else:
+            _write(path, self.to_json())
+
+    def config(self) -> dict[str, Any]:
+        """The contents of tokenizer_config.json, as transformers reads it."""
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos,
+                                  "clean_up_tokenization_spaces": False}  # fmt: skip
+        for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if id is not None:
+                config[name] = self.token(id)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return config
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
@@ -330,6 +341,19 @@ def _pieces(text: str) -> list[str]:
     while found := border.search(text, cuts[-1] + _PIECE):
         cuts.append(found.start())
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _mark(value: Any, spelled: re.Pattern) -> Any:

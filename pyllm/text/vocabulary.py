@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from pyllm.text.charsmap import check as check_charsmap
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece and GGUF number them
 _SPACE = "\u2581"  # how sentencepiece spells a space
 _LONGEST = 256  # of a piece, in characters: each of its places to cut is looked at
@@ -101,6 +103,7 @@ def sentence_piece(pieces: Sequence[str], scores: Sequence[float], types: Sequen
     backend = tokenizers.Tokenizer(model)
     steps: list[normalizers.Normalizer] = []
     if charsmap:
+        check_charsmap(charsmap)
         steps.append(normalizers.Precompiled(charsmap))
     if squeeze:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]

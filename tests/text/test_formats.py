@@ -5,6 +5,7 @@ import struct
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from gguf import GGUFReader
 
 from pyllm.text import Tokenizer
@@ -218,3 +219,37 @@ def test_malformed_pairs(tmp_path):
         (tmp_path / "vocab.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             Tokenizer.load(tmp_path / "vocab.json")
+
+
+def test_a_normalisation_that_points_outside_is_an_error(tmp_path):
+    (tmp_path / "text").write_text("the quick brown fox\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=30, hard_vocab_limit=False,
+        minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path = tmp_path / "m.model"
+    whole = path.read_bytes()
+    assert Tokenizer.load(path).encode("\uff46\u2460")
+    start = whole.index(b"nmt_nfkc") + 16  # in the trie
+    for at, byte in ((start, 0xFF), (start + 2, 0xFF), (start + 1024, 0xFF), (start + 4001, 0x7F)):
+        path.write_bytes(whole[:at] + bytes([byte] * 64) + whole[at + 64 :])
+        with pytest.raises(ValueError, match=r"m\.model must be a sentencepiece model, but: the normalisation"):
+            Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("source", ["hf", "tok512.model", "gguf"])
+def test_saving_into_a_folder(stories, tmp_path, source):
+    if source == "gguf":
+        tokenizer = Tokenizer.from_gguf_metadata(metadata(stories / "gguf" / "stories260K-f32.gguf"))
+    else:
+        tokenizer = Tokenizer.load(stories / source)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.__reduce__() == tokenizer.__reduce__()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.chat_template) == (1, 2, tokenizer.chat_template)
+    for text in ("Once upon a time", TEXT.replace("<", "(")):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text) == again.encode(text)
+    (message,) = talk = [{"role": "user", "content": "Hi"}]
+    assert again.encode_chat(talk) == [1, *again.encode(message["content"], bos=False)]
