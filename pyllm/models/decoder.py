@@ -31,6 +31,7 @@ class Block(torch.nn.Module):
         self.attention = nn.Attention(hidden, config["num_heads"], config["num_kv_heads"], config["head_dim"],
                                       rope_theta=theta if config["position"] == "rope" else None,
                                       rotary_dim=config["rotary_dim"], rope_scaling=scaling,
+                                      alibi=config["position"] == "alibi",
                                       window=config["window"] if windowed else None,
                                       scale=config["attention_scale"], softcap=config["attention_softcap"],
                                       head_norm=norm if config["head_norm"] else None,
@@ -73,7 +74,8 @@ class Decoder(Model):
         parallel_residual: both read the same stream, and are added to it together.
         num_experts, active_experts: feed-forward layers are mixtures of so many, so many of them for each token.
         bias, qkv_bias, mlp_bias: of the linear layers, of queries, keys and values, of feed-forward layers (as `bias`).
-        embedding_scale: multiplies the embedding of the ids.
+        position: "rope", "learned", or "alibi", a bias of attention's scores.
+        embedding_scale, embedding_norm: the embedding of the ids is multiplied, and normalised.
     """
 
     model_type = "decoder"
@@ -88,11 +90,11 @@ class Decoder(Model):
                  logit_softcap: float | None = None, norm: str = "rms_norm", norm_eps: float = 1e-5,
                  post_norms: bool = False, parallel_residual: bool = False, activation: str = "swiglu",
                  num_experts: int = 0, active_experts: int = 2, qkv_bias: bool = False, bias: bool = False,
-                 mlp_bias: bool | None = None, embedding_scale: float | None = None,
+                 mlp_bias: bool | None = None, embedding_scale: float | None = None, embedding_norm: bool = False,
                  tie_embeddings: bool = True, dropout: float = 0.0):  # fmt: skip
         super().__init__()
-        if position not in ("rope", "learned"):
-            raise ValueError(f"position must be 'rope' or 'learned', but got {position!r}")
+        if position not in ("rope", "learned", "alibi"):
+            raise ValueError(f"position must be 'rope', 'learned' or 'alibi', but got {position!r}")
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, but got {norm!r}")
         if parallel_residual and post_norms:
@@ -112,10 +114,11 @@ class Decoder(Model):
                        "post_norms": post_norms, "parallel_residual": parallel_residual, "activation": activation,
                        "num_experts": num_experts, "active_experts": active_experts, "qkv_bias": qkv_bias,
                        "bias": bias, "mlp_bias": bias if mlp_bias is None else mlp_bias,
-                       "embedding_scale": embedding_scale, "tie_embeddings": tie_embeddings,
-                       "dropout": dropout}  # fmt: skip
+                       "embedding_scale": embedding_scale, "embedding_norm": embedding_norm,
+                       "tie_embeddings": tie_embeddings, "dropout": dropout}  # fmt: skip
         self.context_length, self.embedding_scale = context_length, embedding_scale
         self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.embedding_norm = NORMS[norm](hidden_size, norm_eps) if embedding_norm else None
         self.position_embedding = nn.Embedding(context_length, hidden_size) if position == "learned" else None
         self.blocks = torch.nn.ModuleList(Block(self.config, i) for i in range(num_layers))
         self.norm = NORMS[norm](hidden_size, norm_eps)
@@ -144,6 +147,8 @@ class Decoder(Model):
         x = self.embedding(ids)  # (B, T, hidden)
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         x, delta = self.dropout(x), None

@@ -32,9 +32,21 @@ class Model(torch.nn.Module):
         """An empty state for `batch_size` sequences of at most `max_length` tokens."""
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocabulary); arguments as in `hidden`."""
-        return self.head(self.hidden(ids, state, lengths))
+    def forward(self, ids: Tensor, state=None, lengths: Tensor | None = None, *,
+                attention_mask: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Logits (B, T, vocabulary); arguments as in `hidden`.
+
+        In place of lengths, `attention_mask` (B, T) has ones for real ids and zeros for padding on either side, where
+        logits mean nothing.
+        """
+        if attention_mask is None:
+            return self.head(self.hidden(ids, state, lengths))
+        if lengths is not None:
+            raise ValueError("lengths and attention_mask must not both be given")
+        to_right, lengths = _padding_to_the_right(ids, attention_mask)
+        h = self.hidden(ids.gather(1, to_right), state, lengths)
+        back = to_right.argsort(1)[..., None].expand(-1, -1, h.shape[-1])
+        return self.head(h.gather(1, back))
 
     def loss(self, ids: Tensor, targets: Tensor, state=None, *, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy a token, in nats. Targets of -100 do not count. Unless they are
@@ -51,3 +63,14 @@ class Model(torch.nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def _padding_to_the_right(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(which of its ids each sequence starts with, and goes on with, how many of them are real)."""
+    if attention_mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, but got {tuple(attention_mask.shape)}")
+    real, places = attention_mask != 0, torch.arange(ids.shape[1])
+    lengths, first = real.sum(1), real.int().argmax(1)
+    if not torch.equal(real, (places >= first[:, None]) & (places < (first + lengths)[:, None])):
+        raise ValueError("attention_mask must have each sequence's ones next to each other")
+    return (places + first[:, None]) % ids.shape[1], lengths

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyllm import ops
 from pyllm.nn.linear import Linear
-from pyllm.nn.position import rope_frequencies
+from pyllm.nn.position import alibi_slopes, rope_frequencies
 from pyllm.nn.state import KeyValueCache
 
 
@@ -18,14 +18,16 @@ class Attention(torch.nn.Module):
     Query, key and value are one product. With `rope_theta`, queries and keys are turned by their positions
     (https://arxiv.org/abs/2104.09864), after `head_norm` (a norm of a head's size) where that is given; `rotary_dim`
     and `rope_scaling` are those of `ops.rope` and `rope_frequencies`, `scale` and `softcap` those of `ops.attention`.
+    With `alibi`, scores rise with the key's position instead (https://arxiv.org/abs/2108.12409).
     With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
                  head_dim: int | None = None, *, rope_theta: float | None = None, rotary_dim: int | None = None,
-                 rope_scaling: dict[str, Any] | None = None, window: int | None = None, scale: float | None = None,
-                 softcap: float | None = None, head_norm: Callable[[int], torch.nn.Module] | None = None,
-                 qkv_bias: bool = False, bias: bool = False):  # fmt: skip
+                 rope_scaling: dict[str, Any] | None = None, alibi: bool = False, window: int | None = None,
+                 scale: float | None = None, softcap: float | None = None,
+                 head_norm: Callable[[int], torch.nn.Module] | None = None, qkv_bias: bool = False,
+                 bias: bool = False):  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         if head_dim is None and hidden_size % num_heads:
@@ -35,6 +37,7 @@ class Attention(torch.nn.Module):
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.window, self.scale, self.softcap = rope_theta, window, scale, softcap
         self.rotary_dim = rotary_dim or self.head_dim
+        self.slopes = alibi_slopes(num_heads) if alibi else None
         self.inv_freq, self.rope_scale = None, 1.0
         if rope_theta is not None and rope_scaling is not None:
             self.inv_freq, self.rope_scale = rope_frequencies(rope_theta, self.rotary_dim, rope_scaling)
@@ -62,7 +65,10 @@ class Attention(torch.nn.Module):
             lengths = positions[:, -1] + 1
             longest = int(lengths.max())
             k, v = cache.keys[:, :longest], cache.values[:, :longest]
-        y = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale, softcap=self.softcap,
+        bias = None
+        if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
+            bias = self.slopes[:, None, None] * torch.arange(k.shape[1], dtype=torch.float32)
+        y = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale, bias=bias, softcap=self.softcap,
                           key_lengths=lengths)  # fmt: skip
         return self.out(y.flatten(2))
 

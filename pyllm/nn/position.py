@@ -1,4 +1,4 @@
-"""The frequencies that rotary positions turn by, scaled for texts longer than those of a model's first training."""
+"""Positions: the frequencies that rotary ones turn by, also scaled for long texts, and the slopes of linear biases."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
     steps = torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu")
     slowed = ((steps - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequencies * (1 - slowed + slowed / factor), _yarn_scale(scaling, factor)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(num_heads,) in float32: how much a head's scores rise with each position (Press et al., 2021,
+    https://arxiv.org/abs/2108.12409). Where the number of heads is no power of two, those beyond the last such number
+    take every other slope of twice as many."""
+    whole = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    slopes += [2 ** (-4 * i / whole) for i in range(1, 2 * (num_heads - whole), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
 def _yarn_scale(scaling: dict[str, Any], factor: float) -> float:

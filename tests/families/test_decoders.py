@@ -23,6 +23,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 16, **THETA}  # fmt: skip
 
 GEMMA = SHARED | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 9}
+BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "initializer_range": 0.2, "seq_length": 64}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
@@ -39,6 +40,8 @@ CASES = {
     "mistral": ("mistral", SHARED | {"sliding_window": 7}),
     "qwen2": ("qwen2", SHARED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", SHARED | {"head_dim": 12}),
+    "bloom": ("bloom", BLOOM | {"n_head": 4}),
+    "bloom, six heads": ("bloom", BLOOM | {"hidden_size": 48, "n_head": 6}),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"}),
     "gpt_neox": ("gpt_neox", SIZES | {"rotary_pct": 0.5}),
@@ -188,6 +191,29 @@ def test_chunks_steps_and_padding_give_the_same_bits(pair, dtype):
         assert torch.equal(logits[: len(row)], alone)
         state = ours.new_state(1, 23)
         assert torch.equal(torch.cat([ours(part[None], state)[0] for part in row.split([3, 1, len(row) - 4])]), alone)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_as_in_transformers_and_the_same_bits_as_alone(pair):
+    rows = [torch.randint(3, 61, (n,)) for n in (23, 5, 14)]
+    for side in ("left", "right"):
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence(t, batch_first=True, padding_side=side)
+            for t in (rows, [torch.ones_like(row) for row in rows])
+        )
+        positions = {} if pair.family.model_type == "bloom" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        theirs, found = pair.theirs(ids, attention_mask=mask, **positions).logits, pair.ours(ids, attention_mask=mask)
+        assert difference(found[mask == 1], theirs[mask == 1]) <= 1e-5 * theirs.abs().max().item()
+        for row, logits, real in zip(rows, found, mask, strict=True):
+            assert torch.equal(logits[real == 1], pair.ours(row[None])[0])
+
+
+def test_masks_that_are_refused(pair):
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="ones next to each other"):
+        pair.ours(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        pair.ours(ids, attention_mask=torch.ones(1, 3))
 
 
 def test_weights_that_do_not_fit_are_all_listed(pair):
