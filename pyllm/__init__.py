@@ -3,7 +3,7 @@
 import torch
 
 from pyllm import _C, data, nn, ops
-from pyllm.checkpoint import load, save
+from pyllm.checkpoint import export, load, save
 from pyllm.engine import SamplingParams, check, generate
 from pyllm.models import Decoder, LanguageModel
 from pyllm.runtime import info, num_threads, set_num_threads
@@ -18,6 +18,7 @@ __all__ = [
     "Tokenizer",
     "check",
     "data",
+    "export",
     "generate",
     "info",
     "load",

@@ -3,11 +3,13 @@
 from pyllm.checkpoint.files import CheckpointError
 from pyllm.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint
 from pyllm.checkpoint.loading import load, save
+from pyllm.checkpoint.saving import export
 from pyllm.checkpoint.state import optimizer_tensors, random_state, restore_optimizer, restore_random_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "export",
     "load",
     "load_checkpoint",
     "optimizer_tensors",

@@ -113,14 +113,14 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
                                              "config": config, "tied": tied, "files": files})  # fmt: skip
         seal(writing / "config.json")
         writing.chmod(folder.stat().st_mode & 0o777)
-        _sync(writing)
+        sync(writing)
         older = _numbered(folder)
         new = folder / f"checkpoint-{max(older, default=0) + 1:06d}"
         writing.rename(new)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _sync(folder)
+    sync(folder)
     for old in older.values():
         with contextlib.suppress(OSError):
             # Renamed first, so that a number never stands on half a checkpoint.
@@ -240,7 +240,8 @@ def _tied(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return kept, tied
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Sees to it that a folder's list of files is on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,9 +15,9 @@ from pyllm.checkpoint.gguf import open_gguf
 from pyllm.checkpoint.hub import download
 from pyllm.checkpoint.llama2c import open_llama2c
 from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
-from pyllm.checkpoint.reader import WeightReader
+from pyllm.checkpoint.reader import FileReader, MemoryReader
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
-from pyllm.families import FAMILIES, Family, WeightsError, check_config, load_weights
+from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
 from pyllm.models import MODELS, Model
 from pyllm.text import Tokenizer
 
@@ -78,7 +78,7 @@ def _folder(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | N
         raise CheckpointError(f"{path / 'config.json'}: {e}") from None
     _check_family(path, config)
     if any((path / name).exists() for name in (WEIGHTS, INDEX)):
-        opened = open_shards(path)
+        opened: FileReader | MemoryReader = open_shards(path)
     elif any((path / name).exists() for name in (PICKLED, PICKLED_INDEX)):
         opened = open_pickled(path)
     else:
@@ -116,6 +116,7 @@ def _filled(path: Path, config: dict[str, Any], reader: WeightReader, dtype: tor
         if isinstance(layers, int | float) and not 0 <= layers <= names:
             raise CheckpointError(f"{path}: {key} must be in [0, {names}], the number of weights, but is {layers}")
     model = _empty(path, family.model_type, lambda: family.model(**family.config(config)))
+    model.family = family.model_type
     try:
         load_weights(model, family, reader, dtype=dtype)
     except WeightsError as e:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class WeightReader(Protocol):
-    """The weights of a checkpoint under their Hugging Face names and in their Hugging Face layouts."""
-
-    def entries(self) -> dict[str, Entry]:
-        """The name, dtype and shape of each weight."""
-
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """Reads a weight into `out`, which is contiguous and of its shape, or into a new tensor.
-
-        An `out` of another float dtype gets the values rounded to it.
-
-        Raises:
-            KeyError: there is no such weight.
-            ValueError: `out` is of another shape, not contiguous, or of a dtype that cannot hold the values.
-            CheckpointError: the file has become shorter.
-        """
-
-
 class Extent(NamedTuple):
     """Where a weight lies in a file."""
 
@@ -56,7 +38,10 @@ class Extent(NamedTuple):
 
 
 class FileReader:
-    """Reads weights from where they lie in open files. Closed by `close`, or at the end of a `with`."""
+    """Reads weights, by their Hugging Face names and in those layouts, from where they lie in open files.
+
+    Closed by `close`, or at the end of a `with`.
+    """
 
     def __init__(self, extents: dict[str, Extent], files: list[FileIO]):
         self._extents, self._files = extents, files
@@ -65,6 +50,15 @@ class FileReader:
         return {name: Entry(extent.dtype, extent.shape) for name, extent in self._extents.items()}
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """Reads a weight into `out`, which is contiguous and of its shape, or into a new tensor.
+
+        An `out` of another float dtype gets the values rounded to it.
+
+        Raises:
+            KeyError: there is no such weight.
+            ValueError: `out` is of another shape, not contiguous, or of a dtype that cannot hold the values.
+            CheckpointError: the file has become shorter.
+        """
         extent = self._extents[name]
         if out is None:
             out = torch.empty(extent.shape, dtype=extent.dtype)

@@ -48,7 +48,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         own[name] = tensor
     path.touch()
     mode = path.stat().st_mode
-    safetensors.torch.save_file(own, path)
+    safetensors.torch.save_file(own, path, {"format": "pt"})  # without which transformers refuses it
     path.chmod(mode)  # the library lets only the owner read
 
 

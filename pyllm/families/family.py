@@ -4,7 +4,7 @@ we keep elsewhere. Nothing that a checkpoint brings is ever run."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,14 +57,17 @@ class Family:
 
 
 class Entry(Protocol):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class WeightReader(Protocol):
     """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor."""
 
-    def entries(self) -> dict[str, Entry]: ...
+    def entries(self) -> Mapping[str, Entry]: ...
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor: ...
 

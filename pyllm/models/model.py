@@ -18,6 +18,7 @@ class Model(torch.nn.Module):
     model_type: ClassVar[str]
     config: dict[str, Any]
     context_length: int | None = None  # None: no limit
+    family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
     head: torch.nn.Linear
 
     def hidden(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:

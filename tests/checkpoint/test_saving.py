@@ -1,0 +1,75 @@
+"""The folders that `pyllm.export` writes are loaded by transformers and by us, and hold the same model."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import pyllm
+from pyllm.checkpoint import saving
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "intermediate_size": 24}
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_transformers_loads_what_was_loaded_and_saved(shared_data, tmp_path):
+    import transformers
+
+    stories = shared_data / "stories260K"
+    model, tokenizer = pyllm.load(stories / "gguf" / "stories260K-f32.gguf")
+    pyllm.export(model, tmp_path / "saved", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.from_numpy(np.load(stories / "expected_token_ids_n200.npy")[:32].astype(np.int64))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=2e-5)
+    its = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "Once upon a time, there was a little girl named Lily."
+    again, our_tokenizer = pyllm.load(tmp_path / "saved")
+    assert its(text).input_ids == tokenizer.encode(text) == our_tokenizer.encode(text)
+    assert our_tokenizer.eos_ids == tokenizer.eos_ids and our_tokenizer.bos_id == tokenizer.bos_id
+    assert same(again, model)
+
+
+@pytest.mark.parametrize("family", [None, "mistral"])
+@pytest.mark.parametrize("shard", [5 << 30, 5000])
+def test_a_model_of_our_own_comes_back_whole_and_in_shards(tmp_path, monkeypatch, shard, family):
+    monkeypatch.setattr(saving, "_SHARD", shard)
+    model = pyllm.Decoder(**SMALL, num_kv_heads=2, dropout=0.1).bfloat16()
+    model.family = family
+    (tmp_path / "empty").mkdir()
+    pyllm.export(model, tmp_path / "empty")
+    again, tokenizer = pyllm.load(tmp_path / "empty")
+    assert tokenizer is None and same(again, model) and again.family == (family or "llama")
+    assert (len(list((tmp_path / "empty").glob("*.safetensors"))) > 1) == (shard == 5000)
+
+
+def test_what_is_there_stays(tmp_path):
+    model = pyllm.Decoder(**SMALL)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").write_text("mine")
+    for path in (tmp_path / "x", tmp_path / "x" / "file"):
+        with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
+            pyllm.export(model, path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
+
+
+def test_a_stopped_writer_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "seal", lambda path: os.stat(path / "nothing"))
+    with pytest.raises(NotADirectoryError):
+        pyllm.export(pyllm.Decoder(**SMALL), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_config_describes_is_an_error(tmp_path):
+    model = pyllm.Decoder(**SMALL, position="rope", post_norms=True, attention_softcap=7.5)
+    model.family = "llama"
+    with pytest.raises(ValueError, match=r"\[export\] .* llama has no .*attention_softcap 7.5.* pyllm.save keeps"):
+        pyllm.export(model, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"\[export\] .* no family is made of LanguageModel"):
+        pyllm.export(pyllm.LanguageModel(50, 8), tmp_path / "y")
+    assert not list(tmp_path.iterdir())
