@@ -71,7 +71,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     Args:
         max_tokens: how many at most; by default 256, or what fits the model's context.
         temperature, ..., seed: see `SamplingParams`.
-        stop: texts that end it, and that are not part of it. The tokenizer's end-of-text token always ends it.
+        stop: texts that end it, and that are not part of it. The tokenizer's end-of-text tokens always end it.
         stream: for one prompt, gives an iterator over pieces of the text as they become final.
 
     Raises:
@@ -85,12 +85,12 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     one = isinstance(prompt, str)
     if stream and not one:
         raise ValueError("stream=True takes one prompt")
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    prompts = [tokenizer.encode(p) or end for p in ([prompt] if one else prompt)]
+    end = list(tokenizer.eos_ids)
+    prompts = [tokenizer.encode(p) or end[:1] for p in ([prompt] if one else prompt)]
     steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
     if stream:
-        return _stream(steps, TextStream(tokenizer, stops))
-    streams, texts = [TextStream(tokenizer, stops) for _ in prompts], [""] * len(prompts)
+        return _stream(steps, TextStream(tokenizer, stops, prompts[0]))
+    streams, texts = [TextStream(tokenizer, stops, p) for p in prompts], [""] * len(prompts)
     for ids in steps:
         for n, i in enumerate(ids):
             if i is not None and not streams[n].ended:
@@ -112,14 +112,14 @@ def _stream(steps: Iterator[list[int | None]], text: TextStream) -> Iterator[str
 
 
 class TextStream:
-    """Turns one sequence's ids into text, holding back what could still become part of a stop text."""
+    """Turns the ids that follow a prompt's into text, holding back what could still become part of a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.decoder, self.eos_id, self.stops = tokenizer.stream(), tokenizer.eos_id, stops
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+        self.decoder, self.eos_ids, self.stops = tokenizer.stream(prompt), tokenizer.eos_ids, stops
         self.held, self.ended = "", False
 
     def push(self, i: int) -> str:
-        if i == self.eos_id:
+        if i in self.eos_ids:
             return self.finish()
         return self._pass(self.decoder.push(i))
 

@@ -153,7 +153,8 @@ def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
     if name.endswith((".model", ".spm")):
         return _with_roles(path, "a sentencepiece model", read_model)
     if name.endswith(".bin"):
-        return _with_roles(path, "a llama2.c tokenizer", read_llama2c)
+        backend, arguments = _with_roles(path, "a llama2.c tokenizer", read_llama2c)
+        return backend, arguments | {"add_bos": True}  # as run.c does
     if name.endswith(".txt"):
         return _read_word_piece(path, config), {}
     return _read_json(path), {}

@@ -46,6 +46,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
         self._divisible = _divisible(backend, vocabulary)
+        self._control = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         end = backend.token_to_id(END_OF_TEXT)
         self.eos_ids = tuple(eos_ids) or (() if end is None else (end,))
         self.bos_id, self.add_bos, self.chat_template = bos_id, add_bos, chat_template
@@ -147,9 +148,12 @@ class Tokenizer:
             position = found.end()
         return ids + self.encode(text[position:].replace(_MARK, ""), bos=False)
 
-    def stream(self) -> Detokenizer:
-        """Decodes ids one at a time."""
-        return Detokenizer(self)
+    def stream(self, after: Sequence[int] = ()) -> Detokenizer:
+        """Decodes ids one at a time; with `after`, as what goes on behind these ids, whose text is not said again.
+
+        Some tokenizers drop the space before the first word: a continuation keeps it.
+        """
+        return Detokenizer(self, after)
 
     @property
     def vocab_size(self) -> int:
@@ -164,6 +168,10 @@ class Tokenizer:
     def token(self, id: int) -> str | None:
         """How the vocabulary spells an id (bytes as GPT-2's printable stand-ins); None where it has no such id."""
         return self._backend.id_to_token(id) if 0 <= id < self._size else None
+
+    def is_control(self, id: int) -> bool:
+        """Whether an id is a control token, which no plain text becomes."""
+        return id in self._control
 
     def to_json(self) -> str:
         """The contents of tokenizer.json."""
@@ -259,11 +267,18 @@ class Detokenizer:
     What they return adds up to `decode` of all the ids. Text comes as soon as no later id can change it.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # the ids of the text said last, then those whose text is held back
         self._read = 0  # how many of them are said
         self._said = ""  # their text
+        if len(after) and not tokenizer.is_control(after[-1]):
+            # The last id is enough, but in the middle of a character.
+            count = 1
+            while count < min(len(after), 64) and "\ufffd" in tokenizer.decode(after[-count:])[:1]:
+                count += 1
+            self._ids, self._read = list(after[-count:]), count
+            self._said = tokenizer.decode(self._ids)
 
     def push(self, id: int) -> str:
         """The text that id makes final: often its own, "" in the middle of a character.

@@ -253,3 +253,16 @@ def test_saving_into_a_folder(stories, tmp_path, source):
         assert theirs(text)["input_ids"] == tokenizer.encode(text) == again.encode(text)
     (message,) = talk = [{"role": "user", "content": "Hi"}]
     assert again.encode_chat(talk) == [1, *again.encode(message["content"], bos=False)]
+
+
+def test_a_stream_that_goes_on(stories):
+    tokenizer = Tokenizer.load(stories / "tok512.bin")
+    assert tokenizer.add_bos and tokenizer.is_control(1) and not tokenizer.is_control(300)
+    text = "Once upon \u56fd\u7834 a time \U0001f469 there"
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids) + 1):
+        stream = tokenizer.stream(ids[:cut])
+        rest = "".join(map(stream.push, ids[cut:])) + stream.flush()
+        before = tokenizer.decode(ids[1:cut])
+        if "\ufffd" not in before:
+            assert before + rest == text
