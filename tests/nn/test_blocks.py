@@ -96,3 +96,31 @@ def test_attention_checks_its_sizes():
         nn.Attention(10, 4)
     with pytest.raises(ValueError, match="multiple of num_kv_heads, but got 4 and 3"):
         nn.Attention(16, 4, 3)
+
+
+def test_settings_that_are_refused():
+    with pytest.raises(ValueError, match="rope_type must be one of linear, dynamic, llama3, yarn, but got 'longrope'"):
+        nn.rope_frequencies(10000.0, 8, {"rope_type": "longrope"})
+    with pytest.raises(ValueError, match="factor must be a number above 0, but got None"):
+        nn.rope_frequencies(10000.0, 8, {"rope_type": "linear"})
+    with pytest.raises(ValueError, match="original_max_position_embeddings must be a number above 0, but got -1"):
+        nn.rope_frequencies(10000.0, 8, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -1})
+    with pytest.raises(ValueError, match="active must be from 1 to 4, the number of experts, but got 5"):
+        nn.Experts(8, 16, num_experts=4, active=5)
+
+
+def test_the_weights_of_a_norm_with_an_offset_are_counted_from_it():
+    x = torch.randn(3, 16)
+    same(nn.RMSNorm(16, offset=1.0)(x), nn.RMSNorm(16)(x))
+
+
+def test_a_softcapped_head_stays_below_its_cap():
+    head = nn.Head(8, 11, softcap=2.0)
+    logits = torch.nn.functional.linear(x := 50 * torch.randn(5, 8), head.weight)
+    same(head(x), 2.0 * torch.tanh(logits / 2.0))
+
+
+def test_one_expert_of_one_is_the_feed_forward_layer():
+    experts = nn.Experts(8, 16, num_experts=1, active=1)
+    x = torch.randn(2, 3, 8)
+    same(experts(x), experts.experts[0](x))
