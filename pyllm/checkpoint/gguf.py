@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyllm.checkpoint.files import CheckpointError, short
-from pyllm.checkpoint.reader import Extent, FileReader, check_extents, fill, open_file
+from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fill, open_file
 
 _PIECE = 1 << 20  # values widened at a time
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
@@ -50,6 +50,7 @@ _PACKINGS = {
     30: _Packing("BF16", 1, 2, torch.bfloat16),
 }
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SLOWING = "rope_freqs.weight"  # what the frequencies of rotary positions are divided by: no weight, but a setting
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 _ONCE = {
@@ -84,6 +85,7 @@ class GGUFReader(FileReader):
                  packings: dict[str, int]):  # fmt: skip
         super().__init__(extents, [file])
         self._path, self.metadata, self._packings = path, metadata, packings
+        self._slowing = extents.get(_SLOWING)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,7 +94,16 @@ class GGUFReader(FileReader):
         Raises:
             CheckpointError: a family whose layout is not known here, or a value that is missing or makes no sense.
         """
-        return _config(self._path, self.metadata, self._extents)
+        config = _config(self._path, self.metadata, self._extents)
+        if self._slowing is not None:
+            if "rope_scaling" in config or not config["head_dim"]:
+                raise CheckpointError(f"{self._path} must have {_SLOWING} or a rope.scaling.type, but has both")
+            slowing = super().read(_SLOWING, torch.empty(self._slowing.shape))
+            config["rope_scaling"] = _llama3_scaling(self._path, slowing, config["rope_theta"], config["head_dim"])
+        return config
+
+    def entries(self) -> dict[str, Entry]:
+        return {name: entry for name, entry in super().entries().items() if name != _SLOWING}
 
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
         if name not in self._packings:
@@ -349,6 +360,20 @@ def _config(path: Path, metadata: dict[str, Any], extents: dict[str, Extent]) ->
         if (id := get(f"tokenizer.ggml.{key}", int, None)) is not None:
             config[f"{name}_token_id"] = id
     return config
+
+
+def _llama3_scaling(path: Path, slowing: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The Hugging Face setting that Llama 3's slowing of rotary positions came from."""
+    first, low, high = 8192, 1.0, 4.0  # the same in all of Llama 3
+    factor = float(slowing.max()) if slowing.numel() else 0.0
+    turns = first * theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    expected = 1 / (kept + (1 - kept) / factor) if 1 <= factor <= _LARGEST else torch.zeros(0)
+    if slowing.shape != expected.shape or not torch.allclose(slowing.double(), expected, rtol=1e-4):
+        raise CheckpointError(f"{path}: {_SLOWING} must slow rotary positions as Llama 3 does, for {head_dim // 2} "
+                              f"frequencies, but is {short(slowing.tolist())}")  # fmt: skip
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": first}  # fmt: skip
 
 
 _REQUIRED: Any = object()

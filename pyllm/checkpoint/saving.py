@@ -46,8 +46,7 @@ def export(model: Model, path: str | os.PathLike, tokenizer: Tokenizer | None = 
         writing.mkdir()
         _write_weights(writing, export_weights(model, family))
         if tokenizer is not None:
-            tokenizer.save(writing / "tokenizer.json")
-            write_json(writing / "tokenizer_config.json", _tokenizer_config(tokenizer))
+            tokenizer.save(writing)
             write_json(writing / "generation_config.json", ids)
         write_json(writing / "config.json", config | ids)
         for file in writing.iterdir():
@@ -117,16 +116,6 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     eos = _one(tokenizer.eos_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    eos = next(iter(tokenizer.eos_ids), None)
-    tokens = {"bos_token": tokenizer.bos_id, "eos_token": eos}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.add_bos}
-    config |= {key: tokenizer.token(id) for key, id in tokens.items() if id is not None}
-    if tokenizer.chat_template is not None:
-        config["chat_template"] = tokenizer.chat_template
-    return config
 
 
 def _one(ids: Iterable[int]) -> int | list[int] | None:

@@ -102,7 +102,8 @@ def value(item) -> bytes:
 
 
 def gguf(metadata=METADATA, tensors: dict | None = None, *, magic=b"GGUF", version=3, tensor_count=None,
-         pair_count=None, pairs: bytes = b"", infos: bytes = b"", rest: bytes | None = None) -> bytes:  # fmt: skip
+         pair_count=None, pairs: bytes = b"", infos: bytes = b"", rest: bytes | None = None,
+         more: dict[str, np.ndarray] | None = None) -> bytes:  # fmt: skip
     """`tensors` changes {name: (dims, kind, offset)}, where None changes nothing; `pairs`, `infos` are more."""
     names = {}
     for name in SHAPES:
@@ -118,6 +119,10 @@ def gguf(metadata=METADATA, tensors: dict | None = None, *, magic=b"GGUF", versi
         table.append(string(theirs) + struct.pack("<I", len(dims)) + struct.pack(f"<{len(dims)}Q", *dims)
                      + struct.pack("<IQ", kind, offset))  # fmt: skip
         data += neighbours(name).tobytes()
+        data += bytes(-len(data) % 32)
+    for name, array in (more or {}).items():
+        table.append(string(name) + struct.pack("<IQIQ", 1, array.size, 0, len(data)))
+        data += array.astype(np.float32).tobytes()
         data += bytes(-len(data) % 32)
     head = magic + struct.pack("<IQQ", version, len(table) if tensor_count is None else tensor_count,
                                len(metadata) if pair_count is None else pair_count)  # fmt: skip

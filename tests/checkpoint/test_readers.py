@@ -14,6 +14,7 @@ from pyllm.checkpoint import CheckpointError, reader, safetensors
 from pyllm.checkpoint import gguf as ours
 from pyllm.checkpoint.gguf import open_gguf
 from pyllm.checkpoint.safetensors import open_shards, open_tensors, write_tensors
+from pyllm.nn.position import rope_frequencies
 
 PACKED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -104,3 +105,20 @@ def test_packed_weights_need_the_package(tmp_path, monkeypatch):
 def test_vocabularies_without_weights_are_read(shared_data, name):
     with open_gguf(shared_data / "tokenizers" / f"ggml-vocab-{name}.gguf") as weights:
         assert weights.entries() == {} and len(weights.metadata["tokenizer.ggml.tokens"]) > 30_000
+
+
+def test_the_slowed_positions_of_llama_3_become_the_setting_they_came_from(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    metadata = malformed.METADATA | {"llama.rope.freq_base": 1e8}
+    plain, _ = rope_frequencies(1e8, 4, None)
+    slowed, _ = rope_frequencies(1e8, 4, scaling)
+    for factors, right in ((plain / slowed, True), (plain / slowed * 1.1, False), (torch.ones(3), False)):
+        (tmp_path / "m.gguf").write_bytes(malformed.gguf(metadata, more={"rope_freqs.weight": factors.numpy()}))
+        with open_gguf(tmp_path / "m.gguf") as weights:
+            assert "rope_freqs.weight" not in weights.entries()
+            if right:
+                assert weights.config["rope_scaling"] == pytest.approx(scaling)
+            else:
+                with pytest.raises(CheckpointError, match="must slow rotary positions as Llama 3 does"):
+                    _ = weights.config
