@@ -255,3 +255,37 @@ def test_code_of_a_checkpoint_is_refused():
 def test_configs_that_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         FAMILIES["llama"].config(SHARED | setting)
+
+
+def test_older_names_of_settings_mean_the_same():
+    def read(family, **settings):
+        return FAMILIES[family].config(SHARED | settings)
+
+    for kind in ({"type": "linear"}, {"rope_type": "linear"}):
+        old = read("llama", rope_theta=5000.0, rope_scaling=kind | {"factor": 3})
+        new = read("llama", rope_parameters={"rope_type": "linear", "factor": 3, "rope_theta": 5000.0})
+        assert old == new
+    assert read("llama", rope_scaling=None)["rope_theta"] == 10000.0
+    old = read("gpt_neox", rotary_pct=0.5, rotary_emb_base=777)
+    assert old == read("gpt_neox", rope_parameters={"rope_theta": 777, "partial_rotary_factor": 0.5})
+    old = read(
+        "gemma3_text", rope_theta=5000.0, rope_local_base_freq=50.0, rope_scaling={"type": "linear", "factor": 8}
+    )
+    full = {"rope_type": "linear", "factor": 8, "rope_theta": 5000.0}
+    assert old == read(
+        "gemma3_text", rope_parameters={"full_attention": full, "sliding_attention": {"rope_theta": 50.0}}
+    )
+
+
+def test_weights_of_the_bare_model_and_of_another_dtype(tmp_path):
+    make("gpt2", tmp_path)
+    ours, family = load(tmp_path)
+    bare = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    bare |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "lm_head.weight": bare["wte.weight"]}
+    again = family.model(**ours.config)
+    seen = []
+    load_weights(again, family, Reader(bare), dtype=torch.bfloat16, progress=lambda *counts: seen.append(counts))
+    assert seen[-1] == (again.num_parameters(), again.num_parameters())
+    assert again.head.weight is again.embedding.weight
+    for a, b in zip(again.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b.to(torch.bfloat16))
