@@ -77,3 +77,30 @@ def test_a_wrong_file_is_refused(tmp_path, kind, files):
     assert peak < sum(map(len, files.values())) + (16 << 20)
     message = str(error.value)
     assert message.startswith(str(tmp_path)) and "\n" not in message and len(message) < 5000
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "data"),
+    [
+        ("safetensors", "model.safetensors", malformed.safetensors()),
+        ("llama2c", "m.bin", malformed.llama2c(0)),
+        ("llama2c", "m.bin", malformed.llama2c(1)),
+        ("gguf", "m.gguf", malformed.gguf()),
+    ],
+)
+def test_any_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path, kind, name, data):
+    header = {"safetensors": 2000, "llama2c": 64, "gguf": 1600}[kind]
+    for bit in np.random.default_rng(0).integers(0, header * 8, 100):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / name).write_bytes(flipped)
+        tracemalloc.start()
+        try:
+            _, weights = read(kind, tmp_path)
+            assert sum(weight.nbytes for weight in weights.values()) <= 4 * len(data)
+        except CheckpointError:
+            pass
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < len(data) + (16 << 20)
