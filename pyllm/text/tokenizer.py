@@ -98,6 +98,17 @@ class Tokenizer:
         backend = self._with_special() if allow_special else self._plain
         return [self._begin(e.ids, bos) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_framed(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:
+        """The ids of a text, or of a pair of texts, in the frame that the checkpoint's tokenizer.json gives it.
+
+        For encoders, such as [CLS] text [SEP] second [SEP] for BERT. Returns the ids and, of each, the segment: 0, or 1
+        where it belongs to the second text. Control tokens spelled out in the texts are text.
+        """
+        for t in (text, *([] if second is None else [second])):
+            _check_text(t)
+        encoding = self._plain.encode(text, second, add_special_tokens=True)
+        return encoding.ids, encoding.type_ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens spelled out, bytes that are no UTF-8 as U+FFFD. ids may be a 1-D tensor.
 

@@ -266,3 +266,17 @@ def test_a_stream_that_goes_on(stories):
         before = tokenizer.decode(ids[1:cut])
         if "\ufffd" not in before:
             assert before + rest == text
+
+
+def test_the_frame_of_an_encoder(tmp_path):
+    ours = word_piece(tmp_path, cls_token="[CLS]", do_lower_case=True)
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    for tokenizer in (ours, Tokenizer.load(tmp_path / "saved")):
+        for texts in (("The foxes",), ("the fox", "Caf\u00e9 foxes"), ("",)):
+            expected = theirs(*texts)
+            assert tokenizer.encode_framed(*texts) == (expected["input_ids"], expected["token_type_ids"])
+        assert tokenizer.encode_framed("[SEP]")[0].count(3) == 1
+    likely = unigram(["<unk>", "<s>", "</s>"])
+    likely.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+    assert Tokenizer(likely).encode_framed("a</s>")[0] == [1, 3, 8, 4, 7, 5, 6, 2]
