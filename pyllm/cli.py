@@ -35,6 +35,7 @@ class ModelName(str, Enum):
     gpt = "gpt"
 
 
+VALIDATION_BATCHES = 50
 DEFAULTS = {"model": "gpt", "tokenizer": "char", "hidden": 256, "layers": 2, "heads": 4, "context": 128, "batch": 16,
             "epochs": 1, "steps": None, "lr": 2e-3, "dropout": 0.0, "seed": 0, "validation": 0.1,
             "data": []}  # fmt: skip
@@ -63,7 +64,8 @@ def train(
     dropout: Annotated[float | None, Option(help="Default: 0.", min=0, max=0.99)] = None,
     seed: Annotated[int | None, Option(help="Default: 0.", min=0)] = None,
     validation: Annotated[
-        float | None, Option(help="Share of the text kept for validation. Default: 0.1.", min=0, max=0.9)
+        float | None,
+        Option(help="Share of the text kept for validation (50 batches at most). Default: 0.1.", min=0, max=0.9),
     ] = None,
     save_every: Annotated[int | None, Option(help="Steps between checkpoints.", min=1)] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint in --out.")] = False,
@@ -95,7 +97,7 @@ def train(
         text_tokenizer = Tokenizer.train(settings["tokenizer"], [text])
     torch.manual_seed(settings["seed"])
     network = _new_model(settings, text_tokenizer)
-    loaders = [_loader(part, text_tokenizer, settings, shuffle=n == 0 and isinstance(network, Decoder))
+    loaders = [_loader(part, text_tokenizer, settings, training=n == 0)
                for n, part in enumerate(parts) if part]  # fmt: skip
     total = settings["steps"] or settings["epochs"] * len(loaders[0])
     err.print(f"{settings['model']}: {network.num_parameters():,} parameters, vocabulary "
@@ -122,9 +124,12 @@ def _new_model(settings: dict, tokenizer: Tokenizer) -> Model:
                          cell=settings["model"])  # fmt: skip
 
 
-def _loader(text: str, tokenizer: Tokenizer, settings: dict, shuffle: bool) -> SequenceLoader:
-    return SequenceLoader([tokenizer.eos_id, *tokenizer.encode(text)], settings["batch"], settings["context"],
-                          shuffle=shuffle, seed=settings["seed"])  # fmt: skip
+def _loader(text: str, tokenizer: Tokenizer, settings: dict, training: bool) -> SequenceLoader:
+    ids = [tokenizer.eos_id, *tokenizer.encode(text)]
+    if not training:
+        ids = ids[: VALIDATION_BATCHES * settings["batch"] * settings["context"] + 1]
+    return SequenceLoader(ids, settings["batch"], settings["context"], seed=settings["seed"],
+                          shuffle=training and settings["model"] == "gpt")  # fmt: skip
 
 
 def _text(files: list[Path]) -> str:
@@ -184,7 +189,9 @@ def evaluate(
     model, tokenizer = _load(folder)
     text = _text([*(data or []), *(more or [])])
     ids = tokenizer.encode(text)
-    if tokenizer.eos_id is not None:  # what the first token follows
+    if unknown := ids.count(tokenizer.unknown_id):
+        err.print(f"{unknown:,} of {len(ids):,} tokens are unknown to the tokenizer: their bits a byte mean little")
+    if tokenizer.eos_id is not None and not (ids and ids[0] == tokenizer.bos_id):  # what the first token follows
         ids.insert(0, tokenizer.eos_id)
     context = min(context or model.context_length or 256, len(ids) - 1)
     batch = max(1, min(batch, (len(ids) - 1) // context))

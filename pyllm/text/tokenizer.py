@@ -172,6 +172,12 @@ class Tokenizer:
         return self._size
 
     @property
+    def unknown_id(self) -> int | None:
+        """The id of text that the vocabulary cannot spell; None where it can spell any."""
+        unknown = getattr(self._backend.model, "unk_token", None)
+        return None if unknown is None else self._backend.token_to_id(unknown)
+
+    @property
     def eos_id(self) -> int | None:
         """The first of eos_ids, <|endoftext|> where nothing else is said; None where there is no such token."""
         return self.eos_ids[0] if self.eos_ids else None
