@@ -64,7 +64,7 @@ def _activation(op: str, kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
         up = _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         return _Activation.apply(op, kind, gate, up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.activation_forward(gate, up, out, op, kind)
     return out
 
@@ -76,7 +76,7 @@ def _rows(t: Tensor) -> Tensor:
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, kind, gate, up):
-        out = torch.empty(gate.shape, dtype=gate.dtype)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         _C.activation_forward(gate, up, out, op, kind)
         ctx.save_for_backward(gate, up)
         ctx.names = op, kind

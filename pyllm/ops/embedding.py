@@ -33,7 +33,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 def _forward(ids: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2 and weight.stride(1) != 1:
         weight = weight.contiguous()
-    out = torch.empty((*ids.shape, weight.shape[-1]), dtype=weight.dtype)
+    out = torch.empty(*ids.shape, weight.shape[-1], dtype=weight.dtype)
     _C.embedding_forward(ids, weight, out)
     return out
 

@@ -55,7 +55,7 @@ def _frequencies(theta: float, rotary: int) -> Tensor:
 def _turn(x, positions, inv_freq, rotary, interleaved, scale, inverse):
     if x.dim() and x.stride(-1) != 1:
         x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.rope(x, positions, inv_freq, out, rotary, interleaved, scale, inverse)
     return out
 

@@ -23,7 +23,8 @@ VEC void load_transposed(const T* p, int64_t column_step, int64_t height, int64_
 // Rows k0..k0+count of one panel, columns from `column` on (those beyond n are zeros), to out[count][kPanel]. The same of
 // the panel `ahead` columns on is fetched meanwhile.
 template <class T>
-void pack_panel(const Matrix& b, int64_t n, int64_t column, int64_t k0, int64_t count, float* out, int64_t ahead = kPanel) {
+void pack_panel(const Matrix& b, int64_t n, int64_t column, int64_t k0, int64_t count, float* out,
+                int64_t ahead = kPanel) {
   const T* source = static_cast<const T*>(b.data) + k0 * b.row_step + column * b.column_step;
   const int64_t columns = std::min(kPanel, n - column);
   const int64_t next = ahead * b.column_step;
@@ -117,16 +118,23 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
     }
     return;
   }
-  for (int64_t k = 0; k < count; k++, source += column_step, out += kTile) {
+  // A few k of one tile after another: written a k at a time, the tiles would be more pages than the processor keeps.
+  constexpr int64_t kFew = 8;
+  for (int64_t k = 0; k < count; k += kFew, source += kFew * column_step, out += kFew * kTile) {
+    const int64_t few = std::min(kFew, count - k);
     const T* from = source;
     float* to = out;
     int64_t left = p.m - i0;
     for (int64_t t = 0; t < tiles.count; t++, to += kTileFloats) {
       const int64_t height = tiles.height(t);
       if (row_step == 1 && left >= round_up(kTile, W)) {  // the rows beyond `height` are not used
-        UNROLL for (int64_t r = 0; r < kTile; r += W) store(to + r, load(from + r));
+        for (int64_t l = 0; l < few; l++) {
+          __builtin_prefetch(from + (l + kFew) * column_step);
+          UNROLL for (int64_t r = 0; r < kTile; r += W) store(to + l * kTile + r, load(from + l * column_step + r));
+        }
       } else {
-        for (int64_t r = 0; r < height; r++) to[r] = to_float(from[r * row_step]);
+        for (int64_t l = 0; l < few; l++)
+          for (int64_t r = 0; r < height; r++) to[l * kTile + r] = to_float(from[l * column_step + r * row_step]);
       }
       from += height * row_step;
       left -= height;
@@ -137,8 +145,8 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
 // R rows of A by P panels, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
 // keeps: it would put all of them in memory.
 template <int R, int P, bool kRowsApart>
-void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step, int64_t columns,
-          bool accumulate, const float* bias) {
+void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step,
+          int64_t columns, bool accumulate, const float* bias) {
   constexpr int64_t kColumn = kRowsApart ? 1 : kTile;
   if (!kRowsApart) a_row = 1;
   V s[R][2 * P] = {};
@@ -319,7 +327,8 @@ constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A
 
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (i0 >= i1 || j0 >= j1) return;
-  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= (p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0))
+  const int64_t few = p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0;
+  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few)
     return few_rows(p, i0, i1, j0, j1);
   const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
   const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
@@ -330,7 +339,9 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   const int64_t deep = in_place ? blocks : std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
   const int64_t copied = in_place ? 0 : deep * max_tiles * kTileFloats;
   // Sums of a 16-bit C are kept wide until the last block of k.
-  const int64_t width = direct ? j1 - j0 : deep == blocks ? kGroup * kPanel : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
+  const int64_t width = direct            ? j1 - j0
+                        : deep == blocks ? kGroup * kPanel
+                                         : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
   const int64_t packed_here = p.packed ? 0 : kGroup * kPanel * kBlockK;
   auto* copy = static_cast<float*>(
       cpu::scratch((copied + packed_here + (direct ? 0 : height * width)) * sizeof(float), 7));
