@@ -28,17 +28,26 @@ inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 
 inline TensorView view_of(const dlpack::Tensor& t, bool read_only) {
   TensorView v;
-  if (t.ndim < 0 || t.ndim > kMaxDims) fail(Error::value, "tensors have 0 to ", kMaxDims, " dimensions, but got ", t.ndim);
+  if (t.ndim < 0 || t.ndim > kMaxDims)
+    fail(Error::value, "tensors have 0 to ", kMaxDims, " dimensions, but got ", t.ndim);
   const auto [code, bits, lanes] = t.dtype;
-  if (code == dlpack::kFloat && bits == 32 && lanes == 1) v.dtype = DType::f32;
-  else if (code == dlpack::kBfloat && bits == 16 && lanes == 1) v.dtype = DType::bf16;
-  else if (code == dlpack::kFloat && bits == 16 && lanes == 1) v.dtype = DType::f16;
-  else if (code == dlpack::kFloat && bits == 64 && lanes == 1) v.dtype = DType::f64;
-  else if (code == dlpack::kInt && bits == 64 && lanes == 1) v.dtype = DType::i64;
-  else if (code == dlpack::kInt && bits == 32 && lanes == 1) v.dtype = DType::i32;
-  else if (code == dlpack::kBool && bits == 8 && lanes == 1) v.dtype = DType::u8;
+  if (code == dlpack::kFloat && bits == 32 && lanes == 1)
+    v.dtype = DType::f32;
+  else if (code == dlpack::kBfloat && bits == 16 && lanes == 1)
+    v.dtype = DType::bf16;
+  else if (code == dlpack::kFloat && bits == 16 && lanes == 1)
+    v.dtype = DType::f16;
+  else if (code == dlpack::kFloat && bits == 64 && lanes == 1)
+    v.dtype = DType::f64;
+  else if (code == dlpack::kInt && bits == 64 && lanes == 1)
+    v.dtype = DType::i64;
+  else if (code == dlpack::kInt && bits == 32 && lanes == 1)
+    v.dtype = DType::i32;
+  else if (code == dlpack::kBool && bits == 8 && lanes == 1)
+    v.dtype = DType::u8;
   else
-    fail(Error::type, "dtype must be float32, bfloat16, float16, float64, int64, int32 or bool, but got DLPack type code ",
+    fail(Error::type,
+         "dtype must be float32, bfloat16, float16, float64, int64, int32 or bool, but got DLPack type code ",
          int(code), " with ", int(bits), " bits");
   v.data = static_cast<char*>(t.data) + t.byte_offset;
   v.device_type = t.device.type;

@@ -71,7 +71,8 @@ class Pool {
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     work(job);
-    for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) spins < 4096 ? pause() : std::this_thread::yield();
+    for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++)
+      spins < 4096 ? pause() : std::this_thread::yield();
   }
 
  private:

@@ -53,8 +53,8 @@ void activation_forward(const TensorView& gate, const TensorView& up, const Tens
   check_output(op, "out", out, gate);
   const Walk walk = walk_over(op, gate, up, TensorView::absent());
   cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
-  pyllm::activation_forward({kind_of(op, kind), gate.dtype, walk.cols, gate.data, up.data, walk.rows(gate),
-                             walk.rows(up), out.data});
+  pyllm::activation_forward(
+      {kind_of(op, kind), gate.dtype, walk.cols, gate.data, up.data, walk.rows(gate), walk.rows(up), out.data});
 }
 
 void activation_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,

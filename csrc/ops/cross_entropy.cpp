@@ -27,8 +27,8 @@ void check_targets(const char* op, const TensorView& targets, const TensorView& 
 
 void check_logits(const char* op, const TensorView& logits) {
   check_float(op, "logits", logits);
-  check(logits.ndim >= 1 && logits.size(-1) >= 1, "[", op, "] logits must have shape (..., V) with V at least 1, but got ",
-        logits.shape_text());
+  check(logits.ndim >= 1 && logits.size(-1) >= 1, "[", op,
+        "] logits must have shape (..., V) with V at least 1, but got ", logits.shape_text());
   check_inner_stride(op, "logits", logits);
 }
 
@@ -43,7 +43,8 @@ Loss loss_for(const char* op, const TensorView& targets, const TensorView& x, in
   check_targets(op, targets, x, classes, ignore_index);
   check(label_smoothing >= 0 && label_smoothing <= 1, "[", op, "] label_smoothing must be in [0, 1], but got ",
         label_smoothing);
-  return {{targets.data, targets.dtype, ignore_index}, static_cast<float>(label_smoothing), reduction_of(op, reduction)};
+  return {
+      {targets.data, targets.dtype, ignore_index}, static_cast<float>(label_smoothing), reduction_of(op, reduction)};
 }
 
 void check_results(const char* op, const Loss& loss, const TensorView& losses, const TensorView& total, int64_t rows) {
@@ -119,15 +120,23 @@ void linear_cross_entropy(const TensorView& x, const TensorView& weight, const T
   check_dtype(op, "block", block, DType::f32);
   check_ndim(op, "block", block, 2);
   check_contiguous(op, "block", block);
-  check(block.size(0) >= 1 && (block.size(1) == classes || (!gradients && block.size(1) > 0 && block.size(1) % 4096 == 0)),
+  check(block.size(0) >= 1 &&
+            (block.size(1) == classes || (!gradients && block.size(1) > 0 && block.size(1) % 4096 == 0)),
         "[", op, "] block must have ", classes, " columns, or without gradients a multiple of 4096, but got shape ",
         block.shape_text());
   cpu::prefer_large_pages(block.data, block.numel() * size_of(block.dtype));
   if (dweight.present()) cpu::prefer_large_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
-  pyllm::linear_cross_entropy({rows.count, width, classes, block.size(0), block.size(1), x.data, weight.data, bias.data,
-                               x.dtype, rows.levels ? rows.step[0] : 0, x.step(-1), weight.step(0), weight.step(1),
-                               loss, block.as<float>(), losses.as<float>(), total.as<float>(), dloss.as<float>(),
-                               dx.data, dweight.as<float>(), dbias.as<float>()});
+  pyllm::linear_cross_entropy({rows.count,        width,
+                               classes,           block.size(0),
+                               block.size(1),     x.data,
+                               weight.data,       bias.data,
+                               x.dtype,           rows.levels ? rows.step[0] : 0,
+                               x.step(-1),        weight.step(0),
+                               weight.step(1),    loss,
+                               block.as<float>(), losses.as<float>(),
+                               total.as<float>(), dloss.as<float>(),
+                               dx.data,           dweight.as<float>(),
+                               dbias.as<float>()});
 }
 
 }  // namespace pyllm::ops

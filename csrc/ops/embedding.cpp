@@ -12,13 +12,13 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
   check_inner_stride(op, "weight", weight);
   check_ids(op, "ids", ids, weight.size(0));
   check_dtype(op, "out", out, weight.dtype);
-  check(out.numel() == ids.numel() * weight.size(1), "[", op, "] out must have a row of weight for each id, but got shape ",
-        out.shape_text());
+  check(out.numel() == ids.numel() * weight.size(1), "[", op,
+        "] out must have a row of weight for each id, but got shape ", out.shape_text());
   check_contiguous(op, "out", out);
   check_writable(op, "out", out);
   cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
-  pyllm::embedding_forward({ids.numel(), weight.size(1), weight.step(0), ids.dtype, weight.dtype, ids.data, weight.data,
-                            out.data});
+  pyllm::embedding_forward(
+      {ids.numel(), weight.size(1), weight.step(0), ids.dtype, weight.dtype, ids.data, weight.data, out.data});
 }
 
 void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed) {
@@ -32,8 +32,8 @@ void embedding_backward(const TensorView& ids, const TensorView& dy, const Tenso
   check_shape(op, "dy", dy, ids.numel(), dweight.size(1));
   check_inner_stride(op, "dy", dy);
   if (!zeroed) cpu::prefer_large_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
-  pyllm::embedding_backward({ids.numel(), dweight.size(1), dweight.size(0), dy.step(0), ids.dtype, dweight.dtype, zeroed,
-                             ids.data, dy.data, dweight.data});
+  pyllm::embedding_backward({ids.numel(), dweight.size(1), dweight.size(0), dy.step(0), ids.dtype, dweight.dtype,
+                             zeroed, ids.data, dy.data, dweight.data});
 }
 
 }  // namespace pyllm::ops

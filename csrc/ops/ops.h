@@ -65,8 +65,8 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& cell_or_none, const TensorView& dy_or_none, const TensorView& dh_n_or_none,
                         const TensorView& dc_n_or_none, const TensorView& dx_or_none, bool add_dx,
                         const TensorView& dw_ih_or_none, const TensorView& dw_hh_or_none,
-                        const TensorView& db_ih_or_none, const TensorView& db_hh_or_none,
-                        const TensorView& dh0_or_none, const TensorView& dc0_or_none);
+                        const TensorView& db_ih_or_none, const TensorView& db_hh_or_none, const TensorView& dh0_or_none,
+                        const TensorView& dc0_or_none);
 void rope(const TensorView& x, const TensorView& positions, const TensorView& inv_freq, const TensorView& out,
           int64_t rotary_dim, bool interleaved, double scale, bool inverse);
 void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,

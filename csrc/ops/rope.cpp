@@ -12,14 +12,16 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   check_ndim(op, "x", x, 4);
   check_inner_stride(op, "x", x);
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(3);
-  check(rotary_dim >= 0 && rotary_dim <= width && rotary_dim % 2 == 0, "[", op,
-        "] rotary_dim must be even and in [0, ", width, "], but got ", rotary_dim);
+  check(rotary_dim >= 0 && rotary_dim <= width && rotary_dim % 2 == 0, "[", op, "] rotary_dim must be even and in [0, ",
+        width, "], but got ", rotary_dim);
   check_cpu(op, "positions", positions);
   if (positions.dtype != DType::i64 && positions.dtype != DType::i32)
     fail(Error::type, "[", op, "] positions must be int64 or int32, but got ", name_of(positions.dtype));
   const bool shared = positions.ndim == 1;
-  if (shared) check_shape(op, "positions", positions, length);
-  else check_shape(op, "positions", positions, batch, length);
+  if (shared)
+    check_shape(op, "positions", positions, length);
+  else
+    check_shape(op, "positions", positions, batch, length);
   check_contiguous(op, "positions", positions);
   check_dtype(op, "inv_freq", inv_freq, DType::f64);
   check_shape(op, "inv_freq", inv_freq, rotary_dim / 2);

@@ -12,7 +12,8 @@ namespace {
 constexpr const char* kOp = "sample";
 
 [[noreturn]] void refuse(const char* name, const char* expected, const Setting& s, int64_t row, double got) {
-  if (s.tensor.present()) fail(Error::value, "[", kOp, "] ", name, " must be ", expected, ", but row ", row, " has ", got);
+  if (s.tensor.present())
+    fail(Error::value, "[", kOp, "] ", name, " must be ", expected, ", but row ", row, " has ", got);
   fail(Error::value, "[", kOp, "] ", name, " must be ", expected, ", but got ", got);
 }
 
@@ -21,14 +22,15 @@ void check_setting(const char* name, const Setting& s, int64_t rows, DType dtype
     check_dtype(kOp, name, s.tensor, dtype);
     check_shape(kOp, name, s.tensor, rows);
   } else if (dtype == DType::i64) {
-    if (!s.is_integer) fail(Error::type, "[", kOp, "] ", name, " must be an int or an int64 tensor, but got ", s.number);
+    if (!s.is_integer)
+      fail(Error::type, "[", kOp, "] ", name, " must be an int or an int64 tensor, but got ", s.number);
     check(!s.too_large, "[", kOp, "] ", name, " must fit in 64 bits, but got a larger int");
   }
 }
 
 // Row after row: the number, or the tensor's element, in the range that `ok` accepts.
 template <class Ok>
-void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& rows, float SampleSettings::*field,
+void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& rows, float SampleSettings::* field,
              const char* expected, const Ok& ok) {
   check_setting(name, s, static_cast<int64_t>(rows.size()), DType::f32);
   for (size_t i = 0; i < rows.size(); i++) {
@@ -38,7 +40,7 @@ void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& ro
   }
 }
 
-void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& rows, int64_t SampleSettings::*field,
+void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& rows, int64_t SampleSettings::* field,
              int64_t least = INT64_MIN) {
   check_setting(name, s, static_cast<int64_t>(rows.size()), DType::i64);
   for (size_t i = 0; i < rows.size(); i++) {
@@ -75,7 +77,8 @@ void check_status(const std::vector<SampleStatus>& status) {
       case SampleStatus::bad_logits:
         fail(Error::value, "[", kOp, "] logits must be finite or -infinity, but row ", i, " has NaN or infinity");
       case SampleStatus::all_masked:
-        fail(Error::value, "[", kOp, "] logits must have a finite element in each row, but row ", i, " is all -infinity");
+        fail(Error::value, "[", kOp, "] logits must have a finite element in each row, but row ", i,
+             " is all -infinity");
       case SampleStatus::bad_processed:
         fail(Error::value, "[", kOp, "] logits with penalties and logit_bias must be finite or -infinity, but row ", i,
              " has NaN or infinity");
@@ -96,8 +99,8 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
   check_ndim(kOp, "logits", logits, 2);
   check_inner_stride(kOp, "logits", logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
-  check(vocab >= 1 && vocab < INT32_MAX, "[", kOp, "] logits must have 1 to ", INT32_MAX - 1, " columns, but got shape ",
-        logits.shape_text());
+  check(vocab >= 1 && vocab < INT32_MAX, "[", kOp, "] logits must have 1 to ", INT32_MAX - 1,
+        " columns, but got shape ", logits.shape_text());
   check_output("ids", ids, DType::i64, rows);
   check_output("logprobs", logprobs, DType::f32, rows);
   check_output("processed_logprobs", processed_logprobs, DType::f32, rows);
@@ -118,15 +121,18 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
           [](float x) { return x > 0 && std::isfinite(x); });
   resolve("frequency_penalty", frequency_penalty, settings, &S::frequency, "finite", finite);
   resolve("presence_penalty", presence_penalty, settings, &S::presence, "finite", finite);
-  if (history.present()) check_history(history, rows, vocab);
+  if (history.present())
+    check_history(history, rows, vocab);
   else
     for (const S& s : settings)
       check(s.repetition == 1 && s.frequency == 0 && s.presence == 0, "[", kOp,
             "] repetition_penalty, frequency_penalty and presence_penalty need a history, but got None");
   if (logit_bias.present()) {
     check_dtype(kOp, "logit_bias", logit_bias, DType::f32);
-    if (logit_bias.ndim == 1) check_shape(kOp, "logit_bias", logit_bias, vocab);
-    else check_shape(kOp, "logit_bias", logit_bias, rows, vocab);
+    if (logit_bias.ndim == 1)
+      check_shape(kOp, "logit_bias", logit_bias, vocab);
+    else
+      check_shape(kOp, "logit_bias", logit_bias, rows, vocab);
     check_inner_stride(kOp, "logit_bias", logit_bias);
   }
   std::vector<SampleStatus> status(rows);

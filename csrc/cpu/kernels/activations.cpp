@@ -67,13 +67,12 @@ void forward(const ActivationArgs& a) {
   each_piece(a.gate_rows.count, a.cols, [&](int64_t row, int64_t first, int64_t last) {
     const T* gate = reinterpret_cast<const T*>(a.gate) + a.gate_rows.offset(row) + first;
     T* out = reinterpret_cast<T*>(a.out) + row * a.cols + first;
-    if (!a.up) return each(last - first, [&](int64_t i, int64_t n) {
-      write(out + i, activate<kKind>(get(gate + i, n), nullptr), n);
-    });
+    if (!a.up)
+      return each(last - first,
+                  [&](int64_t i, int64_t n) { write(out + i, activate<kKind>(get(gate + i, n), nullptr), n); });
     const T* up = reinterpret_cast<const T*>(a.up) + a.up_rows.offset(row) + first;
-    each(last - first, [&](int64_t i, int64_t n) {
-      write(out + i, activate<kKind>(get(gate + i, n), nullptr) * get(up + i, n), n);
-    });
+    each(last - first,
+         [&](int64_t i, int64_t n) { write(out + i, activate<kKind>(get(gate + i, n), nullptr) * get(up + i, n), n); });
   });
 }
 
@@ -83,11 +82,12 @@ void backward(const ActivationBackwardArgs& a) {
     const T* dy = reinterpret_cast<const T*>(a.dy) + a.dy_rows.offset(row) + first;
     const T* gate = reinterpret_cast<const T*>(a.gate) + a.gate_rows.offset(row) + first;
     T* dgate = reinterpret_cast<T*>(a.dgate) + row * a.cols + first;
-    if (!a.up) return each(last - first, [&](int64_t i, int64_t n) {
-      V slope;
-      activate<kKind>(get(gate + i, n), &slope);
-      write(dgate + i, get(dy + i, n) * slope, n);
-    });
+    if (!a.up)
+      return each(last - first, [&](int64_t i, int64_t n) {
+        V slope;
+        activate<kKind>(get(gate + i, n), &slope);
+        write(dgate + i, get(dy + i, n) * slope, n);
+      });
     const T* up = reinterpret_cast<const T*>(a.up) + a.up_rows.offset(row) + first;
     T* dup = reinterpret_cast<T*>(a.dup) + row * a.cols + first;
     each(last - first, [&](int64_t i, int64_t n) {

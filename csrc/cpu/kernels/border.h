@@ -60,7 +60,7 @@ VEC V weight_at(const List& l, int64_t i, int64_t n) { return l.weights ? get(l.
 // The smallest t such that the keys above t weigh less than `target` (> 0): one of the keys, or the least of them where
 // all weigh less. `spare` has room for l.n keys and weights.
 [[maybe_unused]] float border(List l, double target, List spare) {
-  double above = 0;  // the weight of the keys that have left the list at its upper end
+  double above = 0;                           // the weight of the keys that have left the list at its upper end
   int64_t low = INT32_MIN, high = INT32_MAX;  // the answer, as an integer, is in (low, high]
   for (int pass = 0;; pass++) {
     V least = set(kInfinity), most = set(-kInfinity);

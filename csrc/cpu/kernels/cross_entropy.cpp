@@ -228,8 +228,17 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
     const bool more = r0 > 0;
     const Matrix dlogits{a.block, DType::f32, a.classes, 1}, columns{a.block, DType::f32, 1, a.classes};
     if (a.dx)
-      product({rows, a.width, a.classes, dlogits, {a.weight, a.dtype, a.weight_row, a.weight_column}, nullptr, nullptr,
-               a.dx + r0 * a.width * element, a.dtype, a.width, false});
+      product({rows,
+               a.width,
+               a.classes,
+               dlogits,
+               {a.weight, a.dtype, a.weight_row, a.weight_column},
+               nullptr,
+               nullptr,
+               a.dx + r0 * a.width * element,
+               a.dtype,
+               a.width,
+               false});
     if (a.dweight)
       product({a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, DType::f32, a.width, more});
     if (a.dbias)

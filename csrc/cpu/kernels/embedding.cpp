@@ -104,7 +104,8 @@ void embedding_backward(const EmbeddingBackwardArgs& a) {
           if (across == 1) {
             std::memset(static_cast<void*>(out + from * a.width), 0, (to - from) * a.width * sizeof(T));
           } else {
-            for (int64_t r = from; r < to; r++) std::memset(static_cast<void*>(out + r * a.width + j0), 0, (j1 - j0) * sizeof(T));
+            for (int64_t r = from; r < to; r++)
+              std::memset(static_cast<void*>(out + r * a.width + j0), 0, (j1 - j0) * sizeof(T));
           }
         };
         const Hit* hit = std::lower_bound(hits, end_of_hits, row, [](const Hit& h, int64_t id) { return h.id < id; });

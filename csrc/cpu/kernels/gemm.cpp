@@ -160,13 +160,12 @@ void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t 
     }
   }
   if (columns >= P * kPanel) {
-    UNROLL for (int r = 0; r < R; r++, c += c_step)
-      UNROLL for (int j = 0; j < 2 * P; j++) {
-        V v = s[r][j];
-        if (accumulate) v = load(c + j * W) + v;
-        if (bias) v = v + load(bias + j * W);
-        store(c + j * W, v);
-      }
+    UNROLL for (int r = 0; r < R; r++, c += c_step) UNROLL for (int j = 0; j < 2 * P; j++) {
+      V v = s[r][j];
+      if (accumulate) v = load(c + j * W) + v;
+      if (bias) v = v + load(bias + j * W);
+      store(c + j * W, v);
+    }
     return;
   }
   float edge[R][P * kPanel];
@@ -181,15 +180,17 @@ void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t 
     }
 }
 
-using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool,
+                      const float*);
 
 template <bool kRowsApart>
 Tile tile_of(int64_t rows) {  // one panel wide
-  static constexpr Tile tiles[] = {tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>,  tile<3, 1, kRowsApart>,
-                            tile<4, 1, kRowsApart>,  tile<5, 1, kRowsApart>,  tile<6, 1, kRowsApart>,
+  static constexpr Tile tiles[] = {
+      tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>, tile<3, 1, kRowsApart>, tile<4, 1, kRowsApart>,
+      tile<5, 1, kRowsApart>,  tile<6, 1, kRowsApart>,
 #if ISA_AVX512
-                            tile<7, 1, kRowsApart>,  tile<8, 1, kRowsApart>,  tile<9, 1, kRowsApart>,
-                            tile<10, 1, kRowsApart>, tile<11, 1, kRowsApart>, tile<12, 1, kRowsApart>
+      tile<7, 1, kRowsApart>,  tile<8, 1, kRowsApart>, tile<9, 1, kRowsApart>, tile<10, 1, kRowsApart>,
+      tile<11, 1, kRowsApart>, tile<12, 1, kRowsApart>
 #endif
   };
   return tiles[rows - 1];
@@ -216,8 +217,8 @@ void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int
     const T* corner = static_cast<const T*>(p.b.data) + j * step;
     const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
     V total[R][2];
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int g = 0; g < 2; g++) total[r][g] = columns[g] ? begin_c(p, i0 + r, j + g * W, columns[g]) : V{};
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) total[r][g] =
+        columns[g] ? begin_c(p, i0 + r, j + g * W, columns[g]) : V{};
     for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
       const int64_t end = std::min(k0 + kBlockK, p.k);
       V s[R][2] = {};
@@ -228,24 +229,23 @@ void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int
           if (k % (64 / sizeof(T)) == 0)
             for (int l = 0; l < kPanel; l++) __builtin_prefetch(corner + k + l * step + ahead);
           UNROLL for (int g = 0; g < 2; g++) load_transposed(corner + k + g * W * step, step, rows[g]);
-          UNROLL for (int l = 0; l < W; l++)
-            UNROLL for (int r = 0; r < R; r++) {
-              const V x = set(a[r * p.k + k + l]);
-              UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(x, rows[g][l], s[r][g]);
-            }
+          UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) {
+            const V x = set(a[r * p.k + k + l]);
+            UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(x, rows[g][l], s[r][g]);
+          }
           continue;
         }
-        UNROLL for (int g = 0; g < 2; g++) load_transposed(corner + k + g * W * step, step, height, columns[g], rows[g]);
+        UNROLL for (int g = 0; g < 2; g++)
+            load_transposed(corner + k + g * W * step, step, height, columns[g], rows[g]);
         for (int64_t l = 0; l < height; l++)
-          UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(set(a[r * p.k + k + l]), rows[g][l], s[r][g]);
+          UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) s[r][g] =
+              fma(set(a[r * p.k + k + l]), rows[g][l], s[r][g]);
       }
-      UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int g = 0; g < 2; g++) total[r][g] = k0 || p.accumulate ? total[r][g] + s[r][g] : s[r][g];
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) total[r][g] =
+          k0 || p.accumulate ? total[r][g] + s[r][g] : s[r][g];
     }
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int g = 0; g < 2; g++)
-        if (columns[g]) end_c(p, i0 + r, j + g * W, columns[g], total[r][g]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) if (columns[g])
+        end_c(p, i0 + r, j + g * W, columns[g], total[r][g]);
   }
 }
 
@@ -261,8 +261,7 @@ void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, in
       for (; c + W <= columns; c += W) f(c, W);
       if (c < columns) f(c, columns - c);
     };
-    for (int r = 0; r < R; r++)
-      each([&](int64_t c, int64_t n) { store(total[r] + c, begin_c(p, i0 + r, j + c, n)); });
+    for (int r = 0; r < R; r++) each([&](int64_t c, int64_t n) { store(total[r] + c, begin_c(p, i0 + r, j + c, n)); });
     for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
       const int64_t end = std::min(k0 + kBlockK, p.k);
       const T* b = static_cast<const T*>(p.b.data) + k0 * p.b.row_step + j;
@@ -314,13 +313,13 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     using Rows = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
     static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>};
     static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
-                              few_rows_along<4, T>};
+                                     few_rows_along<4, T>};
     (p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
   });
 }
 
-constexpr int64_t kRowFloats = 3 << 16;                       // of A's copy: a share of the second-level cache
-constexpr int64_t kGroup = 4;                                        // panels packed together
+constexpr int64_t kRowFloats = 3 << 16;                             // of A's copy: a share of the second-level cache
+constexpr int64_t kGroup = 4;                                       // panels packed together
 constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A that go past one panel
 
 }  // namespace
@@ -328,8 +327,7 @@ constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (i0 >= i1 || j0 >= j1) return;
   const int64_t few = p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0;
-  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few)
-    return few_rows(p, i0, i1, j0, j1);
+  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few) return few_rows(p, i0, i1, j0, j1);
   const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
   const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
   const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);
@@ -339,12 +337,12 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   const int64_t deep = in_place ? blocks : std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
   const int64_t copied = in_place ? 0 : deep * max_tiles * kTileFloats;
   // Sums of a 16-bit C are kept wide until the last block of k.
-  const int64_t width = direct            ? j1 - j0
+  const int64_t width = direct           ? j1 - j0
                         : deep == blocks ? kGroup * kPanel
                                          : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
   const int64_t packed_here = p.packed ? 0 : kGroup * kPanel * kBlockK;
-  auto* copy = static_cast<float*>(
-      cpu::scratch((copied + packed_here + (direct ? 0 : height * width)) * sizeof(float), 7));
+  auto* copy =
+      static_cast<float*>(cpu::scratch((copied + packed_here + (direct ? 0 : height * width)) * sizeof(float), 7));
   float *panels = copy + copied, *wide = panels + packed_here;
   for (int64_t i = i0; i < i1; i += height) {
     const int64_t rows = std::min(height, i1 - i);

@@ -34,7 +34,7 @@ struct Product {
   void* c;              // m x n, rows c_step apart
   DType c_dtype;
   int64_t c_step;
-  bool accumulate;  // C starts from what is in c
+  bool accumulate;                      // C starts from what is in c
   const void* packed_narrow = nullptr;  // b from pack_narrow()
 };
 

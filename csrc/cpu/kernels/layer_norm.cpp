@@ -49,11 +49,13 @@ void forward_row(const NormArgs& a, const float* weight, const float* bias, int6
   float mean = 0;
   if (kCentred) mean = reduce(cols, [&](V s, int64_t i, int64_t n) { return s + get(h + i, n); }) / cols;
   const V m = set(mean);
-  const float variance = reduce(cols, [&](V s, int64_t i, int64_t n) {
-                           V d = get(h + i, n) - m;
-                           if (n != W) d = keep(d, n, 0);
-                           return fma(d, d, s);
-                         }) / cols;
+  const float variance = reduce(cols,
+                                [&](V s, int64_t i, int64_t n) {
+                                  V d = get(h + i, n) - m;
+                                  if (n != W) d = keep(d, n, 0);
+                                  return fma(d, d, s);
+                                }) /
+                         cols;
   const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
   if (a.rstd) a.rstd[row] = rstd;
   if (kCentred && a.mean) a.mean[row] = mean;
@@ -128,7 +130,8 @@ void backward(const NormBackwardArgs& a) {
       if (dweight) std::memset(dweight, 0, cols * sizeof(float));
       if (dbias) std::memset(dbias, 0, cols * sizeof(float));
       const int64_t last = (block + 1) * per_block < a.rows ? (block + 1) * per_block : a.rows;
-      for (int64_t row = block * per_block; row < last; row++) backward_row<kCentred, T>(a, weight, row, dweight, dbias);
+      for (int64_t row = block * per_block; row < last; row++)
+        backward_row<kCentred, T>(a, weight, row, dweight, dbias);
     }
   });
   const auto total = [&](const float* partial, char* out) {

@@ -7,9 +7,17 @@ namespace pyllm::ISA {
 void matmul(const MatmulArgs& a) {
   auto* buffer = static_cast<float*>(cpu::scratch(a.n * sizeof(float) + 64, 0));
   const bool wide = a.packed && a.b_dtype == DType::f32;
-  product({a.m, a.n, a.k, {a.a, a.a_dtype, a.a_row, a.a_column}, {a.b, a.b_dtype, a.b_row, a.b_column},
+  product({a.m,
+           a.n,
+           a.k,
+           {a.a, a.a_dtype, a.a_row, a.a_column},
+           {a.b, a.b_dtype, a.b_row, a.b_column},
            wide ? reinterpret_cast<const float*>(a.b) : nullptr,
-           a.bias ? as_floats(a.bias, a.bias_dtype, a.n, buffer) : nullptr, a.c, a.c_dtype, a.n, false,
+           a.bias ? as_floats(a.bias, a.bias_dtype, a.n, buffer) : nullptr,
+           a.c,
+           a.c_dtype,
+           a.n,
+           false,
            a.packed && !wide ? a.b : nullptr});
 }
 
@@ -34,13 +42,13 @@ void column_sum(const ColumnSumArgs& a) {
           for (int64_t i0 = 0; i0 < a.m; i0 += 64) {
             V s[kCount] = {};
             for (int64_t i = i0; i < std::min(i0 + 64, a.m); i++)
-              UNROLL for (int v = 0; v < kCount; v++)
-                s[v] = s[v] + get(source + i * a.a_row + at + v * W, kCount == 1 ? n : W);
+              UNROLL for (int v = 0; v < kCount; v++) s[v] =
+                  s[v] + get(source + i * a.a_row + at + v * W, kCount == 1 ? n : W);
             UNROLL for (int v = 0; v < kCount; v++) total[v] = total[v] + s[v];
           }
           with_dtype(a.sums_dtype, [&](auto* out) {
             UNROLL for (int v = 0; v < kCount; v++)
-              write(reinterpret_cast<decltype(out)>(a.sums) + at + v * W, total[v], kCount == 1 ? n : W);
+                write(reinterpret_cast<decltype(out)>(a.sums) + at + v * W, total[v], kCount == 1 ? n : W);
           });
         };
         if (j + kStrip <= a.n)

@@ -16,10 +16,16 @@ class Forward {
 
  public:
   explicit Forward(const RecurrentArgs& args)
-      : a_(args), s_(args.shape), hidden_(s_.hidden), batch_(s_.batch), width_(kGates * hidden_),
-        step_(row_floats(hidden_)), units_((hidden_ + kPanel - 1) / kPanel),
+      : a_(args),
+        s_(args.shape),
+        hidden_(s_.hidden),
+        batch_(s_.batch),
+        width_(kGates * hidden_),
+        step_(row_floats(hidden_)),
+        units_((hidden_ + kPanel - 1) / kPanel),
         chunk_(std::clamp<int64_t>(512 / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, s_.time))),
-        alone_(s_.time == 1), memory_(static_cast<float*>(cpu::scratch(floats() * sizeof(float), 0))) {
+        alone_(s_.time == 1),
+        memory_(static_cast<float*>(cpu::scratch(floats() * sizeof(float), 0))) {
     h_[0] = take(batch_ * step_);
     h_[1] = take(batch_ * step_);
     c_ = take(kLstm ? batch_ * step_ : 0);
@@ -66,8 +72,7 @@ class Forward {
   int64_t floats() const {
     const int64_t weights =
         alone_ ? batch_ * width_ : packed_size(width_, s_.inputs) + units_ * kGates * kPanel * hidden_;
-    return 3 * batch_ * step_ + (a_.keep.gates ? 0 : chunk_ * batch_ * width_) + width_ + hidden_ + weights +
-           16 * 16;
+    return 3 * batch_ * step_ + (a_.keep.gates ? 0 : chunk_ * batch_ * width_) + width_ + hidden_ + weights + 16 * 16;
   }
 
   // The biases of a gate are summed, but for the new gate of a gru, whose hidden part is scaled by the reset gate.
@@ -107,7 +112,8 @@ class Forward {
 
   void project(const Matrix& input, int64_t first, int64_t count) {
     const Matrix x = {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column};
-    product({count * batch_, width_, s_.inputs, x, input, w_ih_, bias_, gates_at(first, first), DType::f32, width_, false});
+    product(
+        {count * batch_, width_, s_.inputs, x, input, w_ih_, bias_, gates_at(first, first), DType::f32, width_, false});
   }
 
   // One step: a thread needs no other's columns.

@@ -79,11 +79,11 @@ void step_tile(const float* a, int64_t a_step, int64_t count, const float* b, in
 using StepTile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool);
 
 StepTile step_tile_of(int64_t rows) {
-  constexpr StepTile tiles[] = {step_tile<1, 1>,  step_tile<2, 1>,  step_tile<3, 1>,
-                                step_tile<4, 1>,  step_tile<5, 1>,  step_tile<6, 1>,
+  constexpr StepTile tiles[] = {step_tile<1, 1>,  step_tile<2, 1>, step_tile<3, 1>, step_tile<4, 1>,
+                                step_tile<5, 1>,  step_tile<6, 1>,
 #if ISA_AVX512
-                                step_tile<7, 1>,  step_tile<8, 1>,  step_tile<9, 1>,
-                                step_tile<10, 1>, step_tile<11, 1>, step_tile<12, 1>
+                                step_tile<7, 1>,  step_tile<8, 1>, step_tile<9, 1>, step_tile<10, 1>,
+                                step_tile<11, 1>, step_tile<12, 1>
 #endif
   };
   return tiles[rows - 1];

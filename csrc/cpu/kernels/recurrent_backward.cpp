@@ -16,8 +16,14 @@ class Backward {
 
  public:
   explicit Backward(const RecurrentBackwardArgs& args)
-      : a_(args), s_(args.shape), hidden_(s_.hidden), batch_(s_.batch), width_(kGates * hidden_),
-        step_(row_floats(hidden_)), gate_step_(row_floats(width_)), units_((hidden_ + kPanel - 1) / kPanel),
+      : a_(args),
+        s_(args.shape),
+        hidden_(s_.hidden),
+        batch_(s_.batch),
+        width_(kGates * hidden_),
+        step_(row_floats(hidden_)),
+        gate_step_(row_floats(width_)),
+        units_((hidden_ + kPanel - 1) / kPanel),
         chunk_(std::clamp<int64_t>(512 / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, s_.time))) {
     const int64_t blocks[] = {batch_ * step_,
                               kLstm ? batch_ * step_ : 0,
@@ -32,8 +38,8 @@ class Backward {
                               kNarrow && a_.dw_hh ? width_ * hidden_ : 0,
                               width_,
                               width_};
-    float** const names[] = {&dh_, &dc_, &d_[0], &d_[1], &dgates_, &dhidden_, &first_, &w_hh_, &w_ih_,
-                             &dw_ih_, &dw_hh_, &db_ih_, &db_hh_};
+    float** const names[] = {&dh_,   &dc_,   &d_[0],  &d_[1],  &dgates_, &dhidden_, &first_,
+                             &w_hh_, &w_ih_, &dw_ih_, &dw_hh_, &db_ih_,  &db_hh_};
     int64_t total = 0;
     for (const int64_t n : blocks) total += round_up(n, 16);
     auto* memory = static_cast<float*>(cpu::scratch(total * sizeof(float) + 64, 0));
@@ -79,8 +85,17 @@ class Backward {
       add_weight_gradients(first, count);
     }
     if (starts())
-      product({width_, hidden_, batch_, transposed(rows_of(first_)),
-               {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column}, nullptr, nullptr, dw_hh_, DType::f32, hidden_, true});
+      product({width_,
+               hidden_,
+               batch_,
+               transposed(rows_of(first_)),
+               {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column},
+               nullptr,
+               nullptr,
+               dw_hh_,
+               DType::f32,
+               hidden_,
+               true});
     if (kNarrow && a_.dw_ih) copy(dw_ih_, width_ * s_.inputs, a_.dw_ih);
     if (kNarrow && a_.dw_hh) copy(dw_hh_, width_ * hidden_, a_.dw_hh);
     if (a_.db_ih) copy(db_ih_, width_, a_.db_ih);
@@ -181,16 +196,33 @@ class Backward {
 
   void add_weight_gradients(int64_t first, int64_t count) {
     if (a_.dw_ih)
-      product({width_, s_.inputs, count * batch_, transposed(rows_of(dgates_)),
-               {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column}, nullptr, nullptr, dw_ih_,
-               DType::f32, s_.inputs, true});
+      product({width_,
+               s_.inputs,
+               count * batch_,
+               transposed(rows_of(dgates_)),
+               {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column},
+               nullptr,
+               nullptr,
+               dw_ih_,
+               DType::f32,
+               s_.inputs,
+               true});
     // The hidden state before a step is y's of the step before; what came from h0 is added at the end.
     const int64_t from = !s_.reverse && first == 0 ? 1 : 0;
     const int64_t to = s_.reverse && first + count == s_.time ? count - 1 : count;
     if (a_.dw_hh && to > from) {
       const T* before = at<T>(a_.y, (first + from + (s_.reverse ? 1 : -1)) * batch_ * a_.y_step);
-      product({width_, hidden_, (to - from) * batch_, transposed(rows_of(dhidden_ + from * batch_ * width_)),
-               {before, s_.dtype, a_.y_step, 1}, nullptr, nullptr, dw_hh_, DType::f32, hidden_, true});
+      product({width_,
+               hidden_,
+               (to - from) * batch_,
+               transposed(rows_of(dhidden_ + from * batch_ * width_)),
+               {before, s_.dtype, a_.y_step, 1},
+               nullptr,
+               nullptr,
+               dw_hh_,
+               DType::f32,
+               hidden_,
+               true});
     }
     if (a_.db_ih) add_column_sums(dgates_, count * batch_, db_ih_);
     if (a_.db_hh) add_column_sums(dhidden_, count * batch_, db_hh_);
@@ -206,7 +238,9 @@ class Backward {
             f(v, j + v * W, std::min<int64_t>(W, width_ - j - v * W));
         };
         for (int64_t i = 0; i < rows; i++)
-          each([&](int64_t v, int64_t column, int64_t n) { total[v] = total[v] + get(dgates + i * width_ + column, n); });
+          each([&](int64_t v, int64_t column, int64_t n) {
+            total[v] = total[v] + get(dgates + i * width_ + column, n);
+          });
         each([&](int64_t v, int64_t column, int64_t n) { write(sums + column, get(sums + column, n) + total[v], n); });
       }
     });

@@ -42,12 +42,12 @@ VEC V exp_of_negative(V x) {
 // Scratch memory for one row.
 struct Room {
   float *copy, *keys, *weights, *closeness, *spare_keys, *spare_weights;  // (vocab,)
-  int32_t* ids;                                                      // (vocab,)
-  float *block_max, *block_sample;                                   // (blocks,)
-  float *chunk_max, *raw_max, *raw, *all, *high, *low, *scale, *kept;  // (chunks,)
-  int64_t* counts;                                                   // (chunks,)
-  uint8_t* bad;                                                      // (chunks,)
-  int32_t *table_ids, *table_counts;                                 // (slots,)
+  int32_t* ids;                                                           // (vocab,)
+  float *block_max, *block_sample;                                        // (blocks,)
+  float *chunk_max, *raw_max, *raw, *all, *high, *low, *scale, *kept;     // (chunks,)
+  int64_t* counts;                                                        // (chunks,)
+  uint8_t* bad;                                                           // (chunks,)
+  int32_t *table_ids, *table_counts;                                      // (slots,)
   int64_t slots;
 
   Room(int64_t chunks, int64_t history_length) {
@@ -238,7 +238,8 @@ struct Row {
     return sum_list(n, [&](int64_t i, int64_t k) { return get(m.weights + i, k); });
   }
   float border_of(const float* keys, const float* weights, int64_t n, double target) const {
-    return border({const_cast<float*>(keys), const_cast<float*>(weights), n}, target, {m.spare_keys, m.spare_weights, n});
+    return border({const_cast<float*>(keys), const_cast<float*>(weights), n}, target,
+                  {m.spare_keys, m.spare_weights, n});
   }
   int64_t filter(const float* keys, int64_t n, float t) const {
     int64_t kept = 0;
@@ -270,7 +271,8 @@ struct Row {
       return select(w > 0.0f, w * ((get(m.keys + i, k) - best) * cold), V{});
     });
     const V centre = set(static_cast<float>(mean / all));
-    each(0, n, [&](int64_t i, int64_t k) { write(m.closeness + i, -abs((get(m.keys + i, k) - best) * cold - centre), k); });
+    each(0, n,
+         [&](int64_t i, int64_t k) { write(m.closeness + i, -abs((get(m.keys + i, k) - best) * cold - centre), k); });
     return filter(m.closeness, n, border_of(m.closeness, m.weights, n, s.typical_p * all));
   }
 
@@ -377,8 +379,10 @@ struct Row {
 
   int64_t draw_wide(float low, float high, double u) {
     float t = -kInfinity;
-    if (s.top_p < 1) t = nucleus(low, high);
-    else each(0, chunks, [&](int64_t i, int64_t n) { write(m.kept + i, get(m.all + i, n) * get(m.scale + i, n), n); });
+    if (s.top_p < 1)
+      t = nucleus(low, high);
+    else
+      each(0, chunks, [&](int64_t i, int64_t n) { write(m.kept + i, get(m.all + i, n) * get(m.scale + i, n), n); });
     const float lowest = with_min_p(t);
     if (s.typical_p < 1) return draw_from_list(list_from(lowest), false, u);
     if (lowest > t) each_chunk([&](int64_t c) { m.kept[c] = sum_from(c, lowest); });
@@ -446,8 +450,10 @@ void sample(const SampleArgs& a) {
     const auto rows = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) a.status[i] = Row<T>{a, a.settings[i], i}.run();
     };
-    if (a.rows >= cpu::num_threads() || a.vocab <= 16 * kChunk) parallel_for(a.rows, 16 * kChunk / a.vocab + 1, rows);
-    else rows(0, a.rows);
+    if (a.rows >= cpu::num_threads() || a.vocab <= 16 * kChunk)
+      parallel_for(a.rows, 16 * kChunk / a.vocab + 1, rows);
+    else
+      rows(0, a.rows);
   });
 }
 
