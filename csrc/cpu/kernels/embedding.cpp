@@ -70,6 +70,7 @@ void sum_hits(const Hit* first, const Hit* last, const T* dy, int64_t dy_step, T
 void embedding_forward(const EmbeddingArgs& a) {
   const int64_t bytes = a.width * size_of(a.dtype), step = a.weight_step * size_of(a.dtype);
   constexpr int64_t kAhead = 8;
+  if (bytes == 0) return;  // null pointers then, which memcpy may not have
   parallel_for(a.count, 65536 / (bytes + 64) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i + kAhead < end) {
