@@ -87,7 +87,7 @@ class SequenceLoader:
 
     def signature(self) -> dict:
         """What makes the batches what they are, as plain values: two loaders of one signature give the same batches."""
-        return {"tokens": len(self.ids), "crc32": zlib.crc32(self.ids.to("cpu", torch.int64).numpy()),
+        return {"tokens": len(self.ids), "crc32": zlib.crc32(self.ids.to("cpu", torch.int64).numpy().data),
                 "batch_size": self.batch_size, "sequence_length": self.sequence_length, "shuffle": self.shuffle,
                 "seed": self.seed, "drop_last": self.drop_last}  # fmt: skip
 

@@ -86,7 +86,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     if stream and not one:
         raise ValueError("stream=True takes one prompt")
     end = list(tokenizer.eos_ids)
-    prompts = [tokenizer.encode(p) or end[:1] for p in ([prompt] if one else prompt)]
+    prompts = [tokenizer.encode(p) or end[:1] for p in ([prompt] if isinstance(prompt, str) else prompt)]
     steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
     if stream:
         return _stream(steps, TextStream(tokenizer, stops, prompts[0]))
@@ -103,7 +103,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
 
 def _stream(steps: Iterator[list[int | None]], text: TextStream) -> Iterator[str]:
     for (i,) in steps:
-        if piece := text.push(i):
+        if i is not None and (piece := text.push(i)):
             yield piece
         if text.ended:
             break

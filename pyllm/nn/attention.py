@@ -52,7 +52,7 @@ class Attention(torch.nn.Module):
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         count = (self.num_heads, self.num_kv_heads)
         qk, v = heads.split((sum(count), self.num_kv_heads), 2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split(count, 2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
         if self.rope_theta is not None:

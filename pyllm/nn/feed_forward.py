@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,8 +9,12 @@ from torch import Tensor
 from pyllm import ops
 from pyllm.nn.linear import Linear
 
-GATED = {"swiglu": ops.swiglu, "geglu": ops.geglu, "geglu_tanh": partial(ops.geglu, approximate="tanh")}
-PLAIN = {"gelu": ops.gelu, "gelu_tanh": partial(ops.gelu, approximate="tanh"), "silu": ops.silu}
+GATED: dict[str, Callable[..., Tensor]] = {
+    "swiglu": ops.swiglu, "geglu": ops.geglu, "geglu_tanh": partial(ops.geglu, approximate="tanh"),
+}  # fmt: skip
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "gelu": ops.gelu, "gelu_tanh": partial(ops.gelu, approximate="tanh"), "silu": ops.silu,
+}  # fmt: skip
 
 
 class FeedForward(torch.nn.Module):

@@ -9,6 +9,8 @@ from pyllm import ops
 class Linear(torch.nn.Linear):
     """torch.nn.Linear on `pyllm.ops.linear`: (..., in_features) -> (..., out_features)."""
 
+    parts: tuple[int, ...]  # the rows of each, where the weight is that of several layers in one
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 

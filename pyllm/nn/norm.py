@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,10 @@ class LayerNorm(torch.nn.LayerNorm):
     def __init__(self, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
         super().__init__(hidden_size, eps, bias=bias, device=device, dtype=dtype)
 
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return ops.layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)
 
@@ -21,12 +27,18 @@ class RMSNorm(torch.nn.RMSNorm):
 
     `offset` is added to the weight, in float32: 1 for models that keep the weight's distance from 1 (Gemma)."""
 
+    eps: float
+
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, offset: float = 0.0, device=None, dtype=None):
         super().__init__(hidden_size, eps, device=device, dtype=dtype)
         self.offset = offset
         if offset:
             torch.nn.init.constant_(self.weight, 1.0 - offset)
 
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         weight = self.weight.float() + self.offset if self.offset else self.weight
         return ops.rms_norm(x, weight, residual=residual, eps=self.eps)

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from pyllm import ops
 
 
-class _Recurrent:
+class _Recurrent(torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: torch's constructor and state dict, pyllm's operation."""
 
     _operation: staticmethod
     _extra: tuple[str, ...] = ()
 
-    def forward(self, x: Tensor, state=None, lengths: Tensor | None = None):
+    def forward(self, x: Tensor | PackedSequence, state: Any = None, lengths: Tensor | None = None) -> Any:
         """x: (B, T, input) or (T, B, input), as batch_first says; lengths: (B,), for sequences shorter than T.
 
         Returns the outputs, zero beyond a sequence's length, and the last states as torch's modules do.
         """
+        if isinstance(x, PackedSequence):
+            raise TypeError(f"{type(self).__name__} takes padded sequences and their lengths, but got a PackedSequence")
         if self.proj_size:
             raise NotImplementedError(f"{type(self).__name__} with proj_size is not available")
         options = {name: getattr(self, name) for name in self._extra}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -7,6 +9,16 @@ from torch.autograd.function import once_differentiable
 from pyllm import _C
 
 
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: int | None = ...,
+              scale: float | None = ..., bias: Tensor | None = ..., softcap: float | None = ...,
+              key_lengths: Tensor | None = ..., segment_ids: Tensor | tuple[Tensor, Tensor] | None = ...,
+              return_weights: Literal[False] = ...) -> Tensor: ...  # fmt: skip
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: int | None = ...,
+              scale: float | None = ..., bias: Tensor | None = ..., softcap: float | None = ...,
+              key_lengths: Tensor | None = ..., segment_ids: Tensor | tuple[Tensor, Tensor] | None = ...,
+              return_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
               scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
               key_lengths: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,

@@ -36,9 +36,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
     options = (ignore_index, label_smoothing, reduction)
     if logits.requires_grad and torch.is_grad_enabled():
         return _CrossEntropy.apply(logits, targets, options)
-    losses, total = _results(targets, reduction)
+    result, losses, total = _results(targets, reduction)
     _C.cross_entropy_forward(logits, targets, losses, None, total, *options)
-    return total if losses is None else losses
+    return result
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
@@ -66,20 +66,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
     return _linear(x, weight, targets, bias, options)[0]
 
 
-def _results(targets: Tensor, reduction: str) -> tuple[Tensor | None, Tensor | None]:
-    losses = torch.empty(targets.shape, dtype=torch.float32) if reduction == "none" else None
-    return losses, torch.empty((), dtype=torch.float32) if losses is None else None
+def _results(targets: Tensor, reduction: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(what is returned, the same as the losses of the rows, the same as their total): one of these two is None."""
+    result = torch.empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
+    return (result, result, None) if reduction == "none" else (result, None, result)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, options):
-        losses, total = _results(targets, options[2])
+        result, losses, total = _results(targets, options[2])
         statistics = torch.empty(2 * targets.numel(), dtype=torch.float32)
         _C.cross_entropy_forward(logits, targets, losses, statistics, total, *options)
         ctx.save_for_backward(logits, targets, statistics)
         ctx.options = options
-        return total if losses is None else losses
+        return result
 
     @staticmethod
     @once_differentiable
@@ -92,7 +93,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False, False)):
     """The loss and the needed gradients of x, weight and bias, for a gradient `dloss` of the loss, or 1."""
-    losses, total = _results(targets, options[2])
+    result, losses, total = _results(targets, options[2])
     classes = weight.shape[0]
     rows, columns = (max(120, _BLOCK // max(classes, 1)), classes) if any(needed) else (512, min(classes, 8192))
     block = torch.empty((max(1, min(rows, targets.numel())), columns), dtype=torch.float32)
@@ -101,7 +102,7 @@ def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False,
     dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None
     _C.linear_cross_entropy(x, weight, None if bias is None else bias.contiguous(), targets, block, losses, total,
                             dloss, dx, dweight, dbias, *options)  # fmt: skip
-    return total if losses is None else losses, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
+    return result, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

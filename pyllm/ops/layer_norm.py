@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -7,6 +9,11 @@ from torch.autograd.function import once_differentiable
 from pyllm import _C
 
 
+@overload
+def layer_norm(x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, eps: float = ...) -> Tensor: ...
+@overload
+def layer_norm(x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., *, residual: Tensor | None,
+               eps: float = ...) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
                residual: Tensor | None = None, eps: float = 1e-5) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Layer normalisation over the last dimension (Ba et al., 2016, https://arxiv.org/abs/1607.06450).
@@ -26,6 +33,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return _norm(True, x, weight, bias, residual, eps)
 
 
+@overload
+def rms_norm(x: Tensor, weight: Tensor | None = ..., *, eps: float = ...) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor | None = ..., *, residual: Tensor | None,
+             eps: float = ...) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(x: Tensor, weight: Tensor | None = None, *,
              residual: Tensor | None = None, eps: float = 1e-6) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Root mean square normalisation over the last dimension (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467).

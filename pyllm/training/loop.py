@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from pyllm.checkpoint import (
     save_checkpoint,
 )
 from pyllm.models import Model
+from pyllm.nn import RecurrentState
 from pyllm.text import Tokenizer
 from pyllm.training.metrics import History, logits_of, next_state, state_to_carry, test
 from pyllm.training.progress import Progress
@@ -64,11 +65,12 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optim
         FloatingPointError: the loss is no longer finite; nothing of that step is kept.
         ValueError: the checkpoint's batches are not this loader's, or an argument does not fit another.
     """
-    if resume and folder is None:
+    where = None if folder is None else Path(folder)
+    if resume and where is None:
         raise ValueError("resume=True needs the folder to resume from")
-    if folder is not None and not isinstance(model, Model):
+    if where is not None and not isinstance(model, Model):
         raise TypeError(f"only a pyllm.models.Model can be saved, but got {type(model).__name__}: leave out folder")
-    per_epoch = len(loader) if hasattr(loader, "__len__") else None
+    per_epoch = len(loader) if isinstance(loader, Sized) else None
     if per_epoch is not None:
         total = epochs * per_epoch if steps is None else steps
     elif steps is None:
@@ -79,9 +81,9 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optim
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
 
-    run = _Run(model, optimizer, loader, make_state, tokenizer, None if folder is None else Path(folder), settings)
-    if resume:
-        run.restore()
+    run = _Run(model, optimizer, loader, make_state, tokenizer, settings)
+    if resume and where is not None:
+        run.restore(where)
     model.train()
     with _stop_signals() as stopped, Progress(total, len(run.history.losses), enabled=progress) as bar:
         for inputs, targets in run.batches(total):
@@ -108,10 +110,10 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optim
             bar.step(value, targets.numel())
             if validation is not None and (step == total or (validate_every and step % validate_every == 0)):
                 run.history.validation.append((step, test(model, validation, criterion, carry_state=carry_state)))
-            if run.folder and (step == total or stopped or (save_every and step % save_every == 0)):
-                run.save()
+            if where is not None and (step == total or stopped or (save_every and step % save_every == 0)):
+                run.save(where)
             if stopped and step < total:
-                saved = f", saved to {run.folder}" if run.folder else ""
+                saved = "" if where is None else f", saved to {where}"
                 raise Interrupted(f"stopped after step {step} of {total}{saved}", run.history)
     return run.history
 
@@ -129,10 +131,11 @@ def _loss(model, inputs: Tensor, targets: Tensor, criterion: Callable | None, st
 class _Run:
     """A training under way: what a checkpoint must hold beside the weights, and how to put it back."""
 
-    def __init__(self, model, optimizer, loader, make_state, tokenizer, folder: Path | None, settings: dict | None):
+    def __init__(self, model, optimizer, loader, make_state, tokenizer, settings: dict | None):
         self.model, self.optimizer, self.loader = model, optimizer, loader
-        self.make_state, self.tokenizer, self.folder, self.settings = make_state, tokenizer, folder, settings
-        self.history, self.state = History(), None
+        self.make_state, self.tokenizer, self.settings = make_state, tokenizer, settings
+        self.history = History()
+        self.state: RecurrentState | None = None
 
     def batches(self, total: int):
         """The batches from the step that the history has reached, over epochs, up to `total` steps."""
@@ -153,23 +156,23 @@ class _Run:
     def _signature(self) -> dict | None:
         return self.loader.signature() if hasattr(self.loader, "signature") else None
 
-    def save(self) -> None:
+    def save(self, folder: Path) -> None:
         training = {"history": self.history.to_json(), "batches": self._signature(), "settings": self.settings,
                     "optimizer": optimizer_tensors(self.optimizer, self.model), "random": random_state(),
                     "state": None if self.state is None else self.state.tensors()}  # fmt: skip
-        save_checkpoint(self.folder, model_type=self.model.model_type, config=self.model.config,
+        save_checkpoint(folder, model_type=self.model.model_type, config=self.model.config,
                         weights=self.model.state_dict(), tokenizer=self.tokenizer, training=training)  # fmt: skip
 
-    def restore(self) -> None:
+    def restore(self, folder: Path) -> None:
         if not hasattr(self.loader, "batch"):
             raise ValueError(
                 "only a training on a SequenceLoader can be resumed: its batches are known from the step alone"
             )
-        saved = load_checkpoint(self.folder)
+        saved = load_checkpoint(folder)
         if saved.training is None:
-            raise ValueError(f"{self.folder} holds a model but no training to resume")
+            raise ValueError(f"{folder} holds a model but no training to resume")
         if saved.config != self.model.config or saved.model_type != self.model.model_type:
-            raise ValueError(f"{self.folder} holds a {saved.model_type} {saved.config}, but got a "
+            raise ValueError(f"{folder} holds a {saved.model_type} {saved.config}, but got a "
                              f"{self.model.model_type} {self.model.config}")  # fmt: skip
         if saved.training["batches"] != self._signature():
             raise ValueError(f"the checkpoint's batches were {saved.training['batches']}, but got {self._signature()}")
@@ -183,7 +186,7 @@ class _Run:
 
 
 @contextmanager
-def _stop_signals():
+def _stop_signals() -> Iterator[list[int]]:
     """A list that is empty until the first SIGINT or SIGTERM; the second one acts as it did before."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

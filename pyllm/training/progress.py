@@ -13,7 +13,8 @@ class Progress:
     def __init__(self, total: int, done: int = 0, *, enabled: bool = True):
         self.total, self.done, self.enabled = total, done, enabled
         self.console = Console(stderr=True)
-        self.loss, self.rate = None, 0.0
+        self.loss: float | None = None
+        self.rate = 0.0
         self.last, self.last_line = time.perf_counter(), time.perf_counter()
         self.bar = None
         if enabled and self.console.is_terminal:

@@ -57,6 +57,12 @@ def test_cell_steps_equal_the_layer(name):
         assert torch.equal(state[0] if name == "LSTM" else state, whole[:, t])
 
 
+def test_packed_sequences_are_refused():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 7), torch.randn(2, 7)])
+    with pytest.raises(TypeError, match="GRU takes padded sequences and their lengths, but got a PackedSequence"):
+        nn.GRU(7, 6)(packed)
+
+
 def test_dropout_between_layers_follows_the_seed():
     layer, x = nn.LSTM(4, 8, num_layers=2, dropout=0.5, batch_first=True), torch.randn(2, 9, 4)
     outputs = []
