@@ -1,0 +1,87 @@
+"""Models of transformers beside ours: made small and random, loaded here, saved back, compared."""
+
+import json
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pyllm.checkpoint.reader import Entry
+from pyllm.families import FAMILIES, check_config, export_weights, load_weights
+
+
+class Reader:
+    """Weights in memory."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def entries(self):
+        return {name: Entry(t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
+
+    def read(self, name, out=None):
+        return self.tensors[name].clone() if out is None else out.copy_(self.tensors[name])
+
+
+def made(kind, model_type, settings, folder):
+    """A transformers model of a class whose norms and biases are random too, saved to a folder."""
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    theirs = make(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def load(folder, dtype=None):
+    config = json.loads((folder / "config.json").read_text())
+    family = FAMILIES[config["model_type"]]
+    check_config(config, family)
+    with torch.device("meta"):
+        model = family.model(**family.config(config))
+    load_weights(model, family, Reader(load_file(folder / "model.safetensors")), dtype=dtype)
+    return model.eval(), family
+
+
+def save(model, family, folder):
+    folder.mkdir()
+    config = {"model_type": family.model_type, "architectures": list(family.architectures)} | family.to_config(model)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: t.contiguous().clone() for name, t in export_weights(model, family)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def loaded_there(kind, folder):
+    """What transformers makes of a folder, in which it finds all weights and no others."""
+    model, info = kind.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def check_agrees(case, ours, eager, other):
+    """That ours is as close to what transformers gives as that is to itself, computed in another way."""
+    own, found = ((x - eager).square().mean().sqrt().item() for x in (other, ours))
+    largest = difference(other, eager), difference(ours, eager)
+    print(f"{case}: {found:.1e}, their own {own:.1e}; at most {largest[1]:.1e}, their own {largest[0]:.1e}")
+    assert found <= 2 * own
+    # The largest is a single token's and strays more: most families stay within twice theirs, llama3 is at 3.5 times.
+    assert largest[1] <= 4 * largest[0]
+
+
+def gradients_under_their_names(model, family):
+    """{their name: gradient} of our model: as if the gradients were its weights."""
+    weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    for parameter in weights:
+        parameter.data.copy_(0 if parameter.grad is None else parameter.grad)
+    found = {name: t.clone() for name, t in export_weights(model, family)}
+    for parameter, weight in weights.items():
+        parameter.data.copy_(weight)
+    return found
