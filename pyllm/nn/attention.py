@@ -13,19 +13,20 @@ from pyllm.nn.state import KeyValueCache
 
 
 class Attention(torch.nn.Module):
-    """Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), on (B, T, hidden).
+    """Self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), on (B, T, hidden).
 
     Query, key and value are one product. With `rope_theta`, queries and keys are turned by their positions
     (https://arxiv.org/abs/2104.09864), after `head_norm` (a norm of a head's size) where that is given; `rotary_dim`
     and `rope_scaling` are those of `ops.rope` and `rope_frequencies`, `scale` and `softcap` those of `ops.attention`.
     With `alibi`, scores rise with the key's position instead (https://arxiv.org/abs/2108.12409).
     With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
+    Unless `causal`, each position sees the whole sequence, of which `lengths` (B,) says how much is no padding.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
                  head_dim: int | None = None, *, rope_theta: float | None = None, rotary_dim: int | None = None,
-                 rope_scaling: dict[str, Any] | None = None, alibi: bool = False, window: int | None = None,
-                 scale: float | None = None, softcap: float | None = None,
+                 rope_scaling: dict[str, Any] | None = None, alibi: bool = False, causal: bool = True,
+                 window: int | None = None, scale: float | None = None, softcap: float | None = None,
                  head_norm: Callable[[int], torch.nn.Module] | None = None, qkv_bias: bool = False,
                  bias: bool = False):  # fmt: skip
         super().__init__()
@@ -34,8 +35,11 @@ class Attention(torch.nn.Module):
             raise ValueError(f"hidden_size must be a multiple of num_heads, but got {hidden_size} and {num_heads}")
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, but got {num_heads} and {num_kv_heads}")
+        if alibi and not causal:
+            raise ValueError("alibi must be with causal=True: its biases are by distance to what came before")
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.window, self.scale, self.softcap = rope_theta, window, scale, softcap
+        self.causal = causal
         self.rotary_dim = rotary_dim or self.head_dim
         self.slopes = alibi_slopes(num_heads) if alibi else None
         self.inv_freq, self.rope_scale = None, 1.0
@@ -47,7 +51,8 @@ class Attention(torch.nn.Module):
         self.q_norm = None if head_norm is None else head_norm(self.head_dim)
         self.k_norm = None if head_norm is None else head_norm(self.head_dim)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None,
+                lengths: Tensor | None = None) -> Tensor:  # fmt: skip
         batch, time, _ = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         count = (self.num_heads, self.num_kv_heads)
@@ -59,7 +64,6 @@ class Attention(torch.nn.Module):
             qk = ops.rope(qk, positions, theta=self.rope_theta, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq,
                           scale=self.rope_scale)  # fmt: skip
         q, k = qk.split(count, 2)
-        lengths = None
         if cache is not None:
             cache.write(positions, k, v)
             lengths = positions[:, -1] + 1
@@ -68,10 +72,10 @@ class Attention(torch.nn.Module):
         bias = None
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
             bias = self.slopes[:, None, None] * torch.arange(k.shape[1], dtype=torch.float32)
-        y = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale, bias=bias, softcap=self.softcap,
-                          key_lengths=lengths)  # fmt: skip
+        y = ops.attention(q, k, v, causal=self.causal, window=self.window, scale=self.scale, bias=bias,
+                          softcap=self.softcap, key_lengths=lengths)  # fmt: skip
         return self.out(y.flatten(2))
 
     def extra_repr(self) -> str:
         return (f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-                f"rope_theta={self.rope_theta}, window={self.window}")  # fmt: skip
+                f"rope_theta={self.rope_theta}, causal={self.causal}, window={self.window}")  # fmt: skip
