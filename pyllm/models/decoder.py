@@ -10,8 +10,7 @@ from torch import Tensor
 from pyllm import nn
 from pyllm.models.model import Model
 from pyllm.nn import AttentionState, KeyValueCache
-
-NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "one_plus_rms_norm": partial(nn.RMSNorm, offset=1.0)}
+from pyllm.nn.norm import NORMS
 
 
 class Block(torch.nn.Module):

@@ -1,13 +1,13 @@
 """The blocks that models are built from: torch's modules, names and state dicts, on pyllm's operations."""
 
-from pyllm.nn.attention import Attention
+from pyllm.nn.attention import Attention, CrossAttention
 from pyllm.nn.embedding import Embedding
 from pyllm.nn.feed_forward import Experts, FeedForward
 from pyllm.nn.linear import Head, Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
-from pyllm.nn.position import rope_frequencies
+from pyllm.nn.position import RelativeBias, SinusoidalEmbedding, rope_frequencies
 from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState
+from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState, SourceState
 
 __all__ = [
     "GRU",
@@ -15,6 +15,7 @@ __all__ = [
     "RNN",
     "Attention",
     "AttentionState",
+    "CrossAttention",
     "Embedding",
     "Experts",
     "FeedForward",
@@ -27,5 +28,8 @@ __all__ = [
     "RMSNorm",
     "RNNCell",
     "RecurrentState",
+    "RelativeBias",
+    "SinusoidalEmbedding",
+    "SourceState",
     "rope_frequencies",
 ]

@@ -21,6 +21,7 @@ class Attention(torch.nn.Module):
     With `alibi`, scores rise with the key's position instead (https://arxiv.org/abs/2108.12409).
     With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
     Unless `causal`, each position sees the whole sequence, of which `lengths` (B,) says how much is no padding.
+    A `bias` is added to the scores, as in `ops.attention`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
@@ -52,7 +53,7 @@ class Attention(torch.nn.Module):
         self.k_norm = None if head_norm is None else head_norm(self.head_dim)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None,
-                lengths: Tensor | None = None) -> Tensor:  # fmt: skip
+                lengths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # fmt: skip
         batch, time, _ = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         count = (self.num_heads, self.num_kv_heads)
@@ -69,7 +70,6 @@ class Attention(torch.nn.Module):
             lengths = positions[:, -1] + 1
             longest = int(lengths.max())
             k, v = cache.keys[:, :longest], cache.values[:, :longest]
-        bias = None
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
             bias = self.slopes[:, None, None] * torch.arange(k.shape[1], dtype=torch.float32)
         y = ops.attention(q, k, v, causal=self.causal, window=self.window, scale=self.scale, bias=bias,
@@ -79,3 +79,33 @@ class Attention(torch.nn.Module):
     def extra_repr(self) -> str:
         return (f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
                 f"rope_theta={self.rope_theta}, causal={self.causal}, window={self.window}")  # fmt: skip
+
+
+class CrossAttention(torch.nn.Module):
+    """Attention from (B, T, hidden) to a source (B, S, hidden), of which the first `lengths` (B,) count.
+
+    Keys and values are one product, which `keys_and_values` makes once for all that attends to them.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None, *, scale: float | None = None,
+                 bias: bool = False):  # fmt: skip
+        super().__init__()
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads, but got {hidden_size} and {num_heads}")
+        self.num_heads, self.head_dim, self.scale = num_heads, head_dim or hidden_size // num_heads, scale
+        size = num_heads * self.head_dim
+        self.query = Linear(hidden_size, size, bias=bias)
+        self.kv = Linear(hidden_size, 2 * size, bias=bias)
+        self.out = Linear(size, hidden_size, bias=bias)
+
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, heads, head size) each, of a source (B, S, hidden)."""
+        k, v = self.kv(source).view(*source.shape[:2], 2, self.num_heads, self.head_dim).unbind(2)
+        return k, v
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+        q = self.query(x).view(*x.shape[:2], self.num_heads, self.head_dim)
+        return self.out(ops.attention(q, keys, values, scale=self.scale, key_lengths=lengths).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

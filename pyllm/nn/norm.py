@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import overload
 
 import torch
@@ -42,3 +43,6 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         weight = self.weight.float() + self.offset if self.offset else self.weight
         return ops.rms_norm(x, weight, residual=residual, eps=self.eps)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "one_plus_rms_norm": partial(RMSNorm, offset=1.0)}

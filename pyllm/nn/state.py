@@ -71,3 +71,13 @@ class AttentionState:
 
     def advance(self, count: Tensor | int) -> None:
         self.lengths = self.lengths + count
+
+
+class SourceState(AttentionState):
+    """The state of a decoder that also attends to a source: `sources` are each layer's keys and values of that,
+    (B, S, heads, head size) each, of which the first `source_lengths` (B,), or all, count."""
+
+    def __init__(self, caches: list[KeyValueCache], sources: list[tuple[Tensor, Tensor]],
+                 source_lengths: Tensor | None):  # fmt: skip
+        super().__init__(caches)
+        self.sources, self.source_lengths = sources, source_lengths

@@ -1,5 +1,7 @@
 """The blocks against torch's modules of the same name and state dict."""
 
+import math
+
 import pytest
 import torch
 
@@ -130,3 +132,65 @@ def test_one_expert_of_one_is_the_feed_forward_layer():
     experts = nn.Experts(8, 16, num_experts=1, active=1)
     x = torch.randn(2, 3, 8)
     same(experts(x), experts.experts[0](x))
+
+
+def test_attention_that_is_not_causal_sees_the_real_positions_of_its_row_and_adds_a_bias():
+    block, x, lengths = nn.Attention(12, 3, causal=False), torch.randn(2, 7, 12), torch.tensor([7, 4])
+    bias = torch.randn(3, 7, 7)
+    q, k, v = (t.view(2, 7, 3, 4).transpose(1, 2) for t in block.qkv(x).chunk(3, -1))
+    for added in (None, bias):
+        mask = torch.where(torch.arange(7) < lengths[:, None], 0.0, -torch.inf)[:, None, None]
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask if added is None else mask + added)
+        found = block(x, lengths=lengths, bias=added)
+        same(found, block.out(y.transpose(1, 2).flatten(2)))
+        assert torch.equal(found[1:, :4], block(x[1:, :4], bias=None if added is None else added[:, :4, :4]))
+    with pytest.raises(ValueError, match="alibi must be with causal=True"):
+        nn.Attention(12, 3, causal=False, alibi=True)
+
+
+def test_cross_attention():
+    block, x, source = nn.CrossAttention(12, 3, bias=True), torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    lengths = torch.tensor([7, 4])
+    found = block(x, *block.keys_and_values(source), lengths)
+    (k, v), q = block.kv(source).chunk(2, -1), block.query(x)
+    q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
+    mask = (torch.arange(7) < lengths[:, None])[:, None, None]
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    same(found, block.out(y.transpose(1, 2).flatten(2)))
+    assert torch.equal(found[1:], block(x[1:], *block.keys_and_values(source[1:, :4])))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relative_bias_has_the_buckets_of_t5(causal):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    for buckets, farthest in ((32, 128), (8, 20)):
+        block, positions = nn.RelativeBias(3, buckets, farthest, causal=causal), torch.arange(300)
+        distances = positions - positions[:, None]
+        known = T5Attention._relative_position_bucket(distances, not causal, buckets, farthest)
+        expected = block.weight[known].permute(2, 0, 1)
+        if causal:
+            expected = expected.tril()
+        found = block(positions)[0]
+        assert torch.equal(found.tril() if causal else found, expected)
+        apart = torch.tensor([[3, 4], [7, 8]])
+        assert torch.equal(block(apart)[1, :, 0], found[:, 7, :9]) and torch.equal(
+            block(apart[:1])[0], found[:, 3:5, :5]
+        )
+    with pytest.raises(ValueError, match="num_buckets must be 4 or more"):
+        nn.RelativeBias(3, 2, 20, causal=False)
+    with pytest.raises(ValueError, match="at most 65536, but got 32 and 70000"):
+        nn.RelativeBias(3, 32, 70000, causal=causal)
+
+
+def test_sinusoidal_embedding():
+    for size in (8, 7):
+        block = nn.SinusoidalEmbedding(size)
+        first, later = block(torch.arange(5)), block(torch.tensor([[200, 3]]))
+        assert torch.equal(later[0, 1], first[3]) and torch.equal(
+            nn.SinusoidalEmbedding(size)(torch.tensor(200)), later[0, 0]
+        )
+        for i in range(size):
+            j = i if i < (size + 1) // 2 else i - (size + 1) // 2
+            expected = [(math.sin if j == i else math.cos)(p / 10000 ** (2 * j / size)) for p in range(5)]
+            same(first[:, i], torch.tensor(expected))
