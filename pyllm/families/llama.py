@@ -1,4 +1,4 @@
-"""Llama and those close to it: Mistral, Qwen 2 and 3, Mixtral."""
+"""Llama and those close to it: Mistral, Qwen 2 and 3, and the mixtures of experts Mixtral and Qwen 3 MoE."""
 
 from __future__ import annotations
 
@@ -123,13 +123,14 @@ def _qwen3_config(model: Decoder) -> dict:
     return _qwen_config(model) | {"attention_bias": model.config["bias"]}
 
 
-_MIXTURE = "model.layers.{i}.block_sparse_moe"
-MIXTURE = (
-    Weight("blocks.{i}.feed_forward.router.weight", (f"{_MIXTURE}.gate.weight",)),
-    Weight("blocks.{i}.feed_forward.experts.{e}.up.weight",
-           (f"{_MIXTURE}.experts.{{e}}.w1.weight", f"{_MIXTURE}.experts.{{e}}.w3.weight")),
-    Weight("blocks.{i}.feed_forward.experts.{e}.down.weight", (f"{_MIXTURE}.experts.{{e}}.w2.weight",)),
-)  # fmt: skip
+def mixture(theirs: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """The rows of the feed-forward layers of a mixture."""
+    expert = f"{_LAYER}.{theirs}.experts.{{e}}"
+    return (
+        Weight("blocks.{i}.feed_forward.router.weight", (f"{_LAYER}.{theirs}.gate.weight",)),
+        Weight("blocks.{i}.feed_forward.experts.{e}.up.weight", (f"{expert}.{gate}.weight", f"{expert}.{up}.weight")),
+        Weight("blocks.{i}.feed_forward.experts.{e}.down.weight", (f"{expert}.{down}.weight",)),
+    )
 
 
 def _mixtral(config: dict) -> dict:
@@ -147,6 +148,32 @@ def _mixtral_config(model: Decoder) -> dict:
     return write(model) | experts | {"sliding_window": c["window"]}
 
 
+def _qwen3_moe(config: dict) -> dict:
+    fixed(config, "decoder_sparse_step", 1)
+    if config.get("mlp_only_layers"):
+        raise ValueError("config: mlp_only_layers must be empty: nothing else is known here, but got "
+                         f"{config['mlp_only_layers']!r}")  # fmt: skip
+    experts = whole(config, "num_experts", whole(config, "num_local_experts", 128))
+    return _qwen3(config) | {
+        "intermediate_size": whole(config, "moe_intermediate_size", 768),
+        "num_experts": experts,
+        "active_experts": whole(config, "num_experts_per_tok", 8),
+        "normalised_experts": flag(config, "norm_topk_prob", False),
+    }
+
+
+def _qwen3_moe_config(model: Decoder) -> dict:
+    c = model.config
+    return _qwen3_config(model) | {
+        "moe_intermediate_size": c["intermediate_size"],
+        "num_experts": c["num_experts"],
+        "num_experts_per_tok": c["active_experts"],
+        "norm_topk_prob": c["normalised_experts"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 def _family(model_type, name, config, to_config, weights=WEIGHTS) -> Family:
     return Family(model_type, (f"{name}ForCausalLM",), Decoder, config, weights, to_config, IGNORED, "model.")
 
@@ -155,5 +182,11 @@ LLAMA = _family("llama", "Llama", _llama, _llama_config)
 MISTRAL = _family("mistral", "Mistral", _mistral, _mistral_config)
 QWEN2 = _family("qwen2", "Qwen2", _qwen2, _qwen_config)
 QWEN3 = _family("qwen3", "Qwen3", _qwen3, _qwen3_config)
-MIXTRAL = _family("mixtral", "Mixtral", _mixtral, _mixtral_config,
-                  (*OUTSIDE, *ATTENTION, FEED_FORWARD_NORM, *MIXTURE))  # fmt: skip
+MIXTRAL = _family(
+    "mixtral", "Mixtral", _mixtral, _mixtral_config,
+    (*OUTSIDE, *ATTENTION, FEED_FORWARD_NORM, *mixture("block_sparse_moe", "w1", "w3", "w2")),
+)  # fmt: skip
+QWEN3_MOE = _family(
+    "qwen3_moe", "Qwen3Moe", _qwen3_moe, _qwen3_moe_config,
+    (*OUTSIDE, *ATTENTION, FEED_FORWARD_NORM, *mixture("mlp", "gate_proj", "up_proj", "down_proj")),
+)  # fmt: skip

@@ -14,7 +14,7 @@ def _config(config: dict) -> dict:
     hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
     bias = flag(config, "attention_bias", True)
     base = number(config, "rotary_emb_base", 10000.0)
-    return rope(config, base) | {
+    return {
         "vocab_size": whole(config, "vocab_size"),
         "hidden_size": hidden,
         "num_layers": whole(config, "num_hidden_layers"),
@@ -30,7 +30,7 @@ def _config(config: dict) -> dict:
         "bias": bias,
         "mlp_bias": True,
         "tie_embeddings": flag(config, "tie_word_embeddings", False),
-    }
+    } | rope(config, base)
 
 
 def _to_config(model: Decoder) -> dict:

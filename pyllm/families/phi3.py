@@ -9,20 +9,35 @@ from pyllm.models import Decoder
 
 
 def _config(config: dict) -> dict:
-    common = read(config)
+    common = read(_named(config))
     return common | {
         "window": whole(config, "sliding_window", optional=True),
         "rotary_dim": rotary_dim(config, common["head_dim"]),
     }
 
 
+def _named(config: dict) -> dict:
+    """Older configs have other names for longrope."""
+    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    found = config.get(key)
+    if isinstance(found, dict):
+        kind = found.get("rope_type", found.get("type"))
+        if kind in ("su", "yarn"):
+            return {**config, key: {**found, "rope_type": "longrope"}}
+    return config
+
+
 def _to_config(model: Decoder) -> dict:
     config = write(model)
+    scaling = model.config["rope_scaling"] or {}
+    original = scaling.get("original_max_position_embeddings", config["max_position_embeddings"])
+    if scaling.get("rope_type") == "longrope":
+        config["max_position_embeddings"] = max(round(original * scaling["factor"]), config["max_position_embeddings"])
     part = (model.config["rotary_dim"] or config["head_dim"]) / config["head_dim"]
     return config | {
         "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": part},
         "partial_rotary_factor": part,
-        "original_max_position_embeddings": config["max_position_embeddings"],
+        "original_max_position_embeddings": original,
         "sliding_window": model.config["window"],
         "pad_token_id": None,  # otherwise it would be 32000, whatever the vocabulary
     }

@@ -60,7 +60,9 @@ def fixed(config: dict, name: str, value: Any) -> None:
 
 
 def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
-    """rope_theta and rope_scaling, from rope_parameters or, as older configs have it, from keys of their own."""
+    """rope_theta and rope_scaling, from rope_parameters or, as older configs have it, from keys of their own.
+
+    And, for longrope, a context_length: that of its short factors."""
     found = config.get("rope_parameters")
     if found is None:
         found = config.get("rope_scaling") or {}
@@ -76,11 +78,16 @@ def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
         return {"rope_theta": base, "rope_scaling": None}
     if kind not in SCALINGS:
         raise ValueError(f"config: rope_type must be one of default, {', '.join(SCALINGS)}, but got {kind!r}")
-    if kind in ("llama3", "yarn") and "original_max_position_embeddings" not in scaling:
+    if kind in ("llama3", "yarn", "longrope") and "original_max_position_embeddings" not in scaling:
         scaling["original_max_position_embeddings"] = config.get("original_max_position_embeddings") or whole(
             config, "max_position_embeddings"
         )
-    return {"rope_theta": base, "rope_scaling": {"rope_type": kind} | scaling}
+    made: dict[str, Any] = {"rope_theta": base, "rope_scaling": {"rope_type": kind} | scaling}
+    if kind == "longrope":
+        longest, original = whole(config, "max_position_embeddings"), whole(scaling, "original_max_position_embeddings")
+        made["rope_scaling"].setdefault("factor", longest / original)
+        made["context_length"] = min(longest, original)
+    return made
 
 
 def rotary_dim(config: dict, head_dim: int, default: float = 1.0) -> int | None:
@@ -94,6 +101,8 @@ def rotary_dim(config: dict, head_dim: int, default: float = 1.0) -> int | None:
 
 def to_rope(config: dict) -> dict[str, Any]:
     """The reverse of `rope`."""
+    if (config["rope_scaling"] or {}).get("long"):
+        raise ValueError("no config says that longrope's long factors are for any length")
     return {"rope_type": "default", "rope_theta": config["rope_theta"]} | (config["rope_scaling"] or {})
 
 

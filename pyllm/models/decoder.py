@@ -39,7 +39,8 @@ class Block(torch.nn.Module):
         self.feed_forward_norm = norm(hidden)
         size, options = (hidden, config["intermediate_size"], config["activation"]), {"bias": config["mlp_bias"]}
         if config["num_experts"]:
-            options |= {"num_experts": config["num_experts"], "active": config["active_experts"]}
+            options |= {"num_experts": config["num_experts"], "active": config["active_experts"],
+                        "normalised": config["normalised_experts"]}  # fmt: skip
         self.feed_forward = (nn.Experts if config["num_experts"] else nn.FeedForward)(*size, **options)
         self.feed_forward_post_norm = norm(hidden) if config["post_norms"] else None
         self.dropout = torch.nn.Dropout(config["dropout"])
@@ -71,7 +72,8 @@ class Decoder(Model):
         norm: "rms_norm", "layer_norm", or "one_plus_rms_norm", which multiplies by 1 + weight.
         post_norms: norms also after attention and feed-forward layer.
         parallel_residual: both read the same stream, and are added to it together.
-        num_experts, active_experts: feed-forward layers are mixtures of so many, so many of them for each token.
+        num_experts, active_experts, normalised_experts: feed-forward layers are mixtures of so many, so many of them
+            for each token, with weights that sum to one.
         bias, qkv_bias, mlp_bias: of the linear layers, of queries, keys and values, of feed-forward layers (as `bias`).
         position: "rope", "learned", or "alibi", a bias of attention's scores.
         embedding_scale, embedding_norm: the embedding of the ids is multiplied, and normalised.
@@ -88,9 +90,10 @@ class Decoder(Model):
                  attention_scale: float | None = None, attention_softcap: float | None = None,
                  logit_softcap: float | None = None, norm: str = "rms_norm", norm_eps: float = 1e-5,
                  post_norms: bool = False, parallel_residual: bool = False, activation: str = "swiglu",
-                 num_experts: int = 0, active_experts: int = 2, qkv_bias: bool = False, bias: bool = False,
-                 mlp_bias: bool | None = None, embedding_scale: float | None = None, embedding_norm: bool = False,
-                 tie_embeddings: bool = True, dropout: float = 0.0):  # fmt: skip
+                 num_experts: int = 0, active_experts: int = 2, normalised_experts: bool = True,
+                 qkv_bias: bool = False, bias: bool = False, mlp_bias: bool | None = None,
+                 embedding_scale: float | None = None, embedding_norm: bool = False, tie_embeddings: bool = True,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if position not in ("rope", "learned", "alibi"):
             raise ValueError(f"position must be 'rope', 'learned' or 'alibi', but got {position!r}")
@@ -111,8 +114,9 @@ class Decoder(Model):
                        "attention_scale": attention_scale, "attention_softcap": attention_softcap,
                        "logit_softcap": logit_softcap, "norm": norm, "norm_eps": norm_eps,
                        "post_norms": post_norms, "parallel_residual": parallel_residual, "activation": activation,
-                       "num_experts": num_experts, "active_experts": active_experts, "qkv_bias": qkv_bias,
-                       "bias": bias, "mlp_bias": bias if mlp_bias is None else mlp_bias,
+                       "num_experts": num_experts, "active_experts": active_experts,
+                       "normalised_experts": normalised_experts, "qkv_bias": qkv_bias, "bias": bias,
+                       "mlp_bias": bias if mlp_bias is None else mlp_bias,
                        "embedding_scale": embedding_scale, "embedding_norm": embedding_norm,
                        "tie_embeddings": tie_embeddings, "dropout": dropout}  # fmt: skip
         self.context_length, self.embedding_scale = context_length, embedding_scale
@@ -141,8 +145,11 @@ class Decoder(Model):
         time = ids.shape[1]
         positions = torch.arange(time) if state is None else state.positions(time)
         if self.context_length < (time if state is None else int(state.lengths.max()) + time):
+            scaling = (self.config["rope_scaling"] or {}).get("rope_type")
             raise ValueError(f"the model's context is {self.context_length} tokens, but got {time} ids"
-                             + ("" if state is None else f" after {int(state.lengths.max())}"))  # fmt: skip
+                             + ("" if state is None else f" after {int(state.lengths.max())}")
+                             + (f": beyond, {scaling} scaling turns the positions before in another way, which what is "
+                                "cached of them would contradict" if scaling in nn.position.BOUND else ""))  # fmt: skip
         x = self.embedding(ids)  # (B, T, hidden)
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)

@@ -44,7 +44,7 @@ class Attention(torch.nn.Module):
         self.rotary_dim = rotary_dim or self.head_dim
         self.slopes = alibi_slopes(num_heads) if alibi else None
         self.inv_freq, self.rope_scale = None, 1.0
-        if rope_theta is not None and rope_scaling is not None:
+        if rope_theta is not None:
             self.inv_freq, self.rope_scale = rope_frequencies(rope_theta, self.rotary_dim, rope_scaling)
         self.qkv = Linear(hidden_size, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=qkv_bias)
         self.qkv.parts = tuple(n * self.head_dim for n in (num_heads, self.num_kv_heads, self.num_kv_heads))
@@ -62,8 +62,7 @@ class Attention(torch.nn.Module):
             q, k = qk.split(count, 2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
         if self.rope_theta is not None:
-            qk = ops.rope(qk, positions, theta=self.rope_theta, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq,
-                          scale=self.rope_scale)  # fmt: skip
+            qk = ops.rope(qk, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
         q, k = qk.split(count, 2)
         if cache is not None:
             cache.write(positions, k, v)

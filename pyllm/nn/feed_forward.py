@@ -44,14 +44,15 @@ class FeedForward(torch.nn.Module):
 
 class Experts(torch.nn.Module):
     """A sparse mixture (Shazeer et al., 2017, https://arxiv.org/abs/1701.06538): each token goes through the `active`
-    experts that the router gives the most weight, and their results are added by those weights, made to sum to one."""
+    experts that the router gives the most weight, and their results are added by those weights; with `normalised`, made
+    to sum to one."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu", *, num_experts: int,
-                 active: int, bias: bool = False):  # fmt: skip
+                 active: int, normalised: bool = True, bias: bool = False):  # fmt: skip
         super().__init__()
         if not 1 <= active <= num_experts:
             raise ValueError(f"active must be from 1 to {num_experts}, the number of experts, but got {active}")
-        self.active = active
+        self.active, self.normalised = active, normalised
         self.router = Linear(hidden_size, num_experts, bias=False)
         self.experts = torch.nn.ModuleList(
             FeedForward(hidden_size, intermediate_size, activation, bias=bias) for _ in range(num_experts)
@@ -60,7 +61,9 @@ class Experts(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.active, -1)  # (N, active)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
         y = torch.zeros_like(rows)
         for i, expert in enumerate(self.experts):
             which, place = (chosen == i).nonzero(as_tuple=True)
@@ -69,4 +72,4 @@ class Experts(torch.nn.Module):
         return y.view(x.shape)
 
     def extra_repr(self) -> str:
-        return f"active={self.active}"
+        return f"active={self.active}, normalised={self.normalised}"

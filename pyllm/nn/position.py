@@ -11,11 +11,15 @@ from torch import Tensor
 
 from pyllm.nn.embedding import Embedding
 
-SCALINGS = ("linear", "dynamic", "llama3", "yarn")
+SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
+BOUND = ("dynamic", "longrope")  # beyond a length these turn all positions of a text in another way
 
 
 def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | None) -> tuple[Tensor, float]:
-    """(frequencies (rotary_dim / 2,) in float64, factor for what is turned), for `ops.rope`.
+    """(frequencies (rotary_dim / 2,), factor for what is turned), for `ops.rope`.
+
+    They are computed in float32, step by step as in the programs that models were trained with: at position 100,000
+    what float32 rounds off a frequency turns by up to 0.006. They come as float64, for the angles.
 
     Args:
         theta: the base of the frequencies.
@@ -23,38 +27,37 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
             slows all frequencies by `factor`. "llama3" does so for wavelengths that the first training's length
             (`original_max_position_embeddings`) holds fewer than `low_freq_factor` times, with a smooth passage up to
             `high_freq_factor`. "yarn" (Peng et al., 2023, https://arxiv.org/abs/2309.00071) passes linearly between
-            the dimensions that turn `beta_slow` and `beta_fast` times, and sharpens attention. "dynamic" would change
-            what was cached as a text grows beyond the model's context; up to there it is the unscaled form.
+            the dimensions that turn `beta_slow` and `beta_fast` times, and sharpens attention. "dynamic" is the
+            unscaled form up to the model's context. "longrope" (Ding et al., 2024, https://arxiv.org/abs/2402.13753)
+            slows each frequency by its own `short_factor`, up to the first training's length; or, for models made for
+            longer texts, which have `long` set, by its `long_factor` at any length. Beyond those lengths both would
+            turn a text's first tokens in another way because of those that follow: models refuse to go there.
 
     Raises:
-        ValueError: a scaling that is not one of these, or a setting that it lacks.
+        ValueError: a theta that is not above 0, a scaling that is not one of these, or a setting that it lacks.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
-    frequencies = theta**-exponents
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta must be a number above 0, but got {theta}")
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
+    wavelengths = theta**exponents
     if scaling is None:
-        return frequencies, 1.0
+        return (1 / wavelengths).double(), 1.0
     kind = scaling.get("rope_type")
     if kind not in SCALINGS:
         raise ValueError(f"rope_scaling's rope_type must be one of {', '.join(SCALINGS)}, but got {kind!r}")
     if kind == "dynamic":
-        return frequencies, 1.0
-    factor = _setting(scaling, "factor")
+        return (1 / wavelengths).double(), 1.0
+    factor, scale = _setting(scaling, "factor"), 1.0
     if kind == "linear":
-        return frequencies / factor, 1.0
+        return (1 / wavelengths / factor).double(), scale
     original = _setting(scaling, "original_max_position_embeddings")
     if kind == "llama3":
-        low, high = _setting(scaling, "low_freq_factor"), _setting(scaling, "high_freq_factor")
-        turns = original * frequencies / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / factor), 1.0
-    fast, slow = _setting(scaling, "beta_fast", 32.0), _setting(scaling, "beta_slow", 1.0)
-    first, last = (rotary_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in (fast, slow))
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rotary_dim - 1)
-    steps = torch.arange(rotary_dim // 2, dtype=torch.float64, device="cpu")
-    slowed = ((steps - first) / max(last - first, 0.001)).clamp(0, 1)
-    return frequencies * (1 - slowed + slowed / factor), _yarn_scale(scaling, factor)
+        frequencies = _llama3(1 / wavelengths, scaling, factor, original)
+    elif kind == "longrope":
+        frequencies, scale = _longrope(wavelengths, scaling), _longrope_scale(scaling, factor, original)
+    else:
+        frequencies, scale = _yarn(theta, wavelengths, scaling, factor, original), _yarn_scale(scaling, factor)
+    return frequencies.double(), scale
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -125,6 +128,41 @@ def _distance_buckets(count: int, max_distance: int) -> Tensor:
     distances, exact = torch.arange(max_distance + 1, device="cpu"), count // 2
     far = torch.log(distances.clamp(min=1).float() / exact) / math.log(max_distance / exact)  # in float32, as T5 has it
     return torch.where(distances < exact, distances, (exact + (far * (count - exact)).long()).clamp(max=count - 1))
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, Any], factor: float, original: float) -> Tensor:
+    low, high = _setting(scaling, "low_freq_factor"), _setting(scaling, "high_freq_factor")
+    turns = original / (2 * math.pi / frequencies)
+    kept = (turns - low) / (high - low)
+    passage = (1 - kept) * frequencies / factor + kept * frequencies
+    return torch.where(turns < low, frequencies / factor, torch.where(turns > high, frequencies, passage))
+
+
+def _yarn(theta: float, wavelengths: Tensor, scaling: dict[str, Any], factor: float, original: float) -> Tensor:
+    fast, slow = _setting(scaling, "beta_fast", 32.0), _setting(scaling, "beta_slow", 1.0)
+    dim = 2 * len(wavelengths)
+    first, last = (dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in (fast, slow))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    steps = torch.arange(len(wavelengths), dtype=torch.float32, device="cpu")
+    kept = 1 - ((steps - first) / ((last - first) or 0.001)).clamp(0, 1)
+    return 1 / (factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
+
+
+def _longrope(wavelengths: Tensor, scaling: dict[str, Any]) -> Tensor:
+    name = "long_factor" if scaling.get("long") else "short_factor"
+    factors = scaling.get(name)
+    if not isinstance(factors, list) or len(factors) != len(wavelengths):
+        raise ValueError(f"rope_scaling's {name} must be a list of {len(wavelengths)} numbers, but got {factors!r}")
+    factors = [_setting({name: factor}, name) for factor in factors]
+    return 1 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * wavelengths)
+
+
+def _longrope_scale(scaling: dict[str, Any], factor: float, original: float) -> float:
+    if scaling.get("attention_factor") is not None:
+        return _setting(scaling, "attention_factor")
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_scale(scaling: dict[str, Any], factor: float) -> float:

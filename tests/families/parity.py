@@ -69,11 +69,11 @@ def difference(a, b):
 def check_agrees(case, ours, eager, other):
     """That ours is as close to what transformers gives as that is to itself, computed in another way."""
     own, found = ((x - eager).square().mean().sqrt().item() for x in (other, ours))
-    largest = difference(other, eager), difference(ours, eager)
-    print(f"{case}: {found:.1e}, their own {own:.1e}; at most {largest[1]:.1e}, their own {largest[0]:.1e}")
-    assert found <= 2 * own
-    # The largest is a single token's and strays more: most families stay within twice theirs, llama3 is at 3.5 times.
-    assert largest[1] <= 4 * largest[0]
+    # Of each sequence the largest, and their mean: a single token's strays. Theirs rounds rotary angles to float32 both
+    # times, which their own difference does not show: llama3, whose first angles are no whole numbers, is at 2.2.
+    largest_own, largest = ((x - eager).abs().flatten(1).amax(1).mean().item() for x in (other, ours))
+    print(f"{case}: {found / own:.2f} times their own difference, the largest {largest / largest_own:.2f} times")
+    assert found <= 2 * own and largest <= 2.5 * largest_own
 
 
 def gradients_under_their_names(model, family):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from pyllm.engine import SamplingParams, generate_ids
 from pyllm.families import FAMILIES, WeightsError, check_config, load_weights
+from pyllm.nn.position import rope_frequencies
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1,
@@ -29,11 +30,19 @@ THETA = {"rope_theta": 5000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, **THETA}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.05, 1.3, 2.0],
+    "long_factor": [1.1, 1.5, 4.0, 9.0],
+    **THETA,
+}
 
 GEMMA = SHARED | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 9}
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "initializer_range": 0.2, "seq_length": 64}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+MOE = SHARED | {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 CASES = {
     "llama": ("llama", SHARED),
@@ -56,6 +65,8 @@ CASES = {
     "gpt_neox, in sequence": ("gpt_neox", SIZES | {"use_parallel_residual": False, "attention_bias": False}),
     "phi3": ("phi3", SHARED | {"sliding_window": 9}),
     "phi3, partly turned": ("phi3", SHARED | {"partial_rotary_factor": 0.5}),
+    "phi3, longrope": ("phi3", SHARED | {"max_position_embeddings": 256, "original_max_position_embeddings": 64,
+                                         "rope_parameters": LONGROPE}),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3, scaled": ("gemma3_text", GEMMA | {
@@ -63,6 +74,8 @@ CASES = {
         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
                             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
     "mixtral": ("mixtral", SHARED | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", MOE | {"norm_topk_prob": True}),
+    "qwen3_moe, weights that are not normalised": ("qwen3_moe", MOE | {"attention_bias": True}),
 }  # fmt: skip
 
 
@@ -206,6 +219,29 @@ def test_configs_that_are_refused(setting, message):
         FAMILIES["llama"].config(SHARED | setting)
 
 
+@torch.no_grad()
+def test_scalings_that_change_what_was_before_end_with_the_context():
+    ids = torch.randint(3, 61, (1, 65))
+    for family, scaling in (("llama", {"rope_type": "dynamic", "factor": 3.0}), ("phi3", LONGROPE)):
+        config = SHARED | {"rope_scaling": scaling, "original_max_position_embeddings": 64}
+        model = FAMILIES[family].model(**FAMILIES[family].config(config))
+        model(ids[:, :64])
+        with pytest.raises(ValueError, match=f"context is 64 tokens, but got 65 ids: beyond, {scaling['rope_type']}"):
+            model(ids)
+
+
+def test_longrope_for_longer_texts_is_as_in_transformers():
+    scaling = LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 64}
+    config = transformers.Phi3Config(**SHARED | {"max_position_embeddings": 256}, original_max_position_embeddings=64,
+                                     rope_parameters=dict(LONGROPE))  # fmt: skip
+    for length in (64, 65):
+        frequencies, scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", length)
+        found = rope_frequencies(THETA["rope_theta"], 8, scaling | {"long": length > 64})
+        assert torch.equal(found[0].float(), frequencies) and found[1] == scale
+    with pytest.raises(ValueError, match="short_factor must be a list of 5 numbers"):
+        rope_frequencies(5000.0, 10, scaling)
+
+
 def test_older_names_of_settings_mean_the_same():
     def read(family, **settings):
         return FAMILIES[family].config(SHARED | settings)
@@ -215,6 +251,10 @@ def test_older_names_of_settings_mean_the_same():
         new = read("llama", rope_parameters={"rope_type": "linear", "factor": 3, "rope_theta": 5000.0})
         assert old == new
     assert read("llama", rope_scaling=None)["rope_theta"] == 10000.0
+    longrope = {k: v for k, v in LONGROPE.items() if k[:4] != "rope"} | {"original_max_position_embeddings": 16}
+    old = read("phi3", rope_theta=5000.0, rope_scaling=longrope | {"type": "su"})
+    assert old == read("phi3", rope_parameters=longrope | THETA | {"rope_type": "longrope", "factor": 4.0})
+    assert old["context_length"] == 16
     old = read("gpt_neox", rotary_pct=0.5, rotary_emb_base=777)
     assert old == read("gpt_neox", rope_parameters={"rope_theta": 777, "partial_rotary_factor": 0.5})
     old = read(

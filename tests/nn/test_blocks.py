@@ -107,8 +107,10 @@ def test_attention_checks_its_sizes():
 
 
 def test_settings_that_are_refused():
-    with pytest.raises(ValueError, match="rope_type must be one of linear, dynamic, llama3, yarn, but got 'longrope'"):
-        nn.rope_frequencies(10000.0, 8, {"rope_type": "longrope"})
+    with pytest.raises(
+        ValueError, match="rope_type must be one of linear, dynamic, llama3, yarn, longrope, but got 'su'"
+    ):
+        nn.rope_frequencies(10000.0, 8, {"rope_type": "su"})
     with pytest.raises(ValueError, match="factor must be a number above 0, but got None"):
         nn.rope_frequencies(10000.0, 8, {"rope_type": "linear"})
     with pytest.raises(ValueError, match="original_max_position_embeddings must be a number above 0, but got -1"):
