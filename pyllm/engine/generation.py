@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ DEFAULT_MAX_TOKENS = 256
 def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, *,
                  max_tokens: int | None = None,
                  stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:  # fmt: skip
-    """Continues a batch of sequences of ids, each as if it were alone.
+    """Continues a batch of sequences of ids, or answers them, each as if it were alone.
 
     Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id or at max_tokens.
 
@@ -24,12 +24,12 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("each prompt must have at least one id")
     longest = max(len(p) for p in prompts)
-    room = DEFAULT_MAX_TOKENS if model.context_length is None else model.context_length - longest
+    room = model.room(longest)
     if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1))
+        max_tokens = DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
-    if model.context_length is not None and max_tokens > room:
+    if room is not None and max_tokens > room:
         raise ValueError(f"a prompt of {longest} tokens and {max_tokens} more do not fit the model's context of "
                          f"{model.context_length}")  # fmt: skip
     return _steps(model, prompts, params or SamplingParams(), max_tokens, frozenset(stop_ids))
@@ -42,15 +42,16 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
     try:
         # 1. All prompts at once, padded on the right.
         lengths = torch.tensor([len(p) for p in prompts])
-        state = model.new_state(len(prompts), int(lengths.max()) + max_tokens)
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.as_tensor(p, dtype=torch.int64) for p in prompts], batch_first=True
         )
+        state, ids, lengths = model.begin(ids, lengths, max_tokens)
         hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts)), lengths - 1]
-        sample, live = Sampler(params, [list(p) for p in prompts]), [True] * len(prompts)
+        sample = Sampler(params, [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)])
+        live = [True] * len(prompts)
         for step in range(max_tokens):
             # 2. Draw; a sequence that has ended goes on in its row, unheard.
-            drawn = sample(model.head(hidden))
+            drawn = sample(model.constrain(model.head(hidden), step, max_tokens))
             yield [i if l else None for i, l in zip(drawn, live, strict=True)]
             live = [l and i not in stop_ids for i, l in zip(drawn, live, strict=True)]
             if not any(live) or step + 1 == max_tokens:
@@ -66,7 +67,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
              repetition_penalty: float = 1.0, frequency_penalty: float = 0.0, presence_penalty: float = 0.0,
              seed: int | None = None, stop: str | Sequence[str] = (),
              stream: bool = False) -> str | list[str] | Iterator[str]:  # fmt: skip
-    """Continues a text, or each of several; the continuations alone are returned.
+    """Continues a text, or each of several, or answers it with an encoder-decoder; what is new alone is returned.
 
     Args:
         max_tokens: how many at most; by default 256, or what fits the model's context.
@@ -86,11 +87,13 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     if stream and not one:
         raise ValueError("stream=True takes one prompt")
     end = list(tokenizer.eos_ids)
-    prompts = [tokenizer.encode(p) or end[:1] for p in ([prompt] if isinstance(prompt, str) else prompt)]
+    encode = (lambda text: tokenizer.encode_framed(text)[0]) if model.answers else tokenizer.encode
+    prompts = [encode(p) or end[:1] for p in ([prompt] if isinstance(prompt, str) else prompt)]
+    streams = [TextStream(tokenizer, stops, () if model.answers else p, model.silent_ids) for p in prompts]
     steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
     if stream:
-        return _stream(steps, TextStream(tokenizer, stops, prompts[0]))
-    streams, texts = [TextStream(tokenizer, stops, p) for p in prompts], [""] * len(prompts)
+        return _stream(steps, streams[0])
+    texts = [""] * len(prompts)
     for ids in steps:
         for n, i in enumerate(ids):
             if i is not None and not streams[n].ended:
@@ -114,14 +117,15 @@ def _stream(steps: Iterator[list[int | None]], text: TextStream) -> Iterator[str
 class TextStream:
     """Turns the ids that follow a prompt's into text, holding back what could still become part of a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = (),
+                 silent_ids: Collection[int] = ()):  # fmt: skip
         self.decoder, self.eos_ids, self.stops = tokenizer.stream(prompt), tokenizer.eos_ids, stops
-        self.held, self.ended = "", False
+        self.silent_ids, self.held, self.ended = silent_ids, "", False
 
     def push(self, i: int) -> str:
         if i in self.eos_ids:
             return self.finish()
-        return self._pass(self.decoder.push(i))
+        return "" if i in self.silent_ids else self._pass(self.decoder.push(i))
 
     def finish(self) -> str:
         """What is left when no more ids come."""

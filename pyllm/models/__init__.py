@@ -1,9 +1,10 @@
 """A page per kind of model, built from `pyllm.nn`."""
 
 from pyllm.models.decoder import Decoder
+from pyllm.models.encoder_decoder import EncoderDecoder, Memory, Pair
 from pyllm.models.model import Model
 from pyllm.models.recurrent import LanguageModel
 
-MODELS: dict[str, type[Model]] = {m.model_type: m for m in (LanguageModel, Decoder)}
+MODELS: dict[str, type[Model]] = {m.model_type: m for m in (LanguageModel, Decoder, EncoderDecoder)}
 
-__all__ = ["MODELS", "Decoder", "LanguageModel", "Model"]
+__all__ = ["MODELS", "Decoder", "EncoderDecoder", "LanguageModel", "Memory", "Model", "Pair"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllm import nn
-from pyllm.models.model import Model
+from pyllm.models.model import Model, initialise
 from pyllm.nn import AttentionState, KeyValueCache
 from pyllm.nn.norm import NORMS
 
@@ -101,9 +101,8 @@ class Decoder(Model):
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, but got {norm!r}")
         if parallel_residual and post_norms:
             raise ValueError("parallel_residual and post_norms must not both be set")
-        if intermediate_size is None:  # the usual 4x, or as many parameters with a gate
-            wide = 4 * hidden_size
-            intermediate_size = (wide * 2 // 3 + 31) // 32 * 32 if activation in nn.feed_forward.GATED else wide
+        if intermediate_size is None:
+            intermediate_size = nn.feed_forward.usual_size(hidden_size, activation)
         self.config = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": num_layers,
                        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
                        "intermediate_size": intermediate_size, "context_length": context_length,
@@ -127,19 +126,9 @@ class Decoder(Model):
         self.norm = NORMS[norm](hidden_size, norm_eps)
         self.head = nn.Head(hidden_size, vocab_size, softcap=logit_softcap)
         self.dropout = torch.nn.Dropout(dropout)
-        self._initialise()
+        initialise(self, 2 * num_layers)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-                torch.nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, torch.nn.Linear) and module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-        for name, weight in self.named_parameters():  # what adds to the stream starts smaller, by the additions (GPT-2)
-            if name.endswith(("attention.out.weight", "down.weight")):
-                torch.nn.init.normal_(weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
 
     def hidden(self, ids: Tensor, state: AttentionState | None = None, lengths: Tensor | None = None) -> Tensor:
         time = ids.shape[1]

@@ -19,6 +19,8 @@ class Model(torch.nn.Module):
     config: dict[str, Any]
     context_length: int | None = None  # None: no limit
     family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
+    answers: ClassVar[bool] = False  # prompts are sources that get an answer, not texts that are gone on with
+    silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
     head: torch.nn.Linear
 
     def hidden(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:
@@ -44,10 +46,8 @@ class Model(torch.nn.Module):
             return self.head(self.hidden(ids, state, lengths))
         if lengths is not None:
             raise ValueError("lengths and attention_mask must not both be given")
-        to_right, lengths = _padding_to_the_right(ids, attention_mask)
-        h = self.hidden(ids.gather(1, to_right), state, lengths)
-        back = to_right.argsort(1)[..., None].expand(-1, -1, h.shape[-1])
-        return self.head(h.gather(1, back))
+        to_right, lengths = padding_to_the_right(ids, attention_mask)
+        return self.head(put_back(self.hidden(ids.gather(1, to_right), state, lengths), to_right))
 
     def loss(self, ids: Tensor, targets: Tensor, state=None, *, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy a token, in nats. Targets of -100 do not count. Unless they are
@@ -58,6 +58,19 @@ class Model(torch.nn.Module):
         return ops.linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.head.bias,
                                         label_smoothing=label_smoothing)  # fmt: skip
 
+    def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[Any, Tensor, Tensor]:
+        """How generating begins, from prompts (B, T), of `lengths` (B,): a state with room for `max_tokens` more, and
+        what it reads first, with its lengths."""
+        return self.new_state(len(ids), ids.shape[1] + max_tokens), ids, lengths
+
+    def room(self, length: int) -> int | None:
+        """How many tokens can be generated from a prompt of `length`; None: no limit."""
+        return None if self.context_length is None else self.context_length - length
+
+    def constrain(self, logits: Tensor, step: int, max_tokens: int) -> Tensor:
+        """The logits (B, vocabulary) that the step-th of at most `max_tokens` tokens is drawn from."""
+        return logits
+
     @property
     def vocab_size(self) -> int:
         return self.head.out_features
@@ -66,7 +79,21 @@ class Model(torch.nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def _padding_to_the_right(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def initialise(module: torch.nn.Module, additions: int | None = None) -> None:
+    """Draws the weights of all linear layers and embeddings anew, as GPT and BERT do; biases are zeros. With
+    `additions`, what is added to the stream, so many times, starts smaller, as in GPT-2."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, torch.nn.Linear) and part.bias is not None:
+            torch.nn.init.zeros_(part.bias)
+    if additions is not None:
+        for name, weight in module.named_parameters():
+            if name.endswith(("attention.out.weight", "down.weight")):
+                torch.nn.init.normal_(weight, std=0.02 * additions**-0.5)
+
+
+def padding_to_the_right(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """(which of its ids each sequence starts with, and goes on with, how many of them are real)."""
     if attention_mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, but got {tuple(attention_mask.shape)}")
@@ -75,3 +102,8 @@ def _padding_to_the_right(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, 
     if not torch.equal(real, (places >= first[:, None]) & (places < (first + lengths)[:, None])):
         raise ValueError("attention_mask must have each sequence's ones next to each other")
     return (places + first[:, None]) % ids.shape[1], lengths
+
+
+def put_back(h: Tensor, to_right: Tensor) -> Tensor:
+    """Vectors (B, T, hidden) where their ids were before `padding_to_the_right`."""
+    return h.gather(1, to_right.argsort(1)[..., None].expand(h.shape))

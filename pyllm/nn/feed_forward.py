@@ -17,6 +17,12 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
+def usual_size(hidden_size: int, activation: str) -> int:
+    """The intermediate size that is usual: four times the hidden size, or with a gate what has as many parameters."""
+    wide = 4 * hidden_size
+    return (wide * 2 // 3 + 31) // 32 * 32 if activation in GATED else wide
+
+
 class FeedForward(torch.nn.Module):
     """down(activation(up(x))), or, for the gated "swiglu" and "geglu", down(activation(gate(x)) * up(x)).
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import overload
 
@@ -45,4 +46,6 @@ class RMSNorm(torch.nn.RMSNorm):
         return ops.rms_norm(x, weight, residual=residual, eps=self.eps)
 
 
-NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "one_plus_rms_norm": partial(RMSNorm, offset=1.0)}
+NORMS: dict[str, Callable[..., LayerNorm | RMSNorm]] = {
+    "layer_norm": LayerNorm, "rms_norm": RMSNorm, "one_plus_rms_norm": partial(RMSNorm, offset=1.0),
+}  # fmt: skip
