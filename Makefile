@@ -26,7 +26,7 @@ install: .venv/ready
 # Every operation against torch and the machine's ceilings: a table, build/bench.csv and build/bench.png.
 bench: install
 	mkdir -p build
-	$(BIN)/python -m pyllm.benchmarks --csv build/bench.csv --picture build/bench.png
+	$(BIN)/pyllm bench --csv build/bench.csv --picture build/bench.png
 
 # The sdist, and the wheel from it as users' pip builds it: isolated, and without CUDA.
 wheel: .venv/ready

@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import ops, reference
-from pyllm.benchmarks.timing import Case, modes
+from pyllm.benchmarks.timing import DTYPES, Case, modes
 
 OPS = ("gelu", "silu", "geglu", "swiglu")
-SIZES = [(1, 896), (1, 4864), (32, 4864), (512, 4864), (4096, 4864)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {
+    "tiny": [(3, 7)],
+    "small": [(2048, 1024)],
+    "usual": [(512, 4864)],
+    "full": [(1, 896), (1, 4864), (32, 4864), (512, 4864), (4096, 4864)],
+}
 TORCH: dict[str, Callable] = {
     "gelu": F.gelu,
     "silu": F.silu,
@@ -21,12 +25,17 @@ TORCH: dict[str, Callable] = {
 }
 
 
-def cases() -> Iterator[Case]:
-    for dtype_name, dtype in DTYPES.items():
-        for rows, width in SIZES:
-            for op in OPS:
-                inputs = [torch.randn(rows, width).to(dtype) for _ in range(2 if "glu" in op else 1)]
-                providers = {"pyllm": getattr(ops, op), "torch": TORCH[op], "reference": getattr(reference, op)}
-                yield from modes(op, f"{rows} x {width} {dtype_name}", providers, inputs,
-                                 bytes=(len(inputs) + 1) * inputs[0].nbytes,
-                                 backward=(2 * len(inputs) + 1) / (len(inputs) + 1))  # fmt: skip
+def cases(sizes: str) -> Iterator[Case]:
+    for op in OPS:
+        for dtype in DTYPES:
+            for rows, width in SIZES[sizes]:
+                yield from _activation(op, rows, width, dtype)
+
+
+def _activation(op: str, rows: int, width: int, dtype: str) -> Iterator[Case]:
+    count = 2 if "glu" in op else 1
+    yield from modes(op, f"{rows} x {width} {dtype}",
+                     {"pyllm": getattr(ops, op), "torch": TORCH[op], "reference": getattr(reference, op)},
+                     lambda: [torch.randn(rows, width).to(DTYPES[dtype]) for _ in range(count)],
+                     bytes=(count + 1) * rows * width * DTYPES[dtype].itemsize,
+                     backward=(2 * count + 1) / (count + 1))  # fmt: skip

@@ -11,36 +11,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllm import ops
-from pyllm.benchmarks.timing import Case, modes
+from pyllm import ops, reference
+from pyllm.benchmarks.timing import DTYPES, Case, modes
 
 OPS = ("attention",)
-# (batch, positions, heads, head size)
-SIZES = [(16, 128, 4, 32), (16, 128, 4, 64), (1, 128, 32, 64), (1, 512, 32, 64), (1, 2048, 32, 64), (1, 4096, 32, 64),
-         (1, 128, 32, 128), (1, 1024, 32, 128), (1, 4096, 32, 128)]  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {  # (batch, positions, heads, head size)
+    "tiny": [(2, 5, 2, 8)],
+    "small": [(16, 128, 4, 64)],
+    "usual": [(16, 128, 4, 64), (1, 512, 32, 64), (1, 2048, 32, 64)],
+    "full": [(16, 128, 4, 32), (16, 128, 4, 64),
+             *((1, length, 32, dim) for dim in (64, 128) for length in (128, 256, 512, 1024, 2048, 4096))],
+}  # fmt: skip
+QUERIES = {  # one query over (keys, heads, key/value heads, head size)
+    "tiny": [(5, 4, 2, 8)],
+    "small": [],
+    "usual": [(4096, 32, 8, 64)],
+    "full": [(4096, 32, 8, 64), (4096, 32, 8, 128)],
+}
+
+
+def cases(sizes: str) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for size in SIZES[sizes]:
+            yield from _causal(*size, dtype)
+        for size in QUERIES[sizes]:
+            yield from _one_query(*size, dtype)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
 
 
-def cases() -> Iterator[Case]:
-    for dtype_name, dtype in DTYPES.items():
-        for batch, length, heads, dim in SIZES:
-            q, k, v = (torch.randn(batch, length, heads, dim).to(dtype) for _ in range(3))
-            functions: dict[str, Callable] = {
-                "pyllm": lambda q, k, v: ops.attention(q, k, v, causal=True),
-                "torch": lambda q, k, v: _torch(q, k, v, is_causal=True),
-            }
-            yield from modes("attention", f"{batch} x {length}, {heads} heads of {dim}, causal {dtype_name}", functions,
-                             (q, k, v), flops=2 * batch * heads * length**2 * dim, bytes=4 * q.nbytes, backward=2.5,
-                             measure=("forward", "forward+backward"))  # fmt: skip
-        for dim in (64, 128):
-            q, (k, v) = torch.randn(1, 1, 32, dim).to(dtype), (torch.randn(1, 4096, 8, dim).to(dtype) for _ in range(2))
-            functions = {
-                "pyllm": lambda q, k, v: ops.attention(q, k, v, causal=True),
-                "torch": lambda q, k, v: _torch(q, k, v, enable_gqa=True),
-            }
-            yield from modes("attention", f"one query, 4096 keys, 32 heads of {dim} on 8 {dtype_name}", functions,
-                             (q, k, v), flops=4 * 4096 * 32 * dim, bytes=2 * k.nbytes)  # fmt: skip
+def _causal(batch: int, length: int, heads: int, dim: int, dtype: str) -> Iterator[Case]:
+    shape = (batch, length, heads, dim)
+    functions: dict[str, Callable] = {
+        "pyllm": lambda q, k, v: ops.attention(q, k, v, causal=True),
+        "torch": lambda q, k, v: _torch(q, k, v, is_causal=True),
+        "reference": lambda q, k, v: reference.attention(q, k, v, causal=True),
+    }
+    yield from modes("attention", f"{batch} x {length}, {heads} heads of {dim}, causal {dtype}", functions,
+                     lambda: [torch.randn(shape).to(DTYPES[dtype]) for _ in range(3)],
+                     flops=2 * batch * heads * length**2 * dim,
+                     bytes=4 * batch * length * heads * dim * DTYPES[dtype].itemsize, backward=2.5)  # fmt: skip
+
+
+def _one_query(keys: int, heads: int, kv_heads: int, dim: int, dtype: str) -> Iterator[Case]:
+    shapes = (1, 1, heads, dim), (1, keys, kv_heads, dim), (1, keys, kv_heads, dim)
+    functions: dict[str, Callable] = {
+        "pyllm": lambda q, k, v: ops.attention(q, k, v, causal=True),
+        "torch": lambda q, k, v: _torch(q, k, v, enable_gqa=True),
+    }
+    yield from modes("attention", f"one query, {keys} keys, {heads} heads of {dim} on {kv_heads} {dtype}", functions,
+                     lambda: [torch.randn(shape).to(DTYPES[dtype]) for shape in shapes],
+                     flops=4 * keys * heads * dim,
+                     bytes=2 * keys * kv_heads * dim * DTYPES[dtype].itemsize)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Embedding of 2,048 ids. Forward reads and writes a row an id; backward reads dy and writes all of the gradient."""
+"""Embedding. Forward reads and writes a row an id; backward reads dy and writes all of the gradient."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import ops, reference
-from pyllm.benchmarks.timing import Case, modes
+from pyllm.benchmarks.timing import DTYPES, Case, modes
 
 OPS = ("embedding",)
-IDS = 2048
-SIZES = [(512, 64), (512, 896), (32000, 64), (32000, 256), (151936, 64), (151936, 896)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {  # (ids, vocabulary, width)
+    "tiny": [(5, 11, 8)],
+    "small": [(2048, 1024, 256)],
+    "usual": [(2048, 512, 64), (2048, 151936, 896)],
+    "full": [(2048, *size) for size in ((512, 64), (512, 896), (32000, 64), (32000, 256), (151936, 64), (151936, 896))],
+}
 
 
-def cases() -> Iterator[Case]:
-    for dtype_name, dtype in DTYPES.items():
-        for vocabulary, width in SIZES:
-            tensors = torch.randint(vocabulary, (IDS,)), torch.randn(vocabulary, width).to(dtype)
-            providers = {"pyllm": ops.embedding, "torch": F.embedding, "reference": reference.embedding}
-            yield from modes("embedding", f"{vocabulary} x {width} {dtype_name}", providers, tensors,
-                             bytes=2 * IDS * width * dtype.itemsize, backward=(IDS + vocabulary) / (2 * IDS),
-                             measure=("forward", "forward+backward"))  # fmt: skip
+def cases(sizes: str) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for size in SIZES[sizes]:
+            yield from _embedding(*size, dtype)
+
+
+def _embedding(ids: int, vocabulary: int, width: int, dtype: str) -> Iterator[Case]:
+    yield from modes("embedding", f"{ids} of {vocabulary} x {width} {dtype}",
+                     {"pyllm": ops.embedding, "torch": F.embedding, "reference": reference.embedding},
+                     lambda: [torch.randint(vocabulary, (ids,)), torch.randn(vocabulary, width).to(DTYPES[dtype])],
+                     bytes=2 * ids * width * DTYPES[dtype].itemsize,
+                     backward=(ids + vocabulary) / (2 * ids))  # fmt: skip

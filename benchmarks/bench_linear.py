@@ -1,25 +1,66 @@
-"""Linear: 2 m n k operations forward, twice that backward; the weight, x and the result each cross the memory once."""
+"""Linear: 2 m n k operations forward, twice that backward; the weight, x and the result each cross the memory once.
+
+A packed weight is what inference multiplies by; packing reads it once and writes it once, as torch's copy does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from pyllm import ops
-from pyllm.benchmarks.timing import Case, modes
+from pyllm import ops, reference
+from pyllm.benchmarks.timing import DTYPES, Case, Providers, modes
 
-OPS = ("linear",)
-SIZES = [(1, 896, 4864), (1, 896, 151936), (32, 896, 4864), (512, 896, 4864), (2048, 256, 256), (2048, 256, 10000)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPS = ("linear", "pack_linear")
+SIZES = {  # (rows, in, out)
+    "tiny": [(3, 5, 7)],
+    "small": [(2048, 256, 768)],
+    "usual": [(512, 896, 4864), (32, 896, 4864), (1, 896, 4864), (1, 896, 151936), (2048, 256, 10000)],
+    "full": [(512, 896, 4864), (32, 896, 4864), (1, 896, 4864), (1, 896, 151936), (2048, 256, 256),
+             (2048, 256, 10000)],
+}  # fmt: skip
+PACKED = {
+    "tiny": [(3, 5, 7)],
+    "small": [],
+    "usual": [(32, 896, 4864), (1, 896, 4864)],
+    "full": [(512, 896, 4864), (32, 896, 4864), (1, 896, 4864), (1, 896, 151936)],
+}
 
 
-def cases() -> Iterator[Case]:
-    for dtype_name, dtype in DTYPES.items():
-        for m, k, n in SIZES:
-            x, weight = (torch.randn(shape).to(dtype) for shape in ((m, k), (n, k)))
-            moved = (m * k + n * k + m * n) * x.element_size()
-            yield from modes("linear", f"{m} x {k} -> {n} {dtype_name}", {"pyllm": ops.linear, "torch": F.linear},
-                             (x, weight), flops=2 * m * n * k, bytes=moved,
-                             backward=2 if m > 32 else None)  # fmt: skip
+def cases(sizes: str) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for m, k, n in SIZES[sizes]:
+            yield from _linear(m, k, n, dtype)
+        for m, k, n in PACKED[sizes]:
+            yield _packed(m, k, n, dtype)
+        for k, n in dict.fromkeys((k, n) for _, k, n in PACKED[sizes]):
+            yield from modes("pack_linear", f"{k} -> {n} {dtype}", {"pyllm": _panels, "torch": torch.clone},
+                             lambda k=k, n=n, dtype=dtype: [torch.randn(n, k).to(DTYPES[dtype])],
+                             bytes=2 * k * n * DTYPES[dtype].itemsize)  # fmt: skip
+
+
+def _linear(m: int, k: int, n: int, dtype: str) -> Iterator[Case]:
+    functions: dict[str, Callable] = {"pyllm": ops.linear, "torch": F.linear, "reference": reference.linear}
+    yield from modes("linear", f"{m} x {k} -> {n} {dtype}", functions,
+                     lambda: [torch.randn(shape).to(DTYPES[dtype]) for shape in ((m, k), (n, k))],
+                     flops=2 * m * n * k, bytes=_moved(m, k, n, dtype), backward=2 if m > 32 else None)  # fmt: skip
+
+
+def _packed(m: int, k: int, n: int, dtype: str) -> Case:
+    def setup() -> Providers:
+        x, weight = (torch.randn(shape).to(DTYPES[dtype]) for shape in ((m, k), (n, k)))
+        packed = ops.pack_linear(weight)
+        return {"pyllm": lambda: ops.linear(x, packed), "torch": lambda: F.linear(x, weight)}
+
+    return Case("linear", f"{m} x {k} -> {n}, packed {dtype}", setup, flops=2 * m * n * k,
+                bytes=_moved(m, k, n, dtype))  # fmt: skip
+
+
+def _moved(m: int, k: int, n: int, dtype: str) -> int:
+    return (m * k + n * k + m * n) * DTYPES[dtype].itemsize
+
+
+def _panels(weight: torch.Tensor) -> torch.Tensor:
+    return ops.pack_linear(weight).panels

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from pyllm import ops
+from pyllm import ops, reference
 from pyllm.benchmarks.timing import Case, modes
 
 OPS = ("gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell")
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-SEQUENCES = {"rnn": torch.rnn_tanh, "gru": torch.gru, "lstm": torch.lstm}
-CELLS = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}
-LAYERS, TIME = 2, 128
+TORCH: dict[str, Callable] = {"rnn": torch.rnn_tanh, "gru": torch.gru, "lstm": torch.lstm}
+TORCH_CELLS: dict[str, Callable] = {"rnn": torch.rnn_tanh_cell, "gru": torch.gru_cell, "lstm": torch.lstm_cell}
+SIZES = {  # (layers, batch, time, hidden)
+    "tiny": [(2, 3, 5, 8)],
+    "small": [(1, 16, 128, 256)],
+    "usual": [(2, 1, 128, 256), (2, 32, 128, 256)],
+    "full": [(2, batch, 128, hidden) for hidden in (128, 256, 512, 1024) for batch in (1, 32)],
+}
+CELL_SIZES = {  # (batch, hidden)
+    "tiny": [(3, 8)],
+    "small": [],
+    "usual": [(1, 256)],
+    "full": [(batch, hidden) for hidden in (128, 256, 512, 1024) for batch in (1, 32)],
+}
 
 
-def cases() -> Iterator[Case]:
+def cases(sizes: str) -> Iterator[Case]:
     for name in GATES:
-        for hidden in (128, 256, 1024):
-            for batch in (1, 32):
-                yield from _sequence(name, hidden, batch)
-        yield from _cell(name, 256)
+        for size in SIZES[sizes]:
+            yield from _layers(name, *size)
+        for batch, hidden in CELL_SIZES[sizes]:
+            yield from _cell(name, batch, hidden)
 
 
 def _parameters(name: str, hidden: int, layers: int) -> list[torch.Tensor]:
@@ -30,28 +41,28 @@ def _parameters(name: str, hidden: int, layers: int) -> list[torch.Tensor]:
     return [torch.randn(shape) / hidden**0.5 for shape in shapes]
 
 
-def _sequence(name: str, hidden: int, batch: int) -> Iterator[Case]:
-    def ours(x, *params):
-        return getattr(ops, name)(x, params, num_layers=LAYERS)[0]
-
+def _layers(name: str, layers: int, batch: int, time: int, hidden: int) -> Iterator[Case]:
     def theirs(x, *params):
-        h = torch.zeros(LAYERS, batch, hidden)
+        h = torch.zeros(layers, batch, hidden)
         state = (h, h) if name == "lstm" else h
-        return SEQUENCES[name](x, state, params, True, LAYERS, 0.0, torch.is_grad_enabled(), False, True)[0]
+        return TORCH[name](x, state, params, True, layers, 0.0, torch.is_grad_enabled(), False, True)[0]
 
-    x = torch.randn(batch, TIME, hidden)
-    flops = 2 * LAYERS * TIME * batch * GATES[name] * hidden * 2 * hidden
-    yield from modes(name, f"{LAYERS} layers, {batch} x {TIME} x {hidden} fp32", {"pyllm": ours, "torch": theirs},
-                     (x, *_parameters(name, hidden, LAYERS)), flops=flops, backward=2,
-                     measure=("forward", "forward+backward"))  # fmt: skip
+    functions = {
+        "pyllm": lambda x, *params: getattr(ops, name)(x, params, num_layers=layers)[0],
+        "torch": theirs,
+        "reference": lambda x, *params: getattr(reference, name)(x, params, num_layers=layers)[0],
+    }
+    yield from modes(name, f"{layers} layer{'s' * (layers > 1)}, {batch} x {time} x {hidden} fp32", functions,
+                     lambda: [torch.randn(batch, time, hidden), *_parameters(name, hidden, layers)],
+                     flops=2 * layers * time * batch * GATES[name] * hidden * 2 * hidden, backward=2)  # fmt: skip
 
 
-def _cell(name: str, hidden: int) -> Iterator[Case]:
+def _cell(name: str, batch: int, hidden: int) -> Iterator[Case]:
     def call(f):
         return lambda x, h, *params: f(x, (h, h) if name == "lstm" else h, *params)
 
-    x, h = torch.randn(1, hidden), torch.randn(1, hidden)
-    params = _parameters(name, hidden, 1)
-    functions = {"pyllm": call(getattr(ops, name + "_cell")), "torch": call(CELLS[name])}
-    yield from modes(name + "_cell", f"1 x {hidden} fp32", functions, (x, h, *params),
-                     bytes=sum(p.nbytes for p in params))  # fmt: skip
+    weights = 2 * GATES[name] * hidden * (hidden + 1)
+    yield from modes(name + "_cell", f"{batch} x {hidden} fp32",
+                     {"pyllm": call(getattr(ops, name + "_cell")), "torch": call(TORCH_CELLS[name])},
+                     lambda: [*torch.randn(2, batch, hidden), *_parameters(name, hidden, 1)],
+                     flops=2 * batch * weights, bytes=4 * weights)  # fmt: skip

@@ -8,7 +8,6 @@ threads, and `fraction` is that floor over the median time (above 1: the data ca
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
 import gc
@@ -16,8 +15,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,21 @@ from torch import Tensor
 import pyllm
 from pyllm import _C
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Providers = Mapping[str, Callable[[], Any]]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Case:
-    op: str  # a name of pyllm.ops
+    """Something to measure. Its tensors are made by `setup`, when it comes to that."""
+
+    op: str  # one of the bench file's OPS
     name: str  # sizes and dtype: "512 x 896 fp32"
-    providers: dict[str, Callable[[], object]]  # "pyllm", "torch", "reference" or a peer's name -> one call, set up
-    mode: str = "forward"  # or "backward", "forward+backward"
+    setup: Callable[[], Providers]  # gives "pyllm", "torch", "reference" or a peer's name -> one call
+    mode: str = "forward"  # or "forward+backward"
     flops: float = 0
     bytes: float = 0
+    against: str = "torch"  # the provider whose time is compared with the others'
 
 
 @dataclass
@@ -55,57 +61,62 @@ class Row:
     p80_us: float
     gflops: float
     gbytes: float  # per second
-    ratio: float  # torch's median over this one: above 1 is faster than torch; nan where torch has no such operation
+    ratio: float  # the compared provider's median over this one: above 1 is faster; nan where there is no such provider
     fraction: float  # of the ceiling
     peak_gflops: float
     read_gbytes: float
 
 
-def modes(op: str, name: str, functions: Mapping[str, Callable], tensors: Sequence[Tensor], *, flops: float = 0,
-          bytes: float = 0, backward: float | None = None,
-          measure: Sequence[str] = ("forward", "backward")) -> Iterator[Case]:  # fmt: skip
-    """The cases of functions that take `tensors` and return one tensor or a tuple of them.
+def modes(op: str, name: str, functions: Mapping[str, Callable], tensors: Callable[[], Sequence[Tensor]], *,
+          flops: float = 0, bytes: float = 0, backward: float | None = None) -> Iterator[Case]:  # fmt: skip
+    """The cases of functions that take what `tensors` makes and return one tensor or a tuple of them.
 
     `flops` and `bytes` are the forward pass's; a backward pass is `backward` times as much work (None: no such cases).
-    Gradients are asked for every floating-point tensor of `tensors`.
+    Gradients are asked for every floating-point tensor.
     """
-    tensors = [t.detach() for t in tensors]
-    work = {"forward": 1.0} | ({} if backward is None else {"backward": backward, "forward+backward": 1 + backward})
-    for mode in measure:
-        if mode in work:
-            providers = {key: _call(f, tensors, mode) for key, f in functions.items()}
-            yield Case(op, name, providers, mode, flops * work[mode], bytes * work[mode])
+    work = {"forward": 1.0} | ({} if backward is None else {"forward+backward": 1 + backward})
+    for mode, times in work.items():
+        setup = functools.partial(_calls, functions, tensors, mode)
+        yield Case(op, name, setup, mode, flops * times, bytes * times)
 
 
-def _call(f: Callable, tensors: list[Tensor], mode: str) -> Callable[[], object]:
+def _calls(functions: Mapping[str, Callable], tensors: Callable[[], Sequence[Tensor]], mode: str) -> Providers:
+    made = [t.detach() for t in tensors()]
+    return {name: _call(f, made, mode) for name, f in functions.items()}
+
+
+def _call(f: Callable, tensors: Sequence[Tensor], mode: str) -> Callable[[], Any]:
     if mode == "forward":
         return functools.partial(f, *tensors)
     inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     leaves = [t for t in inputs if t.requires_grad]
 
-    def forward() -> list[Tensor]:
+    gradients: list[Tensor] = []
+
+    def step() -> tuple[Tensor, ...]:
         out = f(*inputs)
-        return [t for t in ((out,) if isinstance(out, Tensor) else out) if t is not None and t.requires_grad]
+        outputs = [t for t in ((out,) if isinstance(out, Tensor) else out) if t is not None and t.requires_grad]
+        if not gradients:  # the same for all providers
+            same = torch.Generator().manual_seed(1)
+            gradients.extend(torch.randn(t.shape, generator=same).to(t.dtype) for t in outputs)
+        return torch.autograd.grad(outputs, leaves, gradients)
 
-    outputs = forward()
-    gradients = [torch.randn_like(t) for t in outputs]
-    if mode == "backward":
-        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-    return lambda: torch.autograd.grad(forward(), leaves, gradients)
-
-
-def measure(case: Case, *, quick: bool = False) -> list[Row]:
-    """Runs the case's providers in turn until its budget is spent; forward cases without recording for autograd."""
-    with torch.set_grad_enabled(case.mode != "forward"):
-        samples = _samples(case, quick)
-    return [_row(case, name, samples) for name in case.providers]
+    return step
 
 
-def _samples(case: Case, quick: bool) -> dict[str, list[float]]:
-    budget, least = (0.2, 3) if quick else (1.5, 7)  # seconds, rounds
-    samples: dict[str, list[float]] = {name: [] for name in case.providers}
+def measure(case: Case, *, seconds: float = 0.4, reference: bool = True) -> list[Row]:
+    """Runs the case's providers, with or without the reference, in turn for about so long."""
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(case.mode != "forward"):
+        torch.manual_seed(0)
+        providers = {name: call for name, call in case.setup().items() if reference or name != "reference"}
+        samples = _samples(providers, case.against, seconds)
+    return [_row(case, name, samples) for name in samples]
+
+
+def _samples(providers: Providers, against: str, budget: float) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in providers}
     calls, order = {}, []
-    for name, call in case.providers.items():
+    for name, call in providers.items():
         seconds = _seconds(call, 1)
         if seconds > 5 * budget:
             samples[name].append(seconds)  # once is enough
@@ -116,14 +127,14 @@ def _samples(case: Case, quick: bool) -> dict[str, list[float]]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while order and (rounds < least or time.perf_counter() < end):
+        while order and (rounds < 5 or time.perf_counter() < end):
             for name in order:
-                samples[name].append(_seconds(case.providers[name], calls[name]))
+                samples[name].append(_seconds(providers[name], calls[name]))
             order.append(order.pop(0))  # no provider always follows the same other
             rounds += 1
             if rounds == 3:  # three rounds are enough of one that is far behind
                 best = min(min(s) for s in samples.values())
-                order = [name for name in order if min(samples[name]) < 5 * best or name in ("pyllm", "torch")]
+                order = [name for name in order if min(samples[name]) < 5 * best or name in ("pyllm", against)]
     finally:
         if collecting:
             gc.enable()
@@ -139,14 +150,14 @@ def _seconds(call: Callable[[], object], times: int) -> float:
 
 def _row(case: Case, provider: str, samples: dict[str, list[float]]) -> Row:
     p20, p50, p80 = (_quantile(samples[provider], q) for q in (0.2, 0.5, 0.8))
-    torch_p50 = _quantile(samples["torch"], 0.5) if "torch" in samples else float("nan")
+    other = _quantile(samples[case.against], 0.5) if case.against in samples else float("nan")
     peak, bandwidth = ceilings(_C.info()["isa"], _C.num_threads())
     floor = max(case.flops / peak, case.bytes / bandwidth) * 1e-9
     return Row(
         date=datetime.datetime.now().isoformat(timespec="seconds"), device=device(), isa=_C.info()["isa"],
         threads=_C.num_threads(), pyllm=pyllm.__version__, torch=torch.__version__, op=case.op, case=case.name,
         mode=case.mode, provider=provider, p20_us=p20 * 1e6, p50_us=p50 * 1e6, p80_us=p80 * 1e6,
-        gflops=case.flops / p50 * 1e-9, gbytes=case.bytes / p50 * 1e-9, ratio=torch_p50 / p50, fraction=floor / p50,
+        gflops=case.flops / p50 * 1e-9, gbytes=case.bytes / p50 * 1e-9, ratio=other / p50, fraction=floor / p50,
         peak_gflops=peak, read_gbytes=bandwidth,
     )  # fmt: skip
 
@@ -176,20 +187,12 @@ def ceilings(isa: str, threads: int) -> tuple[float, float]:
     return best(lambda: _C.multiply_add(2_000_000)), best(read)
 
 
+@functools.cache
 def device() -> str:
-    """The processor's name."""
+    """The processor's name and how many cores this process has of it."""
+    name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Adds the rows to a CSV, with a header where the file is new."""
-    new = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows)
+                name = line.partition(":")[2].strip()
+    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyllm
-from pyllm.benchmarks import measure, small_model
+from pyllm import benchmarks
 from pyllm.data import SequenceLoader, embedded_corpus, split
 from pyllm.training import plot_losses, warmup_cosine
 
@@ -65,8 +65,10 @@ def main() -> None:
 def compare_operations() -> None:
     """Each compiled operation beside torch's and the plain reference, forward and backward, on this machine."""
     table = Table("operation", "size", "pyllm", "torch", "reference", "faster than torch")
-    for case in small_model.cases():
-        rows = {row.provider: row for row in measure(case, quick=True)}
+    for case in benchmarks.cases(sizes="small", only="fp32"):
+        if case.mode == "forward" and case.op != "sample":
+            continue
+        rows = {row.provider: row for row in benchmarks.measure(case, seconds=0.2)}
         times = (f"{rows[p].p50_us / 1e3:,.3f} ms" for p in ("pyllm", "torch", "reference"))
         table.add_row(case.op, case.name, *times, f"{rows['pyllm'].ratio:.2f}x")
     console.print(table)

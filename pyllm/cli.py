@@ -205,16 +205,22 @@ def evaluate(
 @app.command()
 def bench(
     ops: Annotated[list[str] | None, Argument(metavar="[OP]...", help="Which; default: all.")] = None,
-    quick: Annotated[bool, Option("--quick", help="Less time, fewer sizes.")] = False,
-    csv: Annotated[Path | None, Option(help="Append the figures to this file.")] = None,
+    full: Annotated[bool, Option("--full", help="All sizes, and more time for each.")] = False,
+    only: Annotated[str, Option(help="What has this in its name: 'bf16', '151936', 'backward'.")] = "",
+    csv: Annotated[Path | None, Option(help="Put the figures into this file.")] = None,
     picture: Annotated[Path | None, Option(help="Draw the ratios as a PNG.")] = None,
+    table: Annotated[Path | None, Option(help="Measure nothing; print this CSV file's figures in Markdown.")] = None,
+    seconds: Annotated[float | None, Option(help="For each case. Default: 0.4, or 1 with --full.", min=0)] = None,
     threads: Threads = None,
 ):
-    """Time each compiled operation beside torch and the reference."""
-    _set_threads(threads)
+    """Time each compiled operation beside torch."""
     from pyllm import benchmarks
 
-    benchmarks.run(ops or [], quick=quick, csv=csv, picture=picture)
+    if table is not None:
+        sys.stdout.write(benchmarks.markdown(benchmarks.load(table), benchmarks.cases(ops or [], only=only)))
+        return
+    _set_threads(threads)
+    benchmarks.run(ops or [], full=full, only=only, seconds=seconds, csv=csv, picture=picture)
 
 
 @app.command()

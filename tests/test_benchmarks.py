@@ -1,28 +1,66 @@
-"""That the benchmarks run and write what they say. What they measure is nobody's to assert."""
+"""That the benchmarks run, compare like with like and keep what they say. What they measure is nobody's to assert."""
 
-import csv
-import importlib
+import dataclasses
+import math
 
 import pytest
 import torch
 
 from pyllm import benchmarks, ops
-from pyllm.benchmarks import Case, modes, timing
+from pyllm.benchmarks import Case, modes
 
 
-def test_a_case_becomes_rows(tmp_path):
+def exponentials(name="8"):
     x = torch.randn(8)
-    providers = {"pyllm": x.exp, "torch": lambda: torch.exp(x), "reference": x.exp}
-    for _ in range(2):
-        timing.append(tmp_path / "rows.csv", timing.measure(Case("exp", "8", providers, bytes=64), quick=True))
-    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
-    assert [row["provider"] for row in rows] == ["pyllm", "torch", "reference"] * 2
+    return Case("exp", name, lambda: {"pyllm": x.exp, "torch": lambda: torch.exp(x), "reference": x.exp}, bytes=64)
+
+
+def test_a_case_becomes_rows():
+    rows = benchmarks.measure(exponentials(), seconds=0.01)
+    assert [row.provider for row in rows] == ["pyllm", "torch", "reference"]
     for row in rows:
-        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
-        assert float(row["ratio"]) > 0 and float(row["fraction"]) > 0
-    assert {row["ratio"] for row in rows if row["provider"] == "torch"} == {"1"}
-    benchmarks.draw(timing.measure(Case("exp", "8", providers), quick=True), tmp_path / "ratios.png")
+        assert 0 < row.p20_us <= row.p50_us <= row.p80_us
+        assert row.ratio > 0 and row.fraction > 0
+    assert rows[1].ratio == 1
+    assert len(benchmarks.measure(exponentials(), seconds=0.01, reference=False)) == 2
+
+
+def test_rows_are_kept_and_replaced(tmp_path):
+    path = tmp_path / "rows.csv"
+    first, other = (benchmarks.measure(exponentials(name), seconds=0.01) for name in ("8", "9"))
+    benchmarks.save(path, first)
+    benchmarks.save(path, other)
+    again = [dataclasses.replace(row, p50_us=1234.5, ratio=math.nan) for row in first]
+    benchmarks.save(path, again)
+    rows = benchmarks.load(path)
+    assert [(row.case, row.provider) for row in rows] == [(row.case, row.provider) for row in (*first, *other)]
+    assert [row.p50_us for row in rows[:3]] == [1234.5] * 3 and math.isnan(rows[0].ratio)
+    elsewhere = [dataclasses.replace(row, isa="other") for row in first]
+    benchmarks.save(path, elsewhere)
+    assert len(benchmarks.load(path)) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+    benchmarks.draw(first, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").stat().st_size > 0
+
+
+def test_a_file_that_holds_something_else_is_refused_and_kept(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"rows.csv must have the columns date, device, .*, but has a, b"):
+        benchmarks.run(["rope"], csv=path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_the_markdown_has_a_line_a_size():
+    cases = [exponentials("8"), exponentials("9"), exponentials("10")]
+    row = benchmarks.measure(cases[0], seconds=0.01)[0]
+    row = dataclasses.replace(row, p50_us=1500.0, ratio=2.0, fraction=0.5)
+    rows = [row, dataclasses.replace(row, mode="forward+backward", p50_us=12.0), dataclasses.replace(row, case="9")]
+    lines = benchmarks.markdown(rows, cases).splitlines()
+    assert lines[-2:] == ["| `exp` | 8 | 1.5 ms | 2.00x | 50% | 12 us | 2.00x | 50% |",
+                          "| `exp` | 9 | 1.5 ms | 2.00x | 50% |  |  |  |"]  # fmt: skip
+    twice = benchmarks.markdown([*rows, dataclasses.replace(row, isa="other")], cases)
+    assert twice.count("Ceilings") == 2
 
 
 def test_modes_run_what_they_name():
@@ -33,24 +71,65 @@ def test_modes_run_what_they_name():
         seen.append(y.requires_grad)
         return y, None
 
-    for case in modes("f", "3", {"pyllm": f}, (torch.randn(3), torch.arange(3)), flops=3, backward=2,
-                      measure=("forward", "backward", "forward+backward")):  # fmt: skip
+    def tensors():
+        return torch.ones(3), torch.arange(3)
+
+    for case in modes("f", "3", {"pyllm": f}, tensors, flops=3, backward=2):
+        assert not seen  # nothing runs before the case is set up
+        out = case.setup()["pyllm"]()
+        assert seen == [case.mode != "forward"]
+        assert case.flops == {"forward": 3, "forward+backward": 9}[case.mode]
+        assert len(out) == (2 if case.mode == "forward" else 1)  # the gradient of x
         seen.clear()
-        out = case.providers["pyllm"]()
-        assert seen == {"forward": [False], "backward": [], "forward+backward": [True]}[case.mode]
-        assert case.flops == {"forward": 3, "backward": 6, "forward+backward": 9}[case.mode]
-        if case.mode != "forward":
-            assert torch.equal(out[0] != 0, torch.ones(3, dtype=torch.bool))
 
 
-def test_bench_files_measure_ops():
-    known = benchmarks.names()
-    assert known.keys() <= set(ops.__all__), known.keys() - set(ops.__all__)
-    for module in set(known.values()):
-        case = next(importlib.import_module(module).cases())
-        assert {"pyllm", "torch"} <= case.providers.keys() and case.flops + case.bytes > 0
+def test_every_operation_is_measured():
+    functions = {name for name in ops.__all__ if name[0].islower()}
+    assert functions <= benchmarks.names().keys(), functions - benchmarks.names().keys()
+    for sizes in ("usual", "full"):
+        cases = benchmarks.cases(sizes=sizes)
+        assert {case.op for case in cases} == benchmarks.names().keys()
+        assert len({(case.op, case.name, case.mode) for case in cases}) == len(cases)
+        assert all(case.flops + case.bytes > 0 for case in cases)
+    usual, full = ({(case.op, case.name) for case in benchmarks.cases(sizes=sizes)} for sizes in ("usual", "full"))
+    assert usual <= full, usual - full
 
 
-def test_an_unknown_op_is_named():
+@pytest.mark.parametrize("op", sorted(benchmarks.names()))
+def test_providers_compute_the_same(op):
+    """Every case at a tiny size: the results and gradients of ours, torch's and the reference's."""
+    for case in benchmarks.cases([op], "tiny"):
+        torch.manual_seed(0)
+        results = {name: call() for name, call in case.setup().items()}
+        assert {"pyllm", case.against} <= results.keys()
+        tolerance = 0.05 if "bf16" in case.name else 1e-4
+        for result in results.values():
+            if op not in ("sample", "pack_linear", "alternation"):
+                assert_alike(result, results[case.against], tolerance)
+
+
+def assert_alike(a, b, tolerance):
+    a, b = ((t,) if isinstance(t, torch.Tensor) else t for t in (a, b))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
+    cases = [exponentials(), Case("exp", "stop", lambda: {"pyllm": interrupt})]
+    monkeypatch.setattr(benchmarks.report, "cases", lambda *_: cases)
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.run(seconds=0.01, csv=tmp_path / "rows.csv", picture=tmp_path / "ratios.png")
+    assert [row.provider for row in benchmarks.load(tmp_path / "rows.csv")] == ["pyllm", "torch"]
+    assert (tmp_path / "ratios.png").exists()
+    assert "exp 8 forward" in capsys.readouterr().out
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_what_is_unknown_is_named():
     with pytest.raises(ValueError, match=r"op must be one of .*linear.*, but got 'nothing'"):
         benchmarks.run(["nothing"])
+    with pytest.raises(ValueError, match="nothing to measure has 'fp7' in its name"):
+        benchmarks.run(["rope"], only="fp7")
