@@ -21,6 +21,7 @@ class Model(torch.nn.Module):
     family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
     answers: ClassVar[bool] = False  # prompts are sources that get an answer, not texts that are gone on with
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
+    causal: ClassVar[bool] = True  # a place sees only those before it, so that a text may come in pieces
     head: torch.nn.Linear
 
     def hidden(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:

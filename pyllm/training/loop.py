@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from pyllm.checkpoint import (
 from pyllm.models import Model
 from pyllm.nn import RecurrentState
 from pyllm.text import Tokenizer
-from pyllm.training.metrics import History, logits_of, next_state, state_to_carry, test
+from pyllm.training.metrics import History, Inputs, logits_of, next_state, state_to_carry, test
 from pyllm.training.progress import Progress
 
 
@@ -36,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
         self.history = history
 
 
-def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
+def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optimizer: torch.optim.Optimizer,
           criterion: Callable | None = None, epochs: int = 1, *, steps: int | None = None,
           schedule: Callable[[int], float] | None = None, clip_norm: float | None = 1.0,
           carry_state: bool | None = None, validation: Iterable | None = None, validate_every: int | None = None,
@@ -45,7 +45,9 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optim
     """Trains a model on (inputs, targets) batches of token ids, each (B, T).
 
     Args:
-        model: a `pyllm.models.Model`, or any module that maps ids (B, T) to logits (B, T, vocabulary).
+        model: a `pyllm.models.Model`, or any module that maps ids (B, T) to logits (B, T, vocabulary). A model with a
+            loss of its own takes targets as that does, and inputs may be a dict of its arguments, such as
+            {"ids": ids, "lengths": lengths}.
         loader: gives the batches of an epoch each time it is iterated; to be resumed it must be a `SequenceLoader`.
         criterion: called with logits (B * T, vocabulary) and targets (B * T,). Default: the model's own loss, which for
             models of this package is a cross-entropy that never holds all logits.
@@ -118,14 +120,16 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], optim
     return run.history
 
 
-def _loss(model, inputs: Tensor, targets: Tensor, criterion: Callable | None, state) -> Tensor:
+def _loss(model, inputs: Inputs, targets: Tensor, criterion: Callable | None, state) -> Tensor:
     if criterion is None and isinstance(model, Model):
+        if isinstance(inputs, Mapping):
+            return model.loss(**inputs, targets=targets)
         return model.loss(inputs, targets, state)
     logits = logits_of(model, inputs, state)
-    if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+    if logits.dim() < 2 or logits.shape[:-1] != targets.shape:
         raise ValueError("the model must return logits (B, T, vocabulary) for targets (B, T) = "
                          f"{tuple(targets.shape)}, but got {tuple(logits.shape)}")  # fmt: skip
-    return (criterion or torch.nn.functional.cross_entropy)(logits.flatten(0, 1), targets.flatten())
+    return (criterion or torch.nn.functional.cross_entropy)(logits.flatten(0, -2), targets.flatten())
 
 
 class _Run:

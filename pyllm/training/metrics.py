@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from pyllm.models import Model
 from pyllm.nn import RecurrentState
 
 IGNORED = -100  # a target that does not count, as in torch
+Inputs = Tensor | Mapping[str, Any]  # ids, or all arguments of a model by name
 
 
 @dataclass
@@ -55,8 +57,10 @@ class History:
         )
 
 
-def logits_of(model: torch.nn.Module, inputs: Tensor, state: RecurrentState | None) -> Tensor:
+def logits_of(model: torch.nn.Module, inputs: Inputs, state: RecurrentState | None) -> Tensor:
     """A model's logits; one that returns (logits, hidden state), as recurrent models often do, is understood too."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
     out = model(inputs) if state is None else model(inputs, state)
     return out[0] if isinstance(out, tuple) else out
 
@@ -71,7 +75,7 @@ def state_to_carry(
     contiguous = getattr(loader, "contiguous", False)
     if carry and not contiguous:
         raise ValueError("carry_state=True needs batches that continue each other: a SequenceLoader without shuffle")
-    if carry is False or not contiguous or not isinstance(model, Model):
+    if carry is False or not contiguous or not isinstance(model, Model) or not model.causal:
         return None
     make = model.new_state
     if isinstance(make(1, 1), RecurrentState):
@@ -89,9 +93,11 @@ def next_state(make: Callable[[int], RecurrentState], state: RecurrentState | No
 
 
 @torch.no_grad()
-def test(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], criterion: Callable | None = None, *,
+def test(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], criterion: Callable | None = None, *,
          carry_state: bool | None = None) -> Metrics:  # fmt: skip
     """Loss, perplexity and next-token accuracy of a model over a loader of (inputs, targets), each (B, T).
+
+    Inputs may be a dict of a model's arguments, and targets the one label of each sequence, (B,).
 
     Args:
         criterion: called with logits (N, vocabulary) and targets (N,), giving their mean loss; default cross-entropy.
@@ -106,7 +112,7 @@ def test(model: torch.nn.Module, loader: Iterable[tuple[Tensor, Tensor]], criter
     for inputs, targets in loader:
         if make_state:
             state = next_state(make_state, state, len(inputs))
-        logits, flat = logits_of(model, inputs, state).flatten(0, 1), targets.flatten()
+        logits, flat = logits_of(model, inputs, state).flatten(0, -2), targets.flatten()
         kept = flat != IGNORED
         count = int(kept.sum())
         if count:
