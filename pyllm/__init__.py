@@ -5,7 +5,7 @@ import torch
 from pyllm import _C, data, nn, ops
 from pyllm.checkpoint import export, load, save
 from pyllm.engine import SamplingParams, check, generate
-from pyllm.models import Decoder, EncoderDecoder, LanguageModel
+from pyllm.models import Decoder, Encoder, EncoderDecoder, LanguageModel
 from pyllm.runtime import info, num_threads, set_num_threads
 from pyllm.text import Tokenizer
 from pyllm.training import test, train
@@ -13,6 +13,7 @@ from pyllm.training import test, train
 __version__: str = _C.info()["version"]
 __all__ = [
     "Decoder",
+    "Encoder",
     "EncoderDecoder",
     "LanguageModel",
     "SamplingParams",

@@ -111,6 +111,8 @@ def _file(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
 def _filled(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None) -> Model:
     family = _check_family(path, config)
     names = len(reader.entries())
+    if family.complete is not None:
+        config = family.complete(config, reader.entries())
     for key in _LAYERS:
         layers = config.get(key)
         if isinstance(layers, int | float) and not 0 <= layers <= names:

@@ -66,8 +66,8 @@ def _described(model: Model) -> tuple[Family, dict[str, Any]]:
         if type(model) is not family.model:
             continue
         try:
-            config = family.to_config(model)
-            config |= {"model_type": family.model_type, "architectures": list(family.architectures[:1])}
+            config = {"model_type": family.model_type, "architectures": list(family.architectures[:1])}
+            config |= family.to_config(model)
             with torch.device("meta"):
                 made = _settings(family.model(**family.config(config)))
         except (KeyError, TypeError, ValueError) as e:
@@ -85,7 +85,7 @@ def _described(model: Model) -> tuple[Family, dict[str, Any]]:
 
 def _settings(model: Model) -> dict[str, Any]:
     """A model's config, with defaults that follow from other settings filled in, without what only training needs."""
-    settings = {key: value for key, value in model.config.items() if key != "dropout"}
+    settings = {key: value for key, value in model.config.items() if not key.endswith("dropout")}
     if settings.get("num_heads"):
         settings["num_kv_heads"] = settings.get("num_kv_heads") or settings["num_heads"]
         settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_heads"]

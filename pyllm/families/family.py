@@ -4,7 +4,7 @@ we keep elsewhere. Nothing that a checkpoint brings is ever run."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,8 @@ class Family:
     to_config: a model's Hugging Face config.
     ignored: patterns of names in checkpoints that hold nothing that is needed.
     prefix: what checkpoints of the bare model leave off their names.
+    older: (pattern, replacement) of parts of names that older checkpoints have in the place of today's.
+    complete: adds to a checkpoint's config what only the names of its weights tell.
     """
 
     model_type: str
@@ -54,6 +56,8 @@ class Family:
     to_config: Callable[[Any], dict]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    older: tuple[tuple[str, str], ...] = ()
+    complete: Callable[[dict, Collection[str]], dict] | None = None
 
 
 class Entry(Protocol):
@@ -113,6 +117,7 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
         WeightsError: weights that are missing, of another shape, or not the model's. All of them are listed, and
             nothing has been allocated, read or changed.
     """
+    reader = _Renamed(reader, family.older)
     entries = reader.entries()
     bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in entries)
     places = _places(model, family, bare)
@@ -152,7 +157,7 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
 
 def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible."""
-    for place in _places(model, family, False):
+    for place in _places(model, family, model.head is None):
         tensor = place.parameter.detach()
         if place.weight.by_head:
             tensor = _rows(tensor, (3, place.heads)).transpose(0, 1).flatten(0, 2)
@@ -162,6 +167,23 @@ def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
         for name, shape in place.parts.items():
             yield name, tensor if len(place.parts) == 1 else tensor[at : at + shape[0]]
             at += shape[0]
+
+
+class _Renamed:
+    """Weights under the names of today; where there is one of these, one of an older name is not looked at."""
+
+    def __init__(self, reader: WeightReader, older: tuple[tuple[str, str], ...]):
+        self._reader, self._names = reader, {name: name for name in reader.entries()}
+        for pattern, replacement in older:
+            for name in [n for n in self._names if re.search(pattern, n)]:
+                self._names.setdefault(re.sub(pattern, replacement, name), self._names.pop(name))
+
+    def entries(self) -> Mapping[str, Entry]:
+        stored = self._reader.entries()
+        return {name: stored[old] for name, old in self._names.items()}
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        return self._reader.read(self._names[name], out)
 
 
 def _read(reader: WeightReader, place: _Place, out: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pyllm.nn.position import SCALINGS
@@ -10,15 +11,15 @@ from pyllm.nn.position import SCALINGS
 _LARGEST = 2**31 - 1
 
 
-def whole(config: dict, name: str, default: int | None = None, *, optional: bool = False) -> Any:
-    """A whole number above 0; None only where it is optional."""
+def whole(config: dict, name: str, default: int | None = None, *, optional: bool = False, least: int = 1) -> Any:
+    """A whole number from 1, or another least one; None only where it is optional."""
     value = config.get(name)
     if value is None:
         value = default
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
-        raise ValueError(f"config: {name} must be a whole number from 1 to {_LARGEST}, but got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+        raise ValueError(f"config: {name} must be a whole number from {least} to {_LARGEST}, but got {value!r}")
     return value
 
 
@@ -31,6 +32,16 @@ def number(config: dict, name: str, default: float | None = None, *, optional: b
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"config: {name} must be a number above 0, but got {value!r}")
+    return float(value)
+
+
+def fraction(config: dict, name: str, default: float) -> float:
+    """A number from 0 to 1, as a float."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"config: {name} must be a number from 0 to 1, but got {value!r}")
     return float(value)
 
 
@@ -51,6 +62,33 @@ def choice(config: dict, name: str, choices: dict[str, str], default: str) -> st
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"config: {name} must be one of {', '.join(choices)}, but got {value!r}")
     return choices[value]
+
+
+def one_of(config: dict, name: str, choices: Sequence[str]) -> str | None:
+    """One of the names, or None."""
+    value = config.get(name)
+    if value is not None and value not in choices:
+        raise ValueError(f"config: {name} must be one of {', '.join(choices)}, but got {value!r}")
+    return value
+
+
+def label_names(config: dict) -> list[str]:
+    """The names of the labels that a model scores: id2label's, or LABEL_0 and so on, two if nothing is said."""
+    names = config.get("id2label")
+    if names is None:
+        return [f"LABEL_{i}" for i in range(whole(config, "num_labels", 2))]
+    if not isinstance(names, dict) or not names or set(names) != {str(i) for i in range(len(names))}:
+        raise ValueError(f"config: id2label must name the labels from 0 on, but got {names!r}")
+    labels = [names[str(i)] for i in range(len(names))]
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"config: id2label must have names that are strings, but got {names!r}")
+    return labels
+
+
+def to_labels(labels: Sequence[str]) -> dict[str, Any]:
+    """The reverse of `label_names`."""
+    return {"id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)}}  # fmt: skip
 
 
 def fixed(config: dict, name: str, value: Any) -> None:

@@ -41,9 +41,13 @@ def load(folder, dtype=None):
     config = json.loads((folder / "config.json").read_text())
     family = FAMILIES[config["model_type"]]
     check_config(config, family)
+    reader = Reader(load_file(folder / "model.safetensors"))
+    if family.complete is not None:
+        config = family.complete(config, reader.entries())
     with torch.device("meta"):
         model = family.model(**family.config(config))
-    load_weights(model, family, Reader(load_file(folder / "model.safetensors")), dtype=dtype)
+    load_weights(model, family, reader, dtype=dtype)
+    model.family = family.model_type
     return model.eval(), family
 
 
@@ -55,9 +59,10 @@ def save(model, family, folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def loaded_there(kind, folder):
-    """What transformers makes of a folder, in which it finds all weights and no others."""
+def loaded_there(kind, folder, unused=()):
+    """What transformers makes of a folder, in which it finds all weights but those that are unused, and no others."""
     model, info = kind.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    info["missing_keys"] -= set(unused)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
