@@ -11,6 +11,7 @@ import importlib.util
 import math
 import re
 import struct
+from collections.abc import Callable
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyllm.checkpoint.architectures import ARCHITECTURES, SLOWING, TENSORS, Architecture
 from pyllm.checkpoint.files import CheckpointError, short
-from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fill, open_file
+from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fill, halves, open_file
 
 _PIECE = 1 << 20  # values widened at a time
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
-_LARGEST = 1 << 24  # no number of a config is larger
+_MOST_EXPERTS = 1024
 
 
 class _Packing(NamedTuple):
@@ -50,32 +52,11 @@ _PACKINGS = {
     30: _Packing("BF16", 1, 2, torch.bfloat16),
 }
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
-_SLOWING = "rope_freqs.weight"  # what the frequencies of rotary positions are divided by: no weight, but a setting
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-
-_ONCE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 class GGUFReader(FileReader):
-    """A GGUF file's metadata and, as a Hugging Face checkpoint's, its weights.
+    """A GGUF file's metadata, and its weights by GGUF's names; those of a mixture's experts one by one.
 
     Attributes:
         metadata: strings, numbers, booleans, lists of strings, and NumPy arrays of numbers and booleans.
@@ -85,25 +66,40 @@ class GGUFReader(FileReader):
                  packings: dict[str, int]):  # fmt: skip
         super().__init__(extents, [file])
         self._path, self.metadata, self._packings = path, metadata, packings
-        self._slowing = extents.get(_SLOWING)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The table of its architecture.
+
+        Raises:
+            CheckpointError: there is none here.
+        """
+        found = _architecture(self.metadata)
+        if found is None:
+            raise CheckpointError(f"{self._path}: general.architecture must be one of {', '.join(ARCHITECTURES)}, "
+                                  f"but is {short(self.metadata.get('general.architecture'))}")  # fmt: skip
+        return found
 
     @property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face config of the model.
+        """The arguments of the model.
 
         Raises:
-            CheckpointError: a family whose layout is not known here, or a value that is missing or makes no sense.
+            CheckpointError: an architecture that is not known here, or a value that is missing or makes no sense.
         """
-        config = _config(self._path, self.metadata, self._extents)
-        if self._slowing is not None:
-            if "rope_scaling" in config or not config["head_dim"]:
-                raise CheckpointError(f"{self._path} must have {_SLOWING} or a rope.scaling.type, but has both")
-            slowing = super().read(_SLOWING, torch.empty(self._slowing.shape))
-            config["rope_scaling"] = _llama3_scaling(self._path, slowing, config["rope_theta"], config["head_dim"])
-        return config
+        table = self.architecture
+        prefix = f"{table.model_type}."
+        config = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
+        config[TENSORS] = {name: entry.shape for name, entry in self.entries().items()}
+        if SLOWING in self._extents:
+            config[SLOWING] = self.read(SLOWING, torch.empty(self._extents[SLOWING].shape))
+        try:
+            return table.config(config)
+        except ValueError as e:
+            raise CheckpointError(f"{self._path}: {e}") from None
 
     def entries(self) -> dict[str, Entry]:
-        return {name: entry for name, entry in super().entries().items() if name != _SLOWING}
+        return {name: entry for name, entry in super().entries().items() if name != SLOWING}
 
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
         if name not in self._packings:
@@ -256,24 +252,52 @@ def _contents(path: Path, file: FileIO, size: int) -> tuple[dict[str, Any], dict
     check_extents(str(path), [(offset, offset + nbytes, name) for name, (_, _, offset, nbytes) in infos.items()],
                   max(size - begin, 0), alignment)  # fmt: skip
 
-    heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     extents: dict[str, Extent] = {}
     packings: dict[str, int] = {}
-    for name, (kind, shape, offset, _) in infos.items():
-        full, part = _name(name)
-        paired: Any = 0
-        if metadata.get("general.architecture") == "llama" and part in heads:
-            every = metadata.get("llama.attention.head_count")
-            paired = metadata.get(heads[part], every)
-            if type(paired) is not int or not shape or paired < 1 or shape[0] % (2 * paired):
-                raise CheckpointError(f"{path}: {short(name)} must have rows for {short(paired)} heads of even size, "
+    for name, (kind, shape, offset, nbytes) in infos.items():
+        packing = _PACKINGS[kind]
+        change = _change(path, metadata, name, shape)
+        parts = [(name, 0, shape)]
+        if experts := re.fullmatch(r"(blk\.[0-9]+\.ffn_(?:gate|up|down))_exps\.weight", name):
+            if len(shape) != 3 or not 1 <= shape[0] <= _MOST_EXPERTS:
+                raise CheckpointError(f"{path}: {short(name)} must be of at most {_MOST_EXPERTS} matrices, "
                                       f"but is of shape {shape}")  # fmt: skip
-        if full in extents:
-            raise CheckpointError(f"{path} must have each name once, but has {short(full)} twice")
-        extents[full] = Extent(file, begin + offset, _PACKINGS[kind].dtype or torch.float32, shape, paired)
-        if _PACKINGS[kind].dtype is None:
-            packings[full] = kind
+            size = nbytes // shape[0]
+            parts = [(f"{experts[1]}.{e}.weight", e * size, shape[1:]) for e in range(shape[0])]
+        for part, at, of in parts:
+            if part in extents:
+                raise CheckpointError(f"{path} must have each name once, but has {short(part)} twice")
+            extents[part] = Extent(file, begin + offset + at, packing.dtype or torch.float32, of, change)
+            if packing.dtype is None:
+                packings[part] = kind
     return metadata, extents, packings
+
+
+def _architecture(metadata: dict[str, Any]) -> Architecture | None:
+    name = metadata.get("general.architecture")
+    return ARCHITECTURES.get(name) if isinstance(name, str) else None
+
+
+def _change(path: Path, metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> Callable | None:
+    """What makes our weight of a tensor."""
+    table = _architecture(metadata)
+    if table is not None and table.one_plus and name.endswith("norm.weight"):
+        return _minus_one
+    rotated = re.fullmatch(r"blk\.[0-9]+\.attn_([qk])\.(?:weight|bias)", name)
+    if table is None or not table.rotary_pairs or not rotated:
+        return None
+    key = f"{table.model_type}.attention.head_count"
+    heads = metadata.get(key)
+    if rotated[1] == "k":
+        heads = metadata.get(f"{key}_kv", heads)
+    if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
+        raise CheckpointError(f"{path}: {short(name)} must have rows for {short(heads)} heads of even size, "
+                              f"but is of shape {shape}")  # fmt: skip
+    return functools.partial(halves, heads=heads)
+
+
+def _minus_one(weight: Tensor) -> Tensor:
+    return weight - 1
 
 
 def _info(cursor: _Cursor, name: str) -> tuple[int, tuple[int, ...], int, int]:
@@ -296,95 +320,3 @@ def _info(cursor: _Cursor, name: str) -> tuple[int, tuple[int, ...], int, int]:
         raise CheckpointError(f"{where} of {packing.name} and shape {shape} must have {nbytes} bytes, "
                               f"but the file has {cursor.size}")  # fmt: skip
     return kind, shape, offset, nbytes
-
-
-def _name(name: str) -> tuple[str, str]:
-    """The Hugging Face name of a weight, and which of a layer's it is. An unknown name stays."""
-    if name in _ONCE:
-        return _ONCE[name], ""
-    layer = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)\.(weight|bias)", name)
-    if layer is None or layer[2] not in _LAYER:
-        return name, ""
-    return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}", layer[2]
-
-
-def _config(path: Path, metadata: dict[str, Any], extents: dict[str, Extent]) -> dict[str, Any]:
-    family = metadata.get("general.architecture")
-    if family not in _ARCHITECTURES:
-        raise CheckpointError(f"{path}: general.architecture must be one of {', '.join(_ARCHITECTURES)}, "
-                              f"but is {short(family)}")  # fmt: skip
-    get = functools.partial(_value, path, metadata)
-    embedding = extents.get("model.embed_tokens.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{path} must have a matrix token_embd.weight, but has "
-                              f"{embedding and embedding.shape}")  # fmt: skip
-    for key in ("expert_count", "attention.sliding_window"):
-        if get(f"{family}.{key}", int, 0):
-            raise CheckpointError(f"{path}: {family}.{key} must be 0 here, but is {metadata[f'{family}.{key}']}")
-    hidden, heads = get(f"{family}.embedding_length", int), get(f"{family}.attention.head_count", int)
-    head = get(f"{family}.attention.key_length", int, hidden // max(heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if get(f"{family}.{key}", int, head) != head:
-            raise CheckpointError(f"{path}: {family}.{key} must be the head's {head}, but is "
-                                  f"{metadata[f'{family}.{key}']}")  # fmt: skip
-    config = {
-        "model_type": family,
-        "architectures": [_ARCHITECTURES[family]],
-        "hidden_size": hidden,
-        "intermediate_size": get(f"{family}.feed_forward_length", int),
-        "num_hidden_layers": get(f"{family}.block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get(f"{family}.attention.head_count_kv", int, heads),
-        "head_dim": head,
-        "vocab_size": embedding.shape[0],
-        "max_position_embeddings": get(f"{family}.context_length", int),
-        "rms_norm_eps": get(f"{family}.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": get(f"{family}.rope.freq_base", float, 10000.0),
-        "hidden_act": "silu",
-        "tie_word_embeddings": "lm_head.weight" not in extents,
-        "attention_bias": "model.layers.0.self_attn.o_proj.bias" in extents,
-        "mlp_bias": "model.layers.0.mlp.down_proj.bias" in extents,
-    }
-    scaling = get(f"{family}.rope.scaling.type", str, "none")
-    if scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": get(f"{family}.rope.scaling.factor", float)}
-    elif scaling == "yarn":
-        config["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": get(f"{family}.rope.scaling.factor", float),
-            "original_max_position_embeddings": get(f"{family}.rope.scaling.original_context_length", int),
-        }
-    elif scaling != "none":
-        raise CheckpointError(f"{path}: {family}.rope.scaling.type must be none, linear or yarn, but is {scaling!r}")
-    for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id")):
-        if (id := get(f"tokenizer.ggml.{key}", int, None)) is not None:
-            config[f"{name}_token_id"] = id
-    return config
-
-
-def _llama3_scaling(path: Path, slowing: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The Hugging Face setting that Llama 3's slowing of rotary positions came from."""
-    first, low, high = 8192, 1.0, 4.0  # the same in all of Llama 3
-    factor = float(slowing.max()) if slowing.numel() else 0.0
-    turns = first * theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    expected = 1 / (kept + (1 - kept) / factor) if 1 <= factor <= _LARGEST else torch.zeros(0)
-    if slowing.shape != expected.shape or not torch.allclose(slowing.double(), expected, rtol=1e-4):
-        raise CheckpointError(f"{path}: {_SLOWING} must slow rotary positions as Llama 3 does, for {head_dim // 2} "
-                              f"frequencies, but is {short(slowing.tolist())}")  # fmt: skip
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": first}  # fmt: skip
-
-
-_REQUIRED: Any = object()
-
-
-def _value(path: Path, metadata: dict[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    value = metadata.get(key, default)
-    if value is _REQUIRED:
-        raise CheckpointError(f"{path} must have {key} in its metadata, but has not")
-    if value is not default and type(value) is not kind:
-        raise CheckpointError(f"{path}: {key} must be of {kind.__name__}, but is {short(value)}")
-    if kind is int and value is not None and not 0 <= value <= _LARGEST:
-        raise CheckpointError(f"{path}: {key} must be in [0, {_LARGEST}], but is {value}")
-    return value

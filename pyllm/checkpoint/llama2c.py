@@ -6,6 +6,7 @@ vocabulary below 0 says that the head is not the embedding. Version 1 has a head
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from io import FileIO
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from pyllm.checkpoint.files import CheckpointError
-from pyllm.checkpoint.reader import Extent, FileReader, open_file
+from pyllm.checkpoint.reader import Extent, FileReader, halves, open_file
 
 _MAGIC, _HEADER = 0x616B3432, 256
 _LARGEST = 1 << 24  # no number of a header is larger
@@ -97,7 +98,8 @@ def _contents(path: Path, file: FileIO, size: int) -> tuple[dict[str, Any], dict
         for i in range(layers if kind in each else 1):
             if weight is not None:
                 full = _LAYER.format(i) + weight if kind in each else weight
-                extents[full] = Extent(file, begin, torch.float32, shape, paired)
+                change = functools.partial(halves, heads=paired) if paired else None
+                extents[full] = Extent(file, begin, torch.float32, shape, change)
             begin += 4 * math.prod(shape)
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": dim,
               "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,

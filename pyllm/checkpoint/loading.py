@@ -21,12 +21,13 @@ from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_c
 from pyllm.models import MODELS, Model
 from pyllm.text import Tokenizer
 
+Progress = Callable[[int, int], None]
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
 
 
-def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None,
-         device: str | torch.device | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
+def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+         progress: Progress | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
     """The model and the tokenizer of a checkpoint; the model is in evaluation mode.
 
     Everything is checked before memory is taken for the weights, and no code from a checkpoint is ever run.
@@ -37,6 +38,7 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None,
             tokenizer.bin or, say, tok512.bin; or, where there is no such file, "owner/name" on the Hugging Face hub.
         dtype: the weights' own, if None. Packed weights count as float32.
         device: the CPU, if None.
+        progress: called with the number of the weights' elements read so far, and of all.
 
     Raises:
         FileNotFoundError: there is no such file or folder, and it cannot be had from the hub.
@@ -49,9 +51,9 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None,
     if not where.exists():
         where = download(path)
     if where.is_dir():
-        model, tokenizer = _ours(where, dtype) if is_ours(where) else _folder(where, dtype)
+        model, tokenizer = _ours(where, dtype) if is_ours(where) else _folder(where, dtype, progress)
     else:
-        model, tokenizer = _file(where, dtype)
+        model, tokenizer = _file(where, dtype, progress)
     return model.to(device).eval() if device is not None else model.eval(), tokenizer
 
 
@@ -70,7 +72,7 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
     return model if dtype is None else model.to(dtype), saved.tokenizer
 
 
-def _folder(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
+def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> tuple[Model, Tokenizer | None]:
     config = read_json(path / "config.json")
     try:
         check_plain(config, "config")
@@ -84,16 +86,18 @@ def _folder(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | N
     else:
         raise CheckpointError(f"{path} must hold {WEIGHTS}, {INDEX} or {PICKLED}, but has none of them")
     with opened as reader:
-        model = _filled(path, config, reader, dtype)
+        model = _of_config(path, config, reader, dtype, progress)
     return model, _tokenizer(path, lambda: Tokenizer.load(path))
 
 
-def _file(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
+def _file(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> tuple[Model, Tokenizer | None]:
     with open(path, "rb") as file:
         begin = file.read(4)
     if begin == b"GGUF" or path.suffix == ".gguf":
         with open_gguf(path) as weights:
-            model = _filled(path, weights.config, weights, dtype)
+            table, settings = weights.architecture, weights.config
+            model = _filled(path, table, lambda: settings, weights, dtype, progress)
+            model.family = table.family_of(model.config)
             if "tokenizer.ggml.model" not in weights.metadata:
                 return model, None
             return model, _tokenizer(path, lambda: Tokenizer.from_gguf_metadata(weights.metadata))
@@ -102,25 +106,32 @@ def _file(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
                               "other formats are loaded by the folder that says what model they are of")  # fmt: skip
     config, reader = open_llama2c(path)
     with reader:
-        model = _filled(path, config, reader, dtype)
+        model = _of_config(path, config, reader, dtype, progress)
     beside = (path.with_name(name) for name in ("tokenizer.bin", f"tok{model.vocab_size}.bin"))
     found = next((file for file in beside if file.exists()), None)
     return model, None if found is None else _tokenizer(path, lambda: Tokenizer.load(found))
 
 
-def _filled(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None) -> Model:
-    family = _check_family(path, config)
-    names = len(reader.entries())
+def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None,
+               progress: Progress | None) -> Model:  # fmt: skip
+    """The model of a Hugging Face config."""
+    family, names = _check_family(path, config), len(reader.entries())
     if family.complete is not None:
         config = family.complete(config, reader.entries())
     for key in _LAYERS:
         layers = config.get(key)
         if isinstance(layers, int | float) and not 0 <= layers <= names:
             raise CheckpointError(f"{path}: {key} must be in [0, {names}], the number of weights, but is {layers}")
-    model = _empty(path, family.model_type, lambda: family.model(**family.config(config)))
+    model = _filled(path, family, lambda: family.config(config), reader, dtype, progress)
     model.family = family.model_type
+    return model
+
+
+def _filled(path: Path, family: Family, settings: Callable[[], dict], reader: WeightReader, dtype: torch.dtype | None,
+            progress: Progress | None) -> Model:  # fmt: skip
+    model = _empty(path, family.model_type, lambda: family.model(**settings()))
     try:
-        load_weights(model, family, reader, dtype=dtype)
+        load_weights(model, family, reader, dtype=dtype, progress=progress)
     except WeightsError as e:
         raise CheckpointError(f"{path}: " + "; ".join(str(e).split("\n  ")).replace(":;", ":")) from None
     return model

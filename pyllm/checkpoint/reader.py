@@ -7,7 +7,7 @@ fills and one small piece. Files are read, not mapped, so that nothing which hap
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +34,11 @@ class Extent(NamedTuple):
     begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    heads: int = 0  # rows of this many heads, whose rotary pairs are neighbours here; 0: rows as they are
+    change: Callable[[Tensor], Tensor] | None = None  # what makes of the values in the file those of the weight
 
 
 class FileReader:
-    """Reads weights, by their Hugging Face names and in those layouts, from where they lie in open files.
+    """Reads weights, by the names that a family's table has for them, from where they lie in open files.
 
     Closed by `close`, or at the end of a `with`.
     """
@@ -64,10 +64,10 @@ class FileReader:
             out = torch.empty(extent.shape, dtype=extent.dtype)
         check_out(name, Entry(extent.dtype, extent.shape), out)
         with torch.no_grad():
-            if extent.heads:
+            if extent.change is not None:
                 stored = torch.empty(extent.shape, dtype=extent.dtype)
                 self._fill(name, extent, stored)
-                out.copy_(halves(stored, extent.heads))
+                out.copy_(extent.change(stored))
             else:
                 self._fill(name, extent, out)
         return out
@@ -145,6 +145,11 @@ def check_out(name: str, entry: Entry, out: Tensor) -> None:
 def halves(weight: Tensor, heads: int) -> Tensor:
     """Query or key rows whose rotary pairs are neighbours, put half a head apart as Hugging Face has them."""
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def neighbours(weight: Tensor, heads: int) -> Tensor:
+    """The reverse of `halves`."""
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def check_extents(where: str, extents: list[tuple[int, int, str]], size: int, alignment: int = 1) -> None:

@@ -101,16 +101,17 @@ def value(item) -> bytes:
     return struct.pack("<If", 6, item) if isinstance(item, float) else struct.pack("<II", 4, item)
 
 
+def gguf_name(name: str) -> str:
+    for theirs, gguf in GGUF_NAMES.items():
+        name = name.replace(theirs, gguf)
+    return name
+
+
 def gguf(metadata=METADATA, tensors: dict | None = None, *, magic=b"GGUF", version=3, tensor_count=None,
          pair_count=None, pairs: bytes = b"", infos: bytes = b"", rest: bytes | None = None,
          more: dict[str, np.ndarray] | None = None) -> bytes:  # fmt: skip
     """`tensors` changes {name: (dims, kind, offset)}, where None changes nothing; `pairs`, `infos` are more."""
-    names = {}
-    for name in SHAPES:
-        theirs = name
-        for a, b in GGUF_NAMES.items():
-            theirs = theirs.replace(a, b)
-        names[name] = theirs
+    names = {name: gguf_name(name) for name in SHAPES}
     table, data = [], b""
     for name, theirs in names.items():
         item = (SHAPES[name][::-1], 0, len(data))

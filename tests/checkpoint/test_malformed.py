@@ -13,6 +13,7 @@ from pyllm.checkpoint.llama2c import open_llama2c
 from pyllm.checkpoint.safetensors import open_shards
 
 CASES = list(malformed.cases())
+GGUF_NAMES = {malformed.gguf_name(name): name for name in malformed.SHAPES}
 
 
 def read(kind, folder):
@@ -29,7 +30,7 @@ def read(kind, folder):
     with reader:
         if kind == "gguf":
             config = reader.config
-        return config, {name: reader.read(name) for name in reader.entries()}
+        return config, {GGUF_NAMES.get(name, name): reader.read(name) for name in reader.entries()}
 
 
 def write(folder, files):
