@@ -137,7 +137,7 @@ def _architecture(name: str, families: tuple[str, ...], fixed: dict[str, Any], k
             TENSORS: {name: tuple(tensor.shape) for name, tensor in export_weights(model, table)}
         }
 
-    table = Architecture(name, (), Decoder, config, weights, to_config, (), "", families, **options)
+    table = Architecture(name, (), Decoder, config, weights, to_config, families=families, **options)
     return table
 
 

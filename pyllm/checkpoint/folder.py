@@ -7,7 +7,8 @@ Whatever stops a writer, one or the other is there and whole; the next writer cl
 
     config.json             what kind of model, its settings, and size and SHA-256 of the other files
     model.safetensors       weights; those that share memory once
-    tokenizer.json          if there is a tokenizer
+    tokenizer.json          if there is a tokenizer; with tokenizer_config.json and generation_config.json, which
+                            hold its control tokens and chat template
     training.json           if training can go on from here: plain values, and names of tensors in
     optimizer.safetensors   the tensors of the optimizer and of random generators
 """
@@ -46,6 +47,7 @@ _MODEL, _TOKENIZER, _TRAINING, _OPTIMIZER = (
     "training.json",
     "optimizer.safetensors",
 )
+_MORE_OF_TOKENIZER = {"tokenizer_config.json", "generation_config.json"}  # older checkpoints lack them
 _PARTIAL = ".partial-"
 
 
@@ -104,7 +106,7 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
     try:
         write_tensors(writing / _MODEL, kept)
         if tokenizer is not None:
-            tokenizer.save(writing / _TOKENIZER)
+            write_tokenizer(writing, tokenizer)
         if plain is not None:
             write_json(writing / _TRAINING, plain, indent=None)
             write_tensors(writing / _OPTIMIZER, optimizer)
@@ -185,10 +187,7 @@ def _read(folder: Path, with_training: bool) -> Checkpoint:
     for name, expected in files.items():
         check_contents(folder / name, expected)
 
-    try:
-        tokenizer = Tokenizer.load(folder / _TOKENIZER) if _TOKENIZER in files else None
-    except ValueError as e:
-        raise CheckpointError(str(e)) from None
+    tokenizer = _read_tokenizer(folder, files) if _TOKENIZER in files else None
     training = None
     if _TRAINING in files:
         training = unpack(read_json(folder / _TRAINING), read_tensors(folder / _OPTIMIZER))
@@ -200,8 +199,19 @@ def _read(folder: Path, with_training: bool) -> Checkpoint:
     return Checkpoint(contents["model_type"], contents["config"], weights, tokenizer, training, folder)
 
 
+def _read_tokenizer(folder: Path, files: dict[str, Seal]) -> Tokenizer:
+    more = files.keys() & _MORE_OF_TOKENIZER
+    try:
+        tokenizer = Tokenizer.load(folder if more else folder / _TOKENIZER)
+    except (ValueError, IsADirectoryError) as e:
+        raise CheckpointError(str(e)) from None
+    for name in more:  # which are left out, and not missed, once a newer checkpoint has taken the place of this one
+        check_size(folder / name, files[name])
+    return tokenizer
+
+
 def _seals(where: Path, files: dict) -> dict[str, Seal]:
-    sets = [{_MODEL}, {_MODEL, _TOKENIZER}]
+    sets = [{_MODEL}, {_MODEL, _TOKENIZER}, {_MODEL, _TOKENIZER, *_MORE_OF_TOKENIZER}]
     if files.keys() not in [*sets, *({*names, _TRAINING, _OPTIMIZER} for names in sets)]:
         raise CheckpointError(f"{where}: files must name those of a checkpoint, but got {', '.join(files)}")
     for name, expected in files.items():
@@ -238,6 +248,17 @@ def _tied(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
             first[key] = name
             kept[name] = tensor
     return kept, tied
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes all of a tokenizer into a folder; returns the ids that a Hugging Face folder's config.json repeats."""
+    tokenizer.save(folder)
+    ends = list(tokenizer.eos_ids)
+    ids: dict[str, Any] = {} if tokenizer.bos_id is None else {"bos_token_id": tokenizer.bos_id}
+    if ends:
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    write_json(folder / "generation_config.json", ids)
+    return ids
 
 
 def sync(folder: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -97,6 +98,14 @@ class GGUFReader(FileReader):
             return table.config(config)
         except ValueError as e:
             raise CheckpointError(f"{self._path}: {e}") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most values: norms are float32 in every file, and a model is of one dtype."""
+        values: Counter[torch.dtype] = Counter()
+        for entry in self.entries().values():
+            values[entry.dtype] += math.prod(entry.shape)
+        return values.most_common(1)[0][0] if values else torch.float32
 
     def entries(self) -> dict[str, Entry]:
         return {name: entry for name, entry in super().entries().items() if name != SLOWING}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyllm.checkpoint.files import CheckpointError, check_plain, read_json, short
 from pyllm.checkpoint.folder import is_ours, load_checkpoint, save_checkpoint
@@ -21,6 +24,7 @@ from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_c
 from pyllm.models import MODELS, Model
 from pyllm.text import Tokenizer
 
+_SETTING = (Tensor.normal_, Tensor.uniform_)
 Progress = Callable[[int, int], None]
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
@@ -36,7 +40,7 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
         path: a checkpoint of our own; a Hugging Face folder (config.json, with safetensors in one file or in shards, or
             pickled weights); a GGUF file; a llama2.c .bin file of version 0 or 1, with its vocabulary beside it as
             tokenizer.bin or, say, tok512.bin; or, where there is no such file, "owner/name" on the Hugging Face hub.
-        dtype: the weights' own, if None. Packed weights count as float32.
+        dtype: the weights' own, if None; of a GGUF file, that of most values. Packed weights count as float32.
         device: the CPU, if None.
         progress: called with the number of the weights' elements read so far, and of all.
 
@@ -96,7 +100,7 @@ def _file(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> t
     if begin == b"GGUF" or path.suffix == ".gguf":
         with open_gguf(path) as weights:
             table, settings = weights.architecture, weights.config
-            model = _filled(path, table, lambda: settings, weights, dtype, progress)
+            model = _filled(path, table, lambda: settings, weights, dtype or weights.dtype, progress)
             model.family = table.family_of(model.config)
             if "tokenizer.ggml.model" not in weights.metadata:
                 return model, None
@@ -150,10 +154,26 @@ def _check_family(path: Path, config: dict[str, Any]) -> Family:
     return family
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are made inside have no memory for their weights, and do not set them."""
+    with torch.device("meta"), _Unset():
+        yield
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves out what sets weights: on the meta device it does nothing, but loads torch's whole compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _SETTING:
+            return args[0] if args else next(iter((kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+
 def _empty(path: Path, kind: str, make: Callable[[], Model]) -> Model:
     """A model without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with without_memory():
             return make()
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:500]

@@ -1,98 +1,127 @@
-"""Checkpoints for others: Hugging Face folders."""
+"""Checkpoints for others: Hugging Face folders and GGUF files."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyllm.checkpoint.files import seal, short, write_json
-from pyllm.checkpoint.folder import sync
+from pyllm.checkpoint.architectures import ARCHITECTURES, Architecture
+from pyllm.checkpoint.files import seal, write_json
+from pyllm.checkpoint.folder import sync, write_tokenizer
+from pyllm.checkpoint.gguf_tokenizer import tokenizer_metadata
+from pyllm.checkpoint.gguf_writer import write_gguf
+from pyllm.checkpoint.loading import without_memory
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, write_tensors
+from pyllm.checkpoint.verifying import check_same, differences
 from pyllm.families import FAMILIES, Family, export_weights
 from pyllm.models import Model
 from pyllm.text import Tokenizer
 
+Progress = Callable[[str, int, int], None]
 _SHARD = 5 << 30  # bytes
 
 
-def export(model: Model, path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a Hugging Face folder, which `transformers` and `load` read.
+def export(model: Model, path: str | os.PathLike, tokenizer: Tokenizer | None = None, *, gguf: bool = False,
+           dtype: torch.dtype | None = None, verify: bool = True,
+           progress: Progress | None = None) -> None:  # fmt: skip
+    """Writes a model for others: a Hugging Face folder, which `transformers` and `load` read, or a GGUF file.
 
-    It holds config.json, safetensors in shards of 5 GiB and, if given one, the tokenizer; all of it or, if
-    interrupted, nothing is there.
+    A folder holds config.json, safetensors in shards of 5 GiB and, if given one, the tokenizer. All is written beside,
+    read again and compared with the model and the tokenizer (weights, logits, tokens, what the chat template writes),
+    then put in its place: all of it or, if interrupted, nothing is there. `model.save(path, ...)` is the same.
+
+    Args:
+        path: a new or an empty folder, or a new file.
+        gguf: a GGUF file, of the decoders that it has an architecture for. Needs the package `gguf`.
+        dtype: of the weights, the model's if None. GGUF keeps those that are no matrices in float32.
+        verify: whether what was written is read and compared; that takes memory for a second model.
+        progress: called with what is done ("writing", "verifying"), how much of it so far, and how much there is.
 
     Raises:
         FileExistsError: something is there already.
-        ValueError: no Hugging Face config says what this model is; the error names a setting that stands in the way.
+        ValueError: no Hugging Face config or GGUF architecture says what this model is, or GGUF has no place for the
+            tokenizer; the error names a setting that stands in the way.
+        CheckpointError: what was written does not come back the same. Nothing is left of it.
         OSError: the disk is full, or the like.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} must be a new or an empty folder, but something is there")
-    family, config = _described(model)
-    config |= {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    ids = {} if tokenizer is None else _special_ids(tokenizer)
+    if path.exists() and (gguf or not (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path} must be a new {'file' if gguf else 'or an empty folder'}, "
+                              "but something is there")  # fmt: skip
+    dtype = dtype or next(model.parameters()).dtype
+    family, config = _described(model, gguf)
+    more = tokenizer_metadata(tokenizer, model.vocab_size) if gguf and tokenizer is not None else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
     try:
-        writing = partial / "folder"  # made apart, with the rights that new folders have
-        writing.mkdir()
-        _write_weights(writing, export_weights(model, family))
-        if tokenizer is not None:
-            tokenizer.save(writing)
-            write_json(writing / "generation_config.json", ids)
-        write_json(writing / "config.json", config | ids)
-        for file in writing.iterdir():
-            seal(file)
-        sync(writing)
+        writing = partial / path.name  # made apart, with the rights that new files and folders have
+        if isinstance(family, Architecture):
+            write_gguf(writing, model, family, config, more, dtype, _stage(progress, "writing"))
+            seal(writing)
+        else:
+            config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
+            _write_folder(writing, config, export_weights(model, family), tokenizer, dtype, _stage(progress, "writing"))
+        if verify:
+            check_same(model, tokenizer, writing, _stage(progress, "verifying"))
         writing.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _described(model: Model) -> tuple[Family, dict[str, Any]]:
-    """The family that a model was loaded as, or the first whose config says all of it; and that config."""
-    reasons = []
-    named = FAMILIES.get(model.family) if model.family is not None else None
-    for family in [named] if named is not None else FAMILIES.values():
-        if type(model) is not family.model:
+def _stage(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else functools.partial(progress, what)
+
+
+def _described(model: Model, gguf: bool) -> tuple[Family, dict[str, Any]]:
+    """The family, or GGUF's architecture, that a model was loaded as, or the first that says all of it; its config."""
+    reasons, what = [], "that GGUF has" if gguf else "that a Hugging Face config describes"
+    tables: Iterable[Family] = FAMILIES.values()
+    if gguf:
+        tables = [table for table in ARCHITECTURES.values() if model.family in (None, *table.families)]
+    elif model.family in FAMILIES:
+        tables = [FAMILIES[model.family]]
+    for table in tables:
+        if type(model) is not table.model:
             continue
         try:
-            config = {"model_type": family.model_type, "architectures": list(family.architectures[:1])}
-            config |= family.to_config(model)
-            with torch.device("meta"):
-                made = _settings(family.model(**family.config(config)))
+            named = {"model_type": table.model_type, "architectures": list(table.architectures[:1])}
+            config = ({} if gguf else named) | table.to_config(model)
+            with without_memory():
+                wrong = differences(model, table.model(**table.config(config)))
         except (KeyError, TypeError, ValueError) as e:
-            reasons.append(f"{family.model_type}: {e}")
+            reasons.append(f"{table.model_type}: {e}")
             continue
-        ours = _settings(model)
-        wrong = [f"{key} {short(ours[key])}" for key in ours if ours[key] != made.get(key)]
         if not wrong:
-            return family, config
-        reasons.append(f"{family.model_type} has no {', '.join(wrong)}")
-    why = "; ".join(reasons) or f"no family is made of {type(model).__name__}"
-    raise ValueError(f"[export] the model must be one that a Hugging Face config describes, but {why}. "
-                     "pyllm.save keeps any model")  # fmt: skip
+            return table, config
+        reasons.append(f"{table.model_type} has no {', '.join(wrong)}")
+    why = "; ".join(reasons) or f"none is made for {model.family or type(model).__name__}"
+    raise ValueError(f"[export] the model must be one {what}, but {why}. pyllm.save keeps any model")
 
 
-def _settings(model: Model) -> dict[str, Any]:
-    """A model's config, with defaults that follow from other settings filled in, without what only training needs."""
-    settings = {key: value for key, value in model.config.items() if not key.endswith("dropout")}
-    if settings.get("num_heads"):
-        settings["num_kv_heads"] = settings.get("num_kv_heads") or settings["num_heads"]
-        settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_heads"]
-    return settings
+def _write_folder(folder: Path, config: dict[str, Any], weights: Iterator[tuple[str, Tensor]],
+                  tokenizer: Tokenizer | None, dtype: torch.dtype,
+                  progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+    folder.mkdir()
+    _write_weights(folder, ((name, tensor.to(dtype)) for name, tensor in weights), progress)
+    if tokenizer is not None:
+        config |= write_tokenizer(folder, tokenizer)
+    write_json(folder / "config.json", config)
+    for file in folder.iterdir():
+        seal(file)
+    sync(folder)
 
 
-def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]],
+                   progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in weights:
@@ -101,23 +130,13 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
             size = 0
         shards[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(folder / WEIGHTS, shards[0])
-        return
-    places: dict[str, str] = {}
+    done, places = 0, {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, shard)
         places |= dict.fromkeys(shard, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    eos = _one(tokenizer.eos_ids)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
-    return {key: value for key, value in ids.items() if value is not None}
-
-
-def _one(ids: Iterable[int]) -> int | list[int] | None:
-    ids = list(ids)
-    return ids if len(ids) > 1 else ids[0] if ids else None
+        done += sum(tensor.nbytes for tensor in shard.values())
+        if progress is not None:
+            progress(done, total)
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

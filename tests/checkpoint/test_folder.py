@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.example import check, save, weights
+from checkpoint.example import TOKENIZER, check, save, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllm.checkpoint import CheckpointError, load_checkpoint
 
-FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json"]
+FILES = ["config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json",
+         "tokenizer_config.json", "training.json"]  # fmt: skip
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -46,6 +47,25 @@ def test_without_tokenizer_and_training(tmp_path):
     assert checkpoint.tokenizer is None and checkpoint.training is None
     save(tmp_path, tokenizer=None, training={})
     assert load_checkpoint(tmp_path).training == {}
+
+
+def test_the_whole_tokenizer_comes_back(tmp_path):
+    make, (contents, arguments) = TOKENIZER.__reduce__()
+    changes = {"bos_id": 1, "add_bos": True, "eos_ids": (1, 2), "chat_template": "{{ bos_token }}"}
+    save(tmp_path, tokenizer=make(contents, arguments | changes))
+    tokenizer = load_checkpoint(tmp_path).tokenizer
+    assert {name: getattr(tokenizer, name) for name in changes} == changes
+    assert tokenizer.encode("the") == [1, *TOKENIZER.encode("the")]
+
+
+def test_older_checkpoints_with_tokenizer_json_alone_are_read(tmp_path):
+    folder = save(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+        del config["files"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    check(load_checkpoint(folder))
 
 
 def test_tied_weights_are_stored_once(tmp_path):

@@ -70,6 +70,6 @@ def test_a_model_that_no_config_describes_is_an_error(tmp_path):
     model.family = "llama"
     with pytest.raises(ValueError, match=r"\[export\] .* llama has no .*attention_softcap 7.5.* pyllm.save keeps"):
         pyllm.export(model, tmp_path / "x")
-    with pytest.raises(ValueError, match=r"\[export\] .* no family is made of LanguageModel"):
+    with pytest.raises(ValueError, match=r"\[export\] .* none is made for LanguageModel"):
         pyllm.export(pyllm.LanguageModel(50, 8), tmp_path / "y")
     assert not list(tmp_path.iterdir())
