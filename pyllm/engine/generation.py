@@ -16,7 +16,8 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
                  stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:  # fmt: skip
     """Continues a batch of sequences of ids, or answers them, each as if it were alone.
 
-    Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id or at max_tokens.
+    Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id, also one
+    of the model's own, or at max_tokens.
 
     Raises:
         ValueError: no prompt, an empty one, or more tokens than the model's context holds.
@@ -32,7 +33,7 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
     if room is not None and max_tokens > room:
         raise ValueError(f"a prompt of {longest} tokens and {max_tokens} more do not fit the model's context of "
                          f"{model.context_length}")  # fmt: skip
-    return _steps(model, prompts, params or SamplingParams(), max_tokens, frozenset(stop_ids))
+    return _steps(model, prompts, params or SamplingParams(), max_tokens, model.stop_ids.union(stop_ids))
 
 
 @torch.no_grad()

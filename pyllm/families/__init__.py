@@ -1,5 +1,6 @@
 """The families of models that checkpoints come in: a table for each."""
 
+from pyllm.families.bart import BART
 from pyllm.families.bert import BERT
 from pyllm.families.bloom import BLOOM
 from pyllm.families.distilbert import DISTILBERT
@@ -7,11 +8,14 @@ from pyllm.families.family import Family, Weight, WeightReader, WeightsError, ch
 from pyllm.families.gemma import GEMMA2, GEMMA3
 from pyllm.families.gpt2 import GPT2
 from pyllm.families.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
+from pyllm.families.marian import MARIAN
 from pyllm.families.neox import NEOX
 from pyllm.families.phi3 import PHI3
 from pyllm.families.roberta import ROBERTA
+from pyllm.families.t5 import T5
 
 _ALL = (
+    BART,
     BERT,
     BLOOM,
     DISTILBERT,
@@ -19,6 +23,7 @@ _ALL = (
     GEMMA3,
     GPT2,
     LLAMA,
+    MARIAN,
     MISTRAL,
     MIXTRAL,
     NEOX,
@@ -27,6 +32,7 @@ _ALL = (
     QWEN3,
     QWEN3_MOE,
     ROBERTA,
+    T5,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyllm.models import Model
+from pyllm.nn.feed_forward import GATED
 
 
 class WeightsError(ValueError):
@@ -26,12 +27,18 @@ class Weight:
     parts: theirs, joined along the first dimension.
     transposed: stored (in, out), as by GPT-2's Conv1D.
     by_head: query, key and value rows are stored head by head (all three of the first head, of the second, ...).
+    as_row: a vector is stored as (1, n).
+    optional: a checkpoint may lack it: it is zeros then.
+    gated: whether the row is for feed-forward layers with a gate only, or for those without; None: for both.
     """
 
     name: str
     parts: tuple[str, ...]
     transposed: bool = False
     by_head: bool = False
+    as_row: bool = False
+    optional: bool = False
+    gated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,9 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
     entries = reader.entries()
     bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in entries)
     places = _places(model, family, bare)
-    wanted = {name: shape for place in places for name, shape in place.parts.items()}
-    tied = {part for name in _tied_names(model) for part in _parts(family, name, bare)[1]}
+    zeros = {part for place in places if place.weight.optional for part in place.parts if part not in entries}
+    wanted = {name: shape for place in places for name, shape in place.parts.items() if name not in zeros}
+    tied = {part for name in _tied_names(model) for part in _parts(model, family, name, bare)[1]}
     wrong = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in entries]
     wrong += [f"wrong shape: {name} must be {shape}, but is {tuple(entries[name].shape)}"
               for name, shape in wanted.items() if name in entries and tuple(entries[name].shape) != shape]  # fmt: skip
@@ -143,11 +151,15 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, name))
     for place in places:
-        old, new = place.parameter, place.parameter
-        kind = dtype or (entries[next(iter(place.parts))].dtype if old.is_meta else old.dtype)
+        old, new, first = place.parameter, place.parameter, next(iter(place.parts))
+        stored = next(iter(wanted)) if first in zeros else first
+        kind = dtype or (entries[stored].dtype if old.is_meta else old.dtype)
         if old.is_meta or old.dtype != kind:
             new = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
-        _read(reader, place, new.detach())
+        if first in zeros:
+            new.detach().zero_()
+        else:
+            _read(reader, place, new.detach())
         for module, name in owners[id(old)]:
             setattr(module, name, new)
         done += new.numel()
@@ -163,6 +175,8 @@ def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
             tensor = _rows(tensor, (3, place.heads)).transpose(0, 1).flatten(0, 2)
         if place.weight.transposed:
             tensor = tensor.t()
+        if place.weight.as_row:
+            tensor = tensor[None]
         at = 0
         for name, shape in place.parts.items():
             yield name, tensor if len(place.parts) == 1 else tensor[at : at + shape[0]]
@@ -192,6 +206,8 @@ def _read(reader: WeightReader, place: _Place, out: Tensor) -> None:
     elif place.weight.by_head:
         stored = reader.read(next(iter(place.parts)))
         _rows(out, (3, place.heads)).copy_(_rows(stored, (place.heads, 3)).transpose(0, 1))
+    elif place.weight.as_row:
+        reader.read(next(iter(place.parts)), out[None])
     else:
         at = 0
         for name, shape in place.parts.items():
@@ -206,11 +222,11 @@ def _rows(tensor: Tensor, groups: tuple[int, int]) -> Tensor:
 def _places(model: Model, family: Family, bare: bool) -> list[_Place]:
     places = []
     for name, parameter in model.named_parameters():
-        weight, names = _parts(family, name, bare)
+        weight, names = _parts(model, family, name, bare)
         owner = model.get_submodule(name.rpartition(".")[0])
         shape = tuple(parameter.shape)
         if len(names) == 1:
-            shapes = [shape[::-1] if weight.transposed else shape]
+            shapes = [shape[::-1] if weight.transposed else (1, *shape) if weight.as_row else shape]
         else:
             rows = getattr(owner, "parts", (shape[0] // len(names),) * len(names))
             shapes = [(n, *shape[1:]) for n in rows]
@@ -224,8 +240,10 @@ def _tied_names(model: Model) -> list[str]:
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in once]
 
 
-def _parts(family: Family, name: str, bare: bool) -> tuple[Weight, list[str]]:
+def _parts(model: Model, family: Family, name: str, bare: bool) -> tuple[Weight, list[str]]:
     for weight in family.weights:
+        if weight.gated is not None and weight.gated != (model.config["activation"] in GATED):
+            continue
         pattern = re.escape(weight.name)
         for key in ("i", "e"):
             pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>[0-9]+)")

@@ -45,6 +45,24 @@ def fraction(config: dict, name: str, default: float) -> float:
     return float(value)
 
 
+def token_id(config: dict, name: str, vocab_size: int, default: int | None = None) -> int | None:
+    """The id of a token, if there is one."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size):
+        raise ValueError(f"config: {name} must be the id of a token, from 0 to {vocab_size - 1}, but got {value!r}")
+    return value
+
+
+def token_ids(config: dict, name: str, vocab_size: int, default: int | None = None) -> list[int]:
+    """The ids of one token or of several, which may be none."""
+    value = config.get(name)
+    if not isinstance(value, list):
+        value = [default if value is None else value]
+    return [token_id({name: i}, name, vocab_size) for i in value if i is not None]
+
+
 def flag(config: dict, name: str, default: bool) -> bool:
     value = config.get(name)
     if value is None:

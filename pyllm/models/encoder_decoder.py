@@ -133,6 +133,7 @@ class EncoderDecoder(Model):
         output_scale: what the head reads is multiplied.
         tie_embeddings, head_bias: the head has the embedding's weights, and a bias.
         pad_id, start_id: what stands for no id, and what the decoder reads first, by default the same.
+        eos_ids: ids that end an answer.
         forced_bos_id, forced_eos_id: ids that generating always begins with, and ends with where it has to stop.
         suppressed_ids: ids that are never generated.
     """
@@ -149,9 +150,9 @@ class EncoderDecoder(Model):
                  post_norm: bool = False, activation: str = "geglu_tanh", bias: bool = False,
                  embedding_scale: float | None = None, embedding_norm: bool = False,
                  output_scale: float | None = None, tie_embeddings: bool = True, head_bias: bool = False,
-                 pad_id: int = 0, start_id: int | None = None, forced_bos_id: int | None = None,
-                 forced_eos_id: int | None = None, suppressed_ids: Sequence[int] = (),
-                 dropout: float = 0.0):  # fmt: skip
+                 pad_id: int = 0, start_id: int | None = None, eos_ids: Sequence[int] = (),
+                 forced_bos_id: int | None = None, forced_eos_id: int | None = None,
+                 suppressed_ids: Sequence[int] = (), dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if position not in ("relative", "learned", "sinusoidal"):
             raise ValueError(f"position must be 'relative', 'learned' or 'sinusoidal', but got {position!r}")
@@ -160,7 +161,7 @@ class EncoderDecoder(Model):
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, but got {norm!r}")
         start_id = pad_id if start_id is None else start_id
-        for i in (pad_id, start_id, forced_bos_id, forced_eos_id, *suppressed_ids):
+        for i in (pad_id, start_id, forced_bos_id, forced_eos_id, *eos_ids, *suppressed_ids):
             if i is not None and not 0 <= i < vocab_size:
                 raise ValueError(f"ids must be in [0, {vocab_size}), but got {i}")
         if intermediate_size is None:
@@ -175,11 +176,12 @@ class EncoderDecoder(Model):
                        "norm": norm, "norm_eps": norm_eps, "post_norm": post_norm, "activation": activation,
                        "bias": bias, "embedding_scale": embedding_scale, "embedding_norm": embedding_norm,
                        "output_scale": output_scale, "tie_embeddings": tie_embeddings, "head_bias": head_bias,
-                       "pad_id": pad_id, "start_id": start_id, "forced_bos_id": forced_bos_id,
-                       "forced_eos_id": forced_eos_id, "suppressed_ids": list(suppressed_ids),
-                       "dropout": dropout}  # fmt: skip
+                       "pad_id": pad_id, "start_id": start_id, "eos_ids": list(eos_ids),
+                       "forced_bos_id": forced_bos_id, "forced_eos_id": forced_eos_id,
+                       "suppressed_ids": list(suppressed_ids), "dropout": dropout}  # fmt: skip
         self.context_length = context_length
-        self.silent_ids = frozenset(i for i in (pad_id, start_id, forced_bos_id) if i is not None)
+        self.stop_ids = frozenset(eos_ids)
+        self.silent_ids = frozenset(i for i in (pad_id, start_id, forced_bos_id, *eos_ids) if i is not None)
         self.embedding_scale, self.output_scale = embedding_scale, output_scale
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.encoder, self.decoder = Side(self.config, False), Side(self.config, True)

@@ -20,6 +20,7 @@ class Model(torch.nn.Module):
     context_length: int | None = None  # None: no limit
     family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
     answers: ClassVar[bool] = False  # prompts are sources that get an answer, not texts that are gone on with
+    stop_ids: frozenset[int] = frozenset()  # that end what is generated, beside those of the tokenizer
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
     causal: ClassVar[bool] = True  # a place sees only those before it, so that a text may come in pieces
     head: torch.nn.Linear

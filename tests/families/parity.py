@@ -59,9 +59,9 @@ def save(model, family, folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def loaded_there(kind, folder, unused=()):
+def loaded_there(kind, folder, unused=(), attention="eager"):
     """What transformers makes of a folder, in which it finds all weights but those that are unused, and no others."""
-    model, info = kind.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    model, info = kind.from_pretrained(folder, attn_implementation=attention, output_loading_info=True)
     info["missing_keys"] -= set(unused)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
