@@ -73,7 +73,7 @@ def run(ops: Sequence[str] = (), *, full: bool = False, only: str = "", seconds:
     console.print(f"{device()}, {_C.info()['isa']}, {_C.num_threads()} threads, pyllm {pyllm.__version__}, "
                   f"torch {torch.__version__}. Ceilings: {peak:.0f} GFLOP/s in fp32, {bandwidth:.1f} GB/s of reads.\n"
                   )  # fmt: skip
-    console.print(_line("", "20 %", "median", "80 %", "rate", "ratio", "of ceiling"))
+    console.print(_line("", "20 %", "median", "80 %", "rate", "ratio", "of ceiling"), style="bold")
     rows: list[Row] = []
     columns = MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     try:
@@ -99,13 +99,13 @@ def run(ops: Sequence[str] = (), *, full: bool = False, only: str = "", seconds:
 def _shown(row: Row, against: str) -> Text:
     ratio = "" if math.isnan(row.ratio) or row.provider == against else f"{row.ratio:.2f}x"
     style = "" if not ratio or row.provider != "pyllm" else "green" if row.ratio >= 1 else "red"
-    times = (duration(t) for t in (row.p20_us, row.p50_us, row.p80_us))
-    return _line(row.provider, *times, _rate(row), ratio, f"{row.fraction:.0%}", style)
+    times = [duration(t) for t in (row.p20_us, row.p50_us, row.p80_us)]
+    return Text(_line(row.provider, *times, _rate(row), ratio, f"{row.fraction:.0%}"), style)
 
 
-def _line(provider: str, p20: str, p50: str, p80: str, rate: str, ratio: str, fraction: str, style: str = "") -> Text:
-    line = Text(f"  {provider:9} {p20:>8} {p50:>8} {p80:>8} {rate:>12} ")
-    return line.append(f"{ratio:>7}", style).append(f" {fraction:>10}")
+def _line(provider: str, *cells: str) -> str:
+    widths = 8, 8, 8, 12, 7, 10
+    return f"  {provider:9}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def _rate(row: Row) -> str:  # in the unit that bounds it

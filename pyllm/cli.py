@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -36,9 +36,10 @@ class ModelName(str, Enum):
 
 
 VALIDATION_BATCHES = 50
-DEFAULTS = {"model": "gpt", "tokenizer": "char", "hidden": 256, "layers": 2, "heads": 4, "context": 128, "batch": 16,
-            "epochs": 1, "steps": None, "lr": 2e-3, "dropout": 0.0, "seed": 0, "validation": 0.1,
-            "data": []}  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "model": "gpt", "tokenizer": "char", "hidden": 256, "layers": 2, "heads": 4, "context": 128, "batch": 16,
+    "epochs": 1, "steps": None, "lr": 2e-3, "dropout": 0.0, "seed": 0, "validation": 0.1, "data": [],
+}  # fmt: skip
 
 Folder = Annotated[Path, Argument(help="A checkpoint folder.", show_default=False)]
 Data = Annotated[list[Path] | None, Option(help="UTF-8 text; further files may follow. Default: the embedded corpus.")]
@@ -125,7 +126,7 @@ def _new_model(settings: dict, tokenizer: Tokenizer) -> Model:
 
 
 def _loader(text: str, tokenizer: Tokenizer, settings: dict, training: bool) -> SequenceLoader:
-    ids = [tokenizer.eos_id, *tokenizer.encode(text)]
+    ids = [*tokenizer.eos_ids[:1], *tokenizer.encode(text)]
     if not training:
         ids = ids[: VALIDATION_BATCHES * settings["batch"] * settings["context"] + 1]
     return SequenceLoader(ids, settings["batch"], settings["context"], seed=settings["seed"],
@@ -169,7 +170,7 @@ def generate(
                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
                             stop=stop or (), stream=stream)  # fmt: skip
     sys.stdout.write(prompt)
-    for piece in pieces if stream else [pieces]:
+    for piece in [pieces] if isinstance(pieces, str) else pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -189,7 +190,8 @@ def evaluate(
     model, tokenizer = _load(folder)
     text = _text([*(data or []), *(more or [])])
     ids = tokenizer.encode(text)
-    if unknown := ids.count(tokenizer.unknown_id):
+    unknown = 0 if tokenizer.unknown_id is None else ids.count(tokenizer.unknown_id)
+    if unknown:
         err.print(f"{unknown:,} of {len(ids):,} tokens are unknown to the tokenizer: their bits a byte mean little")
     if tokenizer.eos_id is not None and not (ids and ids[0] == tokenizer.bos_id):  # what the first token follows
         ids.insert(0, tokenizer.eos_id)
@@ -263,7 +265,7 @@ def main() -> None:
         if not hasattr(e, "format_message"):  # typer's own errors have one
             raise
         help_asked = type(e).__name__ == "NoArgsIsHelpError"
-        print(e.format_message()) if help_asked else _fail(e.format_message(), e.exit_code)
+        print(e.format_message()) if help_asked else _fail(e.format_message(), getattr(e, "exit_code", 2))
     else:
         sys.exit(code)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,11 +88,10 @@ def check_plain(tree: Any, where: str) -> None:
 
 
 def parse_json(data: bytes, where: str) -> dict:
-    def object_of(pairs):
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         tree = dict(pairs)
         if len(tree) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise CheckpointError(f"{where} must have each name once, but has {short(twice)} twice")
         return tree
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Decoder(Model):
     """
 
     model_type = "decoder"
+    context_length: int
 
     def __init__(self, vocab_size: int, hidden_size: int = 256, num_layers: int = 4, num_heads: int = 4, *,
                  num_kv_heads: int | None = None, head_dim: int | None = None, intermediate_size: int | None = None,
@@ -154,7 +155,7 @@ class Decoder(Model):
         return self.norm(x) if delta is None else self.norm(delta, x)[0]
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
-        attention, dtype = self.blocks[0].attention, self.head.weight.dtype
+        attention, dtype = cast(Block, self.blocks[0]).attention, self.head.weight.dtype
         capacity = self.context_length if max_length is None else min(max_length, self.context_length)
         return AttentionState([KeyValueCache(batch_size, capacity, attention.num_kv_heads, attention.head_dim, dtype)
                                for _ in self.blocks])  # fmt: skip

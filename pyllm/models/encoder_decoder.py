@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -242,8 +242,9 @@ class EncoderDecoder(Model):
         limits = [n for n in (max_length, self.context_length) if n is not None]
         if not limits:
             raise ValueError("max_length must be given, as the model's context has no limit")
-        caches = [KeyValueCache(batch_size, min(limits), b.attention.num_kv_heads, b.attention.head_dim,
-                                self.head.weight.dtype) for b in self.decoder.blocks]  # fmt: skip
+        blocks = cast(Iterable[Block], self.decoder.blocks)
+        caches = [KeyValueCache(batch_size, min(limits), block.attention.num_kv_heads, block.attention.head_dim,
+                                self.head.weight.dtype) for block in blocks]  # fmt: skip
         return SourceState(caches, self._sources(memory), memory.lengths)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[SourceState, Tensor, Tensor]:
@@ -267,7 +268,8 @@ class EncoderDecoder(Model):
         return x if self.embedding_scale is None else x * torch.tensor(self.embedding_scale, dtype=x.dtype)
 
     def _sources(self, memory: Memory) -> list[tuple[Tensor, Tensor]]:
-        return [block.cross_attention.keys_and_values(memory.hidden) for block in self.decoder.blocks]
+        blocks = cast(Iterable[Block], self.decoder.blocks)
+        return [block.cross_attention.keys_and_values(memory.hidden) for block in blocks]
 
     def _check_fits(self, count: int, seen: int = 0) -> None:
         if self.context_length is not None and self.context_length < seen + count:

@@ -54,6 +54,8 @@ class Attention(torch.nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None,
                 lengths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # fmt: skip
+        if positions is None and (self.rope_theta is not None or cache is not None):
+            raise TypeError("Attention with rope_theta or a cache needs positions")
         batch, time, _ = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         count = (self.num_heads, self.num_kv_heads)
@@ -61,10 +63,10 @@ class Attention(torch.nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split(count, 2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        if self.rope_theta is not None:
+        if self.rope_theta is not None and positions is not None:
             qk = ops.rope(qk, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
         q, k = qk.split(count, 2)
-        if cache is not None:
+        if cache is not None and positions is not None:
             cache.write(positions, k, v)
             lengths = positions[:, -1] + 1
             longest = int(lengths.max())

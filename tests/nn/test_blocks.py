@@ -104,6 +104,8 @@ def test_attention_checks_its_sizes():
         nn.Attention(10, 4)
     with pytest.raises(ValueError, match="multiple of num_kv_heads, but got 4 and 3"):
         nn.Attention(16, 4, 3)
+    with pytest.raises(TypeError, match="rope_theta or a cache needs positions"):
+        nn.Attention(16, 4, rope_theta=100.0)(torch.randn(1, 2, 16))
 
 
 def test_settings_that_are_refused():
