@@ -11,13 +11,14 @@ from pyllm.families.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MO
 from pyllm.families.marian import MARIAN
 from pyllm.families.neox import NEOX
 from pyllm.families.phi3 import PHI3
-from pyllm.families.roberta import ROBERTA
+from pyllm.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from pyllm.families.t5 import T5
 
 _ALL = (
     BART,
     BERT,
     BLOOM,
+    CAMEMBERT,
     DISTILBERT,
     GEMMA2,
     GEMMA3,
@@ -33,6 +34,7 @@ _ALL = (
     QWEN3_MOE,
     ROBERTA,
     T5,
+    XLM_ROBERTA,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -122,10 +122,6 @@ def body(prefix: str) -> tuple[Weight, ...]:
     )
 
 
-def _completed(config: dict, names: Collection[str]) -> dict:
-    return completed(config, names, "Bert", "bert.", "cls.predictions.transform.dense.weight")
-
-
 BERT = Family(
     "bert",
     (*architectures("Bert"), "BertForPreTraining"),
@@ -143,5 +139,5 @@ BERT = Family(
     ignored=(r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\.dense\..*", r"cls\.seq_relationship\..*"),
     prefix="bert.",
     older=(*OLDER, (r"^cls\.predictions\.bias$", "cls.predictions.decoder.bias")),
-    complete=_completed,
+    complete=lambda config, names: completed(config, names, "Bert", "bert.", "cls.predictions.transform.dense.weight"),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from pyllm.families.bert import ACTIVATIONS, NAMES, architectures, completed, task, to_task
 from pyllm.families.family import Family, Weight
 from pyllm.families.llama import linear
@@ -55,10 +53,6 @@ def _to_config(model: Encoder) -> dict:
     }
 
 
-def _completed(config: dict, names: Collection[str]) -> dict:
-    return completed(config, names, "DistilBert", "distilbert.", "vocab_transform.weight")
-
-
 DISTILBERT = Family(
     "distilbert",
     architectures("DistilBert"),
@@ -85,5 +79,5 @@ DISTILBERT = Family(
     _to_config,
     ignored=(r"(distilbert\.)?embeddings\.position_ids",),
     prefix="distilbert.",
-    complete=_completed,
+    complete=lambda config, names: completed(config, names, "DistilBert", "distilbert.", "vocab_transform.weight"),
 )

@@ -1,8 +1,7 @@
-"""RoBERTa: as BERT, with places counted from behind the padding's id, and heads of its own."""
+"""RoBERTa, and its kin by other languages: as BERT, with places counted from behind the padding's id, and heads of its
+own."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
 
 from pyllm.families.bert import OLDER, architectures, body, completed, read, write
 from pyllm.families.family import Family
@@ -11,8 +10,8 @@ from pyllm.families.settings import whole
 from pyllm.models import Encoder
 
 
-def _config(config: dict) -> dict:
-    settings = read(config, "Roberta")
+def _config(config: dict, name: str) -> dict:
+    settings = read(config, name)
     padding = whole(config, "pad_token_id", 1, least=0)
     if settings["context_length"] <= padding + 1:
         raise ValueError(f"config: max_position_embeddings must be above pad_token_id + 1 = {padding + 1}, but got "
@@ -26,31 +25,33 @@ def _config(config: dict) -> dict:
     }
 
 
-def _to_config(model: Encoder) -> dict:
+def _to_config(model: Encoder, name: str) -> dict:
     c = model.config
-    return write(model, "Roberta") | {"max_position_embeddings": c["context_length"] + c["padding_id"] + 1}
+    return write(model, name) | {"max_position_embeddings": c["context_length"] + c["padding_id"] + 1}
 
 
-def _completed(config: dict, names: Collection[str]) -> dict:
-    return completed(config, names, "Roberta", "roberta.", "lm_head.dense.weight")
+def _family(model_type: str, name: str) -> Family:
+    return Family(
+        model_type,
+        architectures(name),
+        Encoder,
+        lambda config: _config(config, name),
+        (
+            *body("roberta."),
+            *linear("head.pooler", "classifier.dense"),
+            *linear("head.classifier", "classifier.out_proj"),
+            *linear("head.transform", "lm_head.dense"),
+            *linear("head.norm", "lm_head.layer_norm"),
+            *linear("head.decoder", "lm_head.decoder"),
+        ),
+        lambda model: _to_config(model, name),
+        ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\.dense\..*"),
+        prefix="roberta.",
+        older=(*OLDER, (r"^lm_head\.bias$", "lm_head.decoder.bias")),
+        complete=lambda config, names: completed(config, names, name, "roberta.", "lm_head.dense.weight"),
+    )
 
 
-ROBERTA = Family(
-    "roberta",
-    architectures("Roberta"),
-    Encoder,
-    _config,
-    (
-        *body("roberta."),
-        *linear("head.pooler", "classifier.dense"),
-        *linear("head.classifier", "classifier.out_proj"),
-        *linear("head.transform", "lm_head.dense"),
-        *linear("head.norm", "lm_head.layer_norm"),
-        *linear("head.decoder", "lm_head.decoder"),
-    ),
-    _to_config,
-    ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\.dense\..*"),
-    prefix="roberta.",
-    older=(*OLDER, (r"^lm_head\.bias$", "lm_head.decoder.bias")),
-    complete=_completed,
-)
+ROBERTA = _family("roberta", "Roberta")
+XLM_ROBERTA = _family("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _family("camembert", "Camembert")

@@ -9,6 +9,7 @@ from typing import Any
 from pyllm.nn.position import SCALINGS
 
 _LARGEST = 2**31 - 1
+_MOST_LABELS = 1 << 16
 
 
 def whole(config: dict, name: str, default: int | None = None, *, optional: bool = False, least: int = 1) -> Any:
@@ -94,7 +95,10 @@ def label_names(config: dict) -> list[str]:
     """The names of the labels that a model scores: id2label's, or LABEL_0 and so on, two if nothing is said."""
     names = config.get("id2label")
     if names is None:
-        return [f"LABEL_{i}" for i in range(whole(config, "num_labels", 2))]
+        count = whole(config, "num_labels", 2)
+        if count > _MOST_LABELS:  # before their names take memory
+            raise ValueError(f"config: num_labels must be up to {_MOST_LABELS}, but got {count}")
+        return [f"LABEL_{i}" for i in range(count)]
     if not isinstance(names, dict) or not names or set(names) != {str(i) for i in range(len(names))}:
         raise ValueError(f"config: id2label must name the labels from 0 on, but got {names!r}")
     labels = [names[str(i)] for i in range(len(names))]

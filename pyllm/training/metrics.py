@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.data import SequenceLoader
 from pyllm.models import Model
 from pyllm.nn import RecurrentState
 
@@ -72,10 +73,12 @@ def state_to_carry(
 
     By default (carry=None) a recurrent model carries its state over batches that continue each other.
     """
+    if isinstance(loader, SequenceLoader) and isinstance(model, Model) and not model.causal:
+        raise ValueError(f"the targets of a SequenceLoader are the next tokens, which {type(model).__name__} sees")
     contiguous = getattr(loader, "contiguous", False)
     if carry and not contiguous:
         raise ValueError("carry_state=True needs batches that continue each other: a SequenceLoader without shuffle")
-    if carry is False or not contiguous or not isinstance(model, Model) or not model.causal:
+    if carry is False or not contiguous or not isinstance(model, Model):
         return None
     make = model.new_state
     if isinstance(make(1, 1), RecurrentState):

@@ -19,22 +19,26 @@ SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 DISTILBERT = {"vocab_size": 61, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
               "initializer_range": 0.2}  # fmt: skip
 FAMILY = {"Bert": ("bert", SIZES), "Roberta": ("roberta", SIZES | {"type_vocab_size": 1}),
-          "DistilBert": ("distilbert", DISTILBERT)}  # fmt: skip
+          "DistilBert": ("distilbert", DISTILBERT), "XLMRoberta": ("xlm-roberta", SIZES),
+          "Camembert": ("camembert", SIZES)}  # fmt: skip
 NAMES = {0: "red", 1: "green", 2: "blue"}
 LABELS = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
 TASKS = {"Model": {}, "ForMaskedLM": {}, "ForSequenceClassification": LABELS, "ForTokenClassification": LABELS,
          "ForQuestionAnswering": {}}  # fmt: skip
-CASES = {f"{family}{task}": (f"{family}{task}", {}) for family in FAMILY for task in TASKS} | {
+THREE = ("Bert", "Roberta", "DistilBert")
+CASES = {f"{family}{task}": (f"{family}{task}", {}) for family in THREE for task in TASKS} | {
     "another activation": ("BertForMaskedLM", {"hidden_act": "gelu_new"}),
     "untied": ("BertForMaskedLM", {"tie_word_embeddings": False}),
     "relu": ("DistilBertForMaskedLM", {"activation": "relu", "tie_word_embeddings": False}),
     "untied RoBERTa": ("RobertaForMaskedLM", {"tie_word_embeddings": False}),
+    "CamembertForTokenClassification": ("CamembertForTokenClassification", {}),
+    "XLMRobertaForSequenceClassification": ("XLMRobertaForSequenceClassification", {}),
     "padded with 0": ("RobertaModel", {"pad_token_id": 0, "type_vocab_size": 3}),
 }
 
 
 def make(name, settings, folder):
-    family = next(f for f in ("DistilBert", "Roberta", "Bert") if name.startswith(f))
+    family = next(f for f in FAMILY if name.startswith(f))
     model_type, sizes = FAMILY[family]
     task = name.removeprefix(family)
     return made(getattr(transformers, name), model_type, sizes | TASKS[task] | settings, folder)
@@ -233,6 +237,7 @@ def test_checkpoints_as_they_are_found(tmp_path):
         ("roberta", {"hidden_act": "relu", "architectures": ["RobertaForMaskedLM"]}, "hidden_act must be 'gelu'"),
         ("bert", {"architectures": ["BertForTokenClassification"], "id2label": {"1": "a"}}, "id2label must name"),
         ("bert", {"architectures": ["BertForTokenClassification"], "id2label": {"0": 5}}, "names that are strings"),
+        ("bert", {"architectures": ["BertForTokenClassification"], "num_labels": 10**9}, "num_labels must be up to"),
         ("bert", {"architectures": ["BertForSequenceClassification"], "problem_type": "x"}, "problem_type must be one"),
     ],
 )

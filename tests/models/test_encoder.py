@@ -154,12 +154,14 @@ def test_training_on_padded_batches(tmp_path):
     assert pyllm.check(model, length=12) == []
 
 
-def test_what_does_not_apply_to_an_encoder(tmp_path):
+def test_what_does_not_apply_to_an_encoder():
     model = make("masked_lm")
     tokenizer = pyllm.Tokenizer.train("char", "abc")
     for run in (lambda: model.new_state(1), lambda: pyllm.generate(model, tokenizer, "a")):
         with pytest.raises(NotImplementedError, match="an encoder sees the whole of a text at once"):
             run()
+    with pytest.raises(ValueError, match="are the next tokens, which Encoder sees"):
+        pyllm.test(model, pyllm.data.SequenceLoader(list(range(20)), 1, 4))
     with pytest.raises(ValueError, match="state must be None"):
         model(torch.ones(1, 3, dtype=torch.int64), object())
 
