@@ -1,11 +1,16 @@
 """Pickled weights, pytorch_model.bin in one file or in shards, through torch's reader that makes nothing but tensors.
 
-They are read whole: until the model is filled, there is memory for both.
+They are read whole: until the model is filled, there is memory for both. What torch's reader would take memory for is
+looked at first: it does as the file says.
 """
 
 from __future__ import annotations
 
+import pickle
+import zipfile
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +19,8 @@ from pyllm.checkpoint.files import CheckpointError, read_json, short
 from pyllm.checkpoint.reader import MemoryReader
 from pyllm.checkpoint.safetensors import check_inside
 
+_ITEMS = {"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8,
+          "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1}  # fmt: skip
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -46,13 +53,76 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing from its checkpoint")
     try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            _check_archive(file, size) if file.read(4) == b"PK\3\4" else _check_old(file, size)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch's errors have no type in common
-        raise CheckpointError(f"{path} must hold pickled tensors and nothing else, but torch's reader refuses "
-                              f"it: {type(e).__name__}") from e  # fmt: skip
+        why = str(e) if isinstance(e, CheckpointError) else f"torch's reader refuses it: {type(e).__name__}"
+        raise CheckpointError(f"{path} must hold pickled tensors and nothing else, but {why}") from e
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
         for name, tensor in found.items()
     ):
         raise CheckpointError(f"{path} must hold named tensors, but holds {type(found).__name__}")
+    sizes = [tensor.nbytes for tensor in found.values()]
+    whole = all(tensor.nbytes <= tensor.untyped_storage().nbytes() for tensor in found.values())
+    if not whole or sum(sizes) > 2 * size:  # twice, for an embedding that is also the head
+        raise CheckpointError(f"{path} must hold all elements of its tensors, but these repeat some")
     return found
+
+
+def _check_archive(file: BufferedReader, size: int) -> None:
+    """For files since torch 1.6: archives, whose members must be as they are, for torch would unpack them."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise CheckpointError("its members are compressed, or more than the file holds")
+
+
+def _check_old(file: BufferedReader, size: int) -> None:
+    """For older files: five pickles, then the elements, for which torch makes room as the fourth says."""
+    file.seek(0)
+    reader = _Sizes(_Bounded(file, size))
+    for _ in range(5):
+        reader.load()
+    if sum(reader.storages.values()) > size:
+        raise CheckpointError(f"its tensors have {sum(reader.storages.values())} bytes and the file {size}")
+
+
+class _Bounded:
+    """A file that is not asked for more than it has, since room would be made for it first."""
+
+    def __init__(self, file: BufferedReader, size: int):
+        self.file, self.size = file, size
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(min(count, self.size - self.file.tell()))
+
+    def readline(self) -> bytes:
+        return self.file.readline(4096)
+
+
+class _Anything:
+    """Stands for what a pickle names: nothing of it is looked up or called."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    __call__ = __setitem__ = __setstate__ = extend = append = __init__
+
+
+class _Sizes(pickle._Unpickler):  # type: ignore[name-defined] # the one in C makes room for what a file promises
+    """Finds the storages of an old file."""
+
+    def __init__(self, file: _Bounded):
+        super().__init__(file)
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return name if module == "torch" and name in _ITEMS else _Anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, count, _ = pid
+        self.storages[key] = _ITEMS[kind] * count
+        return _Anything()

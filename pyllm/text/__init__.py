@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+from pyllm.text.formats import TokenizerError
 from pyllm.text.tokenizer import Detokenizer, Tokenizer
 
-__all__ = ["Detokenizer", "Tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer", "TokenizerError"]

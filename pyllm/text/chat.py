@@ -2,8 +2,9 @@
 
 A template comes from strangers. It runs in jinja2's immutable sandbox, on plain data only, and what Jinja leaves
 unbounded is bounded here: the template is rewritten so that each loop pass, call, filter, operator and list goes
-through a meter. A rendering ends after SECONDS, at the next such step; no step makes more than SIZE characters and
-entries; all that a rendering makes adds up to less than TOTAL of them. There is no process to kill, so one step is
+through a meter. How many such steps a rendering has, and how many characters and entries all that it makes may add up
+to, is in proportion to the conversation and the template, so that one without end is found out at once; up to TOTAL,
+and SIZE for any one value. It also ends after SECONDS, at the next step. There is no process to kill, so one step is
 never interrupted: the largest, such as sorting SIZE entries, may take seconds longer.
 """
 
@@ -29,8 +30,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 2.0
 SIZE = 1 << 22
 TOTAL = 1 << 27
-_SOURCE = 1 << 18  # characters of a template
-_DEPTH = 64  # of lists in lists
+_STEPS, _MADE = 4096, 1 << 16  # steps of any rendering, and what it may make
+_STEPS_EACH, _MADE_EACH = 64, 256  # and more of both for each character and entry of the conversation
+_SOURCE = 1 << 16  # characters of a template
+_DEPTH, _LOOPS = 64, 16  # of lists in lists, of loops in loops
 
 _STRING = frozenset(
     """strip lstrip rstrip split rsplit splitlines partition rpartition startswith endswith upper lower title capitalize
@@ -57,14 +60,22 @@ class ChatTemplateError(ValueError):
 class _Meter:
     def __init__(self) -> None:
         self.end = time.monotonic() + SECONDS
-        self.left = TOTAL
+        self.steps = self.left = self.total = TOTAL
+
+    def allow(self, size: int, template: int) -> None:
+        """For a conversation of so many characters and entries, and a template of so many characters."""
+        self.steps = min(TOTAL, _STEPS + _STEPS_EACH * size + template)
+        self.left = self.total = min(TOTAL, _MADE + _MADE_EACH * size + 32 * template)
 
     def charge(self, amount: int) -> None:
         if amount > SIZE:
             raise ChatTemplateError(f"[chat] a value has more than {SIZE} characters or entries")
-        self.left -= amount + 1
+        self.left -= amount
         if self.left < 0:
-            raise ChatTemplateError(f"[chat] the values have more than {TOTAL} characters or entries together")
+            raise ChatTemplateError(f"[chat] the values have more than {self.total} characters or entries together")
+        self.steps -= 1
+        if self.steps < 0:
+            raise ChatTemplateError("[chat] the template has no end, or takes far too many steps for this conversation")
         if time.monotonic() > self.end:
             raise ChatTemplateError(f"[chat] the template ran for more than {SECONDS} seconds")
 
@@ -73,8 +84,8 @@ class _Meter:
         if isinstance(value, str):
             self.charge(len(value))
         elif isinstance(value, (list, tuple, dict)):
-            self.measure(value)
             self.charge(len(value))
+            self.measure(value)
         elif isinstance(value, int):
             self.charge(value.bit_length())
             if value.bit_length() > 4096:
@@ -99,8 +110,8 @@ class _Meter:
             else:
                 entries = ()
             size += 1 + (len(value) if isinstance(value, str) else len(entries))
-            if size > SIZE:
-                raise ChatTemplateError(f"[chat] a value has more than {SIZE} characters or entries")
+            if size > min(SIZE, self.left):
+                raise ChatTemplateError(f"[chat] a value has more than {min(SIZE, self.left)} characters or entries")
             rest += [(entry, depth + 1) for entry in entries]
         return size
 
@@ -210,8 +221,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, add_generati
     """
     data = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
     data = {name: _plain(value, name) for name, value in (data | variables).items()}
-    token = _METER.set(_Meter())
+    meter = _Meter()
+    token = _METER.set(meter)
     try:
+        meter.allow(meter.measure(data), len(template))
         return _rendered(_compile(template), data)
     except ChatTemplateError:
         raise
@@ -247,13 +260,16 @@ def _compile(source: str) -> jinja2.Template:
         raise ChatTemplateError(f"[chat] the template is malformed: {what}") from None
 
 
-def _metered_tree(node: Any) -> Any:
-    """Rewrites what makes values or repeats work; children first."""
+def _metered_tree(node: Any, loops: int = 0) -> Any:
+    """Rewrites what makes values or repeats work; children first. It is inside of so many loops."""
+    loops += isinstance(node, nodes.For)
+    if loops > _LOOPS:
+        raise ValueError(f"loops are nested more than {_LOOPS} deep")
     for field, value in node.iter_fields():
         if isinstance(value, list):
-            setattr(node, field, [_metered_tree(v) if isinstance(v, nodes.Node) else v for v in value])
+            setattr(node, field, [_metered_tree(v, loops) if isinstance(v, nodes.Node) else v for v in value])
         elif isinstance(value, nodes.Node):
-            setattr(node, field, _metered_tree(value))
+            setattr(node, field, _metered_tree(value, loops))
     if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
         size = sum(len(text.data) for part in node.body for text in _texts(part))
         tick = _call("tick", [nodes.Const(size)], node.lineno)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ import tokenizers
 from pyllm.text import vocabulary
 from pyllm.text.charsmap import check as check_charsmap
 from pyllm.text.sentencepiece import read_llama2c, read_model
-from pyllm.text.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from pyllm.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 _CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _BYTES = 1 << 28  # no file of a tokenizer is larger
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 _ALWAYS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
+_LARGEST_ID = (1 << 24) - 1
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's file or metadata that is truncated or malformed. Its one line names the file, and what is wrong."""
 
 
 def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -28,7 +35,7 @@ def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file, or no tokenizer in the folder.
-        ValueError: a file is truncated or malformed, in one line that names it.
+        TokenizerError: a file is truncated or malformed.
     """
     return _read_folder(path) if path.is_dir() else _read_file(path, {})
 
@@ -58,10 +65,14 @@ def from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[s
     types = get_list("ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ValueError(f"tokenizer.ggml.token_type must have {len(tokens)} entries, but has {len(types)}")
+    if not all(0 <= t <= BYTE for t in types):
+        raise ValueError(f"tokenizer.ggml.token_type must hold types from 0 to {BYTE}, but holds another")
     roles = {}
     for role in ("bos", "eos", "eot", "eom", "unknown", "cls"):
         id = get(f"ggml.{role}_token_id", int)
-        if id is not None and 0 <= id < len(tokens):
+        if id is not None and not 0 <= id < len(tokens):
+            raise ValueError(f"tokenizer.ggml.{role}_token_id must be below {len(tokens)}, but is {id}")
+        if id is not None:
             roles[role] = id
     control = [tokens[i] for i, t in enumerate(types) if t in (UNKNOWN, CONTROL)]
     user_defined = [tokens[i] for i, t in enumerate(types) if t == USER_DEFINED]
@@ -140,8 +151,10 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
             vocabulary.begin_with(backend, bos)
         where = folder / "tokenizer_config.json"
         arguments["chat_template"] = _chat_template(folder, config)
+    except TokenizerError:
+        raise
     except (ValueError, TypeError) as e:
-        raise ValueError(f"[tokenizer] {where}: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {where}: {_line(e)}") from None
     return backend, arguments
 
 
@@ -163,12 +176,64 @@ def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     text, contents = _json(path)
     if not isinstance(contents, dict) or not isinstance(contents.get("model"), dict):
-        raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
+        raise TokenizerError(f"[tokenizer] {path} must be a tokenizer.json, but it has no 'model' object")
     try:
         _check_normalizer(contents.get("normalizer"))
-        return tokenizers.Tokenizer.from_str(text)
+        _check_vocabulary(contents["model"])
+        backend = tokenizers.Tokenizer.from_str(text)
+        _check_added(backend, contents.get("added_tokens") or ())
+        _check_processor(contents.get("post_processor"), backend.get_vocab_size())
+        return backend
     except Exception as e:  # the library raises no type more exact than this
-        raise ValueError(f"[tokenizer] {path} must be a tokenizer.json, but: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {path} must be a tokenizer.json, but: {_line(e)}") from None
+
+
+def _check_vocabulary(model: dict[str, Any]) -> None:
+    """What the library does not look at: that no two tokens share an id, and that ids and scores are sane."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        _check_ids(vocabulary)
+        unknown = model.get("unk_token")
+        if unknown is not None and unknown not in vocabulary and model.get("type") == "WordPiece":
+            raise ValueError(f"unk_token must be in the vocabulary, but {unknown!r} is not")
+    elif isinstance(vocabulary, list):
+        pairs = [entry for entry in vocabulary if isinstance(entry, list) and len(entry) == 2]
+        if len({token for token, _ in pairs if isinstance(token, str)}) != len(vocabulary):
+            raise ValueError("each entry of the vocabulary must be a token of its own and its score")
+        if not all(type(score) in (int, float) and math.isfinite(score) for _, score in pairs):
+            raise ValueError("each score must be a finite number")
+
+
+def _check_ids(vocabulary: dict[str, Any]) -> None:
+    if not vocabulary or not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in vocabulary.values()):
+        raise ValueError(f"there must be tokens, each with an id from 0 to {_LARGEST_ID}")
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two tokens have one id")
+
+
+def _check_added(backend: tokenizers.Tokenizer, added: Sequence[dict[str, Any]]) -> None:
+    """The library gives an added token the next id, whatever its entry says."""
+    for entry in added:
+        if backend.token_to_id(entry["content"]) != entry["id"]:
+            raise ValueError(f"the added token {entry['content']!r:.80} must get the id {entry['id']}, but "
+                             f"{backend.token_to_id(entry['content'])} is next")  # fmt: skip
+
+
+def _check_processor(processor: Any, size: int) -> None:
+    """The library frames texts by tokens that may not be there."""
+    if not isinstance(processor, dict):
+        return
+    for step in processor.get("processors", ()):
+        _check_processor(step, size)
+    framing = processor.get("special_tokens", {})
+    ids = [i for token in framing.values() for i in token["ids"] or [-1]]
+    ids += [processor[end][1] for end in ("sep", "cls") if end in processor]
+    if not all(0 <= i < size for i in ids):
+        raise ValueError("its post_processor must add tokens of the vocabulary, but adds others")
+    parts = [part["SpecialToken"]["id"] for form in ("single", "pair") for part in processor.get(form, ())
+             if "SpecialToken" in part]  # fmt: skip
+    if absent := [part for part in parts if part not in framing]:
+        raise ValueError(f"its post_processor must say what {absent[0]!r} is, but does not")
 
 
 def _check_normalizer(normalizer: Any) -> None:
@@ -181,18 +246,21 @@ def _check_normalizer(normalizer: Any) -> None:
 
 
 def _read_pair(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    for file, other in ((vocab, merges), (merges, vocab)):
+        if other.is_file() and not file.is_file():
+            raise TokenizerError(f"[tokenizer] {file} is missing beside {other.name}")
     tokens = _json_object(vocab)
-    if not tokens or not all(type(i) is int and 0 <= i < 1 << 31 for i in tokens.values()):
-        raise ValueError(f"[tokenizer] {vocab} must give each token an id")
-    if len(set(tokens.values())) != len(tokens):
-        raise ValueError(f"[tokenizer] {vocab} gives two tokens one id")
+    try:
+        _check_ids(tokens)
+    except ValueError as e:
+        raise TokenizerError(f"[tokenizer] {vocab}: {e}") from None
     lines = _text(merges).split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
     control = [t for t in ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>", "<mask>") if t in tokens]
     try:
         return vocabulary.byte_level(tokens, _merges([line.rstrip("\r") for line in lines if line.strip()]), control)
     except Exception as e:
-        raise ValueError(f"[tokenizer] {merges}: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {merges}: {_line(e)}") from None
 
 
 def _read_word_piece(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -206,7 +274,7 @@ def _read_word_piece(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
         return vocabulary.word_piece(tokens, lowercase=flags["do_lower_case"], strip_accents=flags["strip_accents"],
                                      chinese=flags["tokenize_chinese_chars"] is not False)  # fmt: skip
     except Exception as e:
-        raise ValueError(f"[tokenizer] {path}: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {path}: {_line(e)}") from None
 
 
 def _with_roles(path: Path, what: str, read: Callable) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -214,7 +282,7 @@ def _with_roles(path: Path, what: str, read: Callable) -> tuple[tokenizers.Token
     try:
         backend, roles = read(data)
     except Exception as e:
-        raise ValueError(f"[tokenizer] {path} must be {what}, but: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {path} must be {what}, but: {_line(e)}") from None
     return backend, {"bos_id": roles.get("bos"), "eos_ids": (roles["eos"],) if "eos" in roles else ()}
 
 
@@ -285,15 +353,24 @@ def _ids(value: Any, name: str) -> list[int]:
 def _json(path: Path) -> tuple[str, Any]:
     try:
         text = _bytes(path).decode("utf-8")
-        return text, json.loads(text)
+        return text, json.loads(text, object_pairs_hook=_object)
+    except TokenizerError:
+        raise
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"[tokenizer] {path} must be JSON, but it is corrupt or truncated: {_line(e)}") from None
+        raise TokenizerError(f"[tokenizer] {path} must be JSON, but it is corrupt or truncated: {_line(e)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return made
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     _, contents = _json(path)
     if not isinstance(contents, dict):
-        raise ValueError(f"[tokenizer] {path} must be a JSON object")
+        raise TokenizerError(f"[tokenizer] {path} must be a JSON object")
     return contents
 
 
@@ -301,15 +378,15 @@ def _text(path: Path) -> str:
     try:
         return _bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"[tokenizer] {path} must be UTF-8, but: {e}") from None
+        raise TokenizerError(f"[tokenizer] {path} must be UTF-8, but: {e}") from None
 
 
 def _bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
-        data = file.read(_BYTES + 1)
-    if len(data) > _BYTES:
-        raise ValueError(f"[tokenizer] {path} has more than {_BYTES} bytes, which no tokenizer has")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > _BYTES:
+            raise TokenizerError(f"[tokenizer] {path} must have at most {_BYTES} bytes, but has {size}")
+        return file.read(size)
 
 
 def _line(error: BaseException) -> str:

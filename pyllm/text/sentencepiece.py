@@ -40,6 +40,8 @@ def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
             form = dict(_fields(_message(value)))
     if not pieces:
         raise ValueError("it holds no pieces")
+    if "" in pieces:
+        raise ValueError("a piece is empty")
     kind = _integer(training.get(3, _UNIGRAM))
     if kind not in (_UNIGRAM, _BPE):
         raise ValueError(f"its model type must be 1 (unigram) or 2 (bpe), but it is {kind}")

@@ -36,9 +36,11 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: Sequence[int] = (),
                  add_bos: bool = False, chat_template: str | None = None):  # fmt: skip
-        # A file may ask for truncation and padding, which would change texts in silence.
+        # A file may ask for truncation, padding and chance, which would change texts in silence.
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
         backend.encode_special_tokens = True
         self._backend = backend
         self._special: tokenizers.Tokenizer | None = None
@@ -231,7 +233,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file, or no tokenizer in the folder.
-            ValueError: a file is truncated, malformed, or holds no tokenizer.
+            TokenizerError, a ValueError: a file is truncated, malformed, or holds no tokenizer.
         """
         backend, arguments = formats.read(Path(path))
         return cls(backend, **arguments)
@@ -241,13 +243,14 @@ class Tokenizer:
         """The tokenizer of a GGUF file, whose metadata ("tokenizer.ggml.model", ...) is given as plain values.
 
         Raises:
-            ValueError: an entry is missing, malformed or of a kind that is not known.
+            TokenizerError, a ValueError: an entry is missing, malformed or of a kind that is not known.
         """
         try:
             backend, arguments = formats.from_gguf(metadata)
             return cls(backend, **arguments)
         except Exception as e:  # the library raises no type more exact than this
-            raise ValueError(f"[tokenizer] this GGUF metadata gives no tokenizer: {' '.join(str(e).split())}") from None
+            why = " ".join(str(e).split())[:300]
+            raise formats.TokenizerError(f"[tokenizer] this GGUF metadata gives no tokenizer: {why}") from None
 
     def __len__(self) -> int:
         return self._size

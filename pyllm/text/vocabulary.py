@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -87,13 +88,15 @@ def sentence_piece(pieces: Sequence[str], scores: Sequence[float], types: Sequen
     if not pieces or not len(pieces) == len(scores) == len(types):
         raise ValueError(f"got {len(pieces)} pieces, {len(scores)} scores and {len(types)} types")
     vocabulary = unique(pieces)
+    if not all(0 <= t <= BYTE for t in types):
+        raise ValueError(f"a piece must be of a type from 0 to {BYTE}, but one is of another")
     unknown = next((i for i, t in enumerate(types) if t == UNKNOWN), None)
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
     bytes_ = all(t in vocabulary for t in byte_tokens)
-    if unknown is None:
-        raise ValueError("there must be a piece for what is unknown (type 2)")
-    if any(score != score for score in scores):
-        raise ValueError("a score is no number")
+    if types.count(UNKNOWN) != 1:
+        raise ValueError(f"there must be a piece for what is unknown (type 2), but there are {types.count(UNKNOWN)}")
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("a score is no finite number")
     if unigram:
         model = models.Unigram(list(zip(pieces, map(float, scores), strict=True)), unknown, bytes_)
     else:

@@ -98,7 +98,9 @@ def value(item) -> bytes:
         return struct.pack("<I", 8) + string(item)
     if isinstance(item, bool):
         return struct.pack("<IB", 7, item)
-    return struct.pack("<If", 6, item) if isinstance(item, float) else struct.pack("<II", 4, item)
+    if isinstance(item, float):
+        return struct.pack("<If", 6, item)
+    return struct.pack("<II", 4, item) if item >= 0 else struct.pack("<Ii", 5, item)
 
 
 def gguf_name(name: str) -> str:

@@ -129,80 +129,23 @@ def test_a_refusal():
         render(CHATML, [{"role": object()}])
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1",
-        "{% for x in y %}",
-        "{% nothing %}",
-        "{{ x | nothing }}",
-        "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-        "{{ " + "9" * 5000 + " }}",
-        "{% for i in x %}" * 60 + "{% endfor %}" * 60,
-        "a" * 300_000,
-        "{% include 'x' %}",
-        "{{ messages[0].content.nothing.nothing }}",
-        "{{ 1 / 0 }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ namespace.__init__.__globals__['json'] }}",
-        "{{ messages.append(1) }}",
-        "{{ lipsum() }}",
-        "{{ namespace(__class__=1) }}",
-        "{{ range.__self__.x }}",
-    ],
-    ids=lambda template: template[:30],
-)
-def test_malformed_and_hostile_templates(template):
-    with pytest.raises(ChatTemplateError) as e:
-        render(template, TALK)
-    assert "\n" not in str(e.value) and str(e.value).startswith("[chat] ")
+def test_a_template_without_end_ends(monkeypatch):
+    endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="takes far too many steps for this conversation"):
+        render(endless, TALK)
+    monkeypatch.setattr(chat, "SECONDS", 0.05)
+    with pytest.raises(ChatTemplateError, match=r"ran for more than 0\.05 seconds"):
+        render(endless, [{"role": "user", "content": "word " * 100_000}])
 
 
-DOUBLE = "{% set x = 'abcdefgh' %}"
-NESTED = "{% set x = ['a', 'b'] %}" + "{% set x = [x, x] %}" * 60
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
-        "{% for a in range(90000) %}{% for b in range(90000) %}x{% endfor %}{% endfor %}",
-        "{% for a in range(90000) %}{{ range(90000) | list | length }}{% endfor %}",
-        "{% for a in range(10**9) %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 'a' * 10**9 }}",
-        "{{ [1] * 10**9 }}",
-        "{{ 10 ** 1000000000 }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ 'a'.ljust(10 ** 9) }}",
-        "{{ (5).to_bytes(10 ** 9, 'big') }}",
-        "{{ 'a' | center(1000000000) }}",
-        "{{ 'a\nb' | indent(1000000000) }}",
-        "{{ 1.5 | round(1000000000, 'floor') }}",
-        "{{ [1] | tojson(indent=1000000000) }}",
-        "{{ strftime_now('%1000000000d') }}",
-        DOUBLE + "{% set x = x + x %}" * 60,
-        DOUBLE + "{% set x = x ~ x %}" * 60,
-        DOUBLE + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
-        DOUBLE + "{% set x = x.replace('a', x) %}" * 60,
-        DOUBLE + "{% set x = x | replace('a', x) %}" * 60,
-        DOUBLE + "{% set x = [x, x, x] | join(x) %}" * 60,
-        DOUBLE + "{% set x = x.join([x, x, x]) %}" * 60,
-        "{% set x = 3 %}" + "{% set x = x * x %}" * 60,
-        NESTED + "{{ x }}",
-        NESTED + "{{ x | tojson }}",
-        NESTED + "{{ x == x[0] }}",
-        "{% set x %}{% for a in range(90000) %}" + "y" * 100_000 + "{% endfor %}{% endset %}",
-    ],
-    ids=lambda template: template[-50:],
-)
-def test_a_template_without_end_ends(template, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.1)
-    with pytest.raises(ChatTemplateError) as e:
-        render(template, TALK)
-    assert "\n" not in str(e.value)
+def test_a_template_may_do_much_for_much():
+    every = "{% for m in messages %}{% for n in messages %}{{ n.role[0] }}{% endfor %}{% endfor %}"
+    assert render(every, TALK * 50) == "uau" * 50 * 150
+    schema = {"a": {"b": {"c": {f"d{i}": {"type": "string", "enum": ["x", "y"]} for i in range(20)}}}}
+    walk = """{% macro walk(x) %}{% if x is mapping %}{% for k, v in x.items() %}<{{ k }}>{{ walk(v) }}{% endfor %}
+        {%- elif x is string %}{{ x | upper }}{% else %}{{ x | tojson }}{% endif %}{% endmacro %}
+        {%- for t in tools %}{{ walk(t) }}{% endfor %}"""
+    assert render(walk, TALK[:1], tools=[schema] * 4).count("STRING") == 80
 
 
 def test_a_long_conversation_is_no_attack():

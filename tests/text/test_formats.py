@@ -214,7 +214,7 @@ def test_malformed_gguf_metadata(change, message):
 
 def test_malformed_pairs(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    for text, message in (("{}", "must give each token an id"), ('{"a": -1}', "must give"), ('{"a": 1, "b": 1}', "two"),
+    for text, message in (("{}", "there must be tokens"), ('{"a": -1}', "an id from 0"), ('{"a": 1, "b": 1}', "two"),
                           ('{"a": 0}', "a merge must be two tokens"), ("[]", "must be a JSON object")):  # fmt: skip
         (tmp_path / "vocab.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -240,6 +240,7 @@ def test_what_a_file_asks_for_beside_the_text_is_left_out(tmp_path):
     backend = tokenizers.Tokenizer.from_str(BPE.to_json())
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
+    backend.model.dropout = 0.9
     backend.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
