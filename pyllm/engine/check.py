@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.models import Model
+from pyllm.models import Model, Pair
 
 
 @dataclass
@@ -31,7 +33,7 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, seed: int = 0)
 
     The whole sequence at once is compared with: the same in pieces of 1, of 7 and of growing size (unless the model
     sees whole texts only), each row alone, and another number of threads; rows padded to different lengths with each
-    alone.
+    alone. An encoder-decoder gets random sources too, and rows whose sources are padded.
 
     Returns:
         The first difference of each way that differs; an empty list if the model keeps the contract.
@@ -41,45 +43,57 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, seed: int = 0)
     """
     if length < 2 or batch_size < 2:
         raise ValueError(f"length and batch_size must be at least 2, but got {length} and {batch_size}")
-    ids = torch.randint(model.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    ids, source = (torch.randint(model.vocab_size, (batch_size, length), generator=generator) for _ in range(2))
+    full = torch.full((batch_size,), length)
+
+    def given(rows: slice = slice(None), n: int | None = None) -> Tensor | Pair:
+        return Pair(source[rows, :n], ids[rows, :n]) if model.answers else ids[rows, :n]
+
+    def state(lengths: Tensor = full):
+        return model.begin(source, lengths, length)[0]
+
     was_training = model.training
     model.eval()
     threads = _C.num_threads()
     try:
-        whole = _outputs(model, [ids], None)
+        whole = _outputs(model, [given()], None)
         found = []
         ways = (("1", [1] * length), ("7", [7] * (length // 7)), ("growing size", [1, 2, 4, 8]))
         for name, sizes in ways if model.causal else ():
             sizes = [*sizes, length - sum(sizes)] if sum(sizes) < length else sizes
             sizes = sizes if sum(sizes) == length else [length]
-            pieces = _outputs(model, list(ids.split(sizes, 1)), model.new_state(batch_size, length))
+            pieces = _outputs(model, list(ids.split(sizes, 1)), state())
             found.append(_first_difference(f"in pieces of {name}", whole, pieces))
-        alone = [_outputs(model, [row[None]], None) for row in ids]
+        alone = [_outputs(model, [given(slice(row, row + 1))], None) for row in range(batch_size)]
         joined = {name: torch.cat([a[name] for a in alone]) for name in whole if all(name in a for a in alone)}
         found.append(_first_difference("each row alone", whole, joined))
         lengths = torch.tensor([max(1, length - 3 * row) for row in range(batch_size)])
-        padded = _outputs(model, [ids], model.new_state(batch_size, length) if model.causal else None, lengths)
+        padded = _outputs(model, [ids], state(lengths) if model.causal else None, lengths)
         for row, n in enumerate(lengths.tolist()):
             of_row = {name: t[row : row + 1, :n] for name, t in padded.items()}
-            differs = _first_difference("padded", _outputs(model, [ids[row : row + 1, :n]], None), of_row, row)
+            differs = _first_difference("padded", _outputs(model, [given(slice(row, row + 1), n)], None), of_row, row)
             if differs is not None:
                 found.append(differs)
                 break
         _C.set_num_threads(1 if threads > 1 else 2)
-        found.append(_first_difference("with another number of threads", whole, _outputs(model, [ids], None)))
+        found.append(_first_difference("with another number of threads", whole, _outputs(model, [given()], None)))
     finally:
         _C.set_num_threads(threads)
         model.train(was_training)
     return [d for d in found if d is not None]
 
 
-def _outputs(model: Model, pieces: list[Tensor], state, lengths: Tensor | None = None) -> dict[str, Tensor]:
+def _outputs(model: Model, pieces: Sequence[Any], state, lengths: Tensor | None = None) -> dict[str, Tensor]:
     """Each module's output (B, T, ...), in the order that they ran, over all pieces."""
     seen: dict[str, list[Tensor]] = {}
     with _hooks(model, seen):
         for piece in pieces:
             model(piece, state, lengths) if lengths is not None else model(piece, state)
-    return {name: torch.cat(parts, 1) for name, parts in seen.items() if len(parts) == len(pieces)}
+    if len(pieces) == 1:
+        return {name: parts[0] for name, parts in seen.items() if len(parts) == 1}
+    shapes = [piece.shape for piece in pieces]
+    return {name: torch.cat(parts, 1) for name, parts in seen.items() if [part.shape[:2] for part in parts] == shapes}
 
 
 @contextmanager

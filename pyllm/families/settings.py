@@ -61,7 +61,8 @@ def token_ids(config: dict, name: str, vocab_size: int, default: int | None = No
     value = config.get(name)
     if not isinstance(value, list):
         value = [default if value is None else value]
-    return [token_id({name: i}, name, vocab_size) for i in value if i is not None]
+    found = [token_id({name: i}, name, vocab_size) for i in value]
+    return [i for i in found if i is not None]
 
 
 def flag(config: dict, name: str, default: bool) -> bool:

@@ -15,6 +15,21 @@ def test_the_models_keep_the_contract(kind, dtype):
     assert model.training and pyllm.num_threads() == threads
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", ["relative", "learned", "sinusoidal"])
+def test_encoder_decoders_keep_the_contract(position, dtype):
+    model = pyllm.EncoderDecoder(50, 32, 2, 4, position=position, context_length=40, post_norm=position != "relative")
+    assert pyllm.check(model.to(dtype)) == []
+    model.decoder.blocks[1].cross_attention.out = Averaging()
+    ways = {d.way: d.module for d in pyllm.check(model)}
+    assert ways["each row alone"] == ways["in pieces of 7"] == ways["padded"] == "decoder.blocks.1.cross_attention.out"
+    model.encoder.blocks[0].feed_forward = Averaging()
+    ways = {d.way: d.module for d in pyllm.check(model)}
+    assert ways["each row alone"] == "encoder.blocks.0.feed_forward"
+    with pytest.raises(ValueError, match="the model's context is 40 tokens, but got 41 ids"):
+        pyllm.check(model, length=41)
+
+
 class Averaging(torch.nn.Module):
     """Looks at the rest of its call: no two ways of running it agree."""
 
