@@ -144,14 +144,14 @@ def load_checkpoint(folder: str | os.PathLike, *, training: bool = True) -> Chec
     """
     folder = Path(folder)
     while True:
-        current = _current(folder)
+        current = newest(folder)
         try:
             return _read(current, training)
         except RecursionError:
             raise CheckpointError(f"{current} must hold JSON that is not nested so deeply") from None
         except (CheckpointError, FileNotFoundError):
             # A writer may have put a new checkpoint in the place of the one that was being read.
-            if current.exists() or _current(folder) == current:
+            if current.exists() or newest(folder) == current:
                 raise
 
 
@@ -221,7 +221,8 @@ def _seals(where: Path, files: dict) -> dict[str, Seal]:
     return {name: Seal(**expected) for name, expected in files.items()}
 
 
-def _current(folder: Path) -> Path:
+def newest(folder: Path) -> Path:
+    """The folder of the checkpoint of a folder: itself, or the newest inside."""
     if (folder / "config.json").exists():
         return folder
     numbered = _numbered(folder)

@@ -25,7 +25,7 @@ from pyllm.checkpoint.architectures import ARCHITECTURES, SLOWING, TENSORS, Arch
 from pyllm.checkpoint.files import CheckpointError, short
 from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fill, halves, open_file
 
-_PIECE = 1 << 20  # values widened at a time
+_PIECE = 1 << 17  # values widened at a time
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
 _MOST_EXPERTS = 1024
 
@@ -98,6 +98,15 @@ class GGUFReader(FileReader):
             return table.config(config)
         except ValueError as e:
             raise CheckpointError(f"{self._path}: {e}") from None
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many weights there are of each of GGML's kinds."""
+        plain = {packing.dtype: packing.name for packing in _PACKINGS.values() if packing.dtype is not None}
+        return Counter(
+            _PACKINGS[self._packings[name]].name if name in self._packings else plain[entry.dtype]
+            for name, entry in self.entries().items()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,7 +300,7 @@ def _change(path: Path, metadata: dict[str, Any], name: str, shape: tuple[int, .
     """What makes our weight of a tensor."""
     table = _architecture(metadata)
     if table is not None and table.one_plus and name.endswith("norm.weight"):
-        return _minus_one
+        return functools.partial(Tensor.sub_, other=1)
     rotated = re.fullmatch(r"blk\.[0-9]+\.attn_([qk])\.(?:weight|bias)", name)
     if table is None or not table.rotary_pairs or not rotated:
         return None
@@ -303,10 +312,6 @@ def _change(path: Path, metadata: dict[str, Any], name: str, shape: tuple[int, .
         raise CheckpointError(f"{path}: {short(name)} must have rows for {short(heads)} heads of even size, "
                               f"but is of shape {shape}")  # fmt: skip
     return functools.partial(halves, heads=heads)
-
-
-def _minus_one(weight: Tensor) -> Tensor:
-    return weight - 1
 
 
 def _info(cursor: _Cursor, name: str) -> tuple[int, tuple[int, ...], int, int]:

@@ -34,7 +34,7 @@ class Extent(NamedTuple):
     begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    change: Callable[[Tensor], Tensor] | None = None  # what makes of the values in the file those of the weight
+    change: Callable[[Tensor], object] | None = None  # makes of the values in the file those of the weight, in place
 
 
 class FileReader:
@@ -64,12 +64,14 @@ class FileReader:
             out = torch.empty(extent.shape, dtype=extent.dtype)
         check_out(name, Entry(extent.dtype, extent.shape), out)
         with torch.no_grad():
-            if extent.change is not None:
+            stored = out
+            if extent.change is not None and out.dtype != extent.dtype:
                 stored = torch.empty(extent.shape, dtype=extent.dtype)
-                self._fill(name, extent, stored)
-                out.copy_(extent.change(stored))
-            else:
-                self._fill(name, extent, out)
+            self._fill(name, extent, stored)
+            if extent.change is not None:
+                extent.change(stored)
+            if stored is not out:
+                out.copy_(stored)
         return out
 
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
@@ -89,7 +91,7 @@ class FileReader:
 
 
 class MemoryReader:
-    """Tensors that are in memory already."""
+    """Tensors that are in memory already, each of which can be read once: it is then the reader's no longer."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self._tensors = tensors
@@ -99,11 +101,12 @@ class MemoryReader:
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         tensor = self._tensors[name]
-        if out is None:
-            return tensor.clone()
-        check_out(name, Entry(tensor.dtype, tuple(tensor.shape)), out)
-        with torch.no_grad():
-            return out.copy_(tensor)
+        if out is not None:
+            check_out(name, Entry(tensor.dtype, tuple(tensor.shape)), out)
+            with torch.no_grad():
+                tensor = out.copy_(tensor)
+        del self._tensors[name]
+        return tensor
 
     def __enter__(self):
         return self
@@ -142,9 +145,10 @@ def check_out(name: str, entry: Entry, out: Tensor) -> None:
         raise ValueError(f"[read] out must hold {name}'s {entry.dtype}, but got {out.dtype}")
 
 
-def halves(weight: Tensor, heads: int) -> Tensor:
-    """Query or key rows whose rotary pairs are neighbours, put half a head apart as Hugging Face has them."""
-    return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def halves(weight: Tensor, heads: int) -> None:
+    """Puts query or key rows whose rotary pairs are neighbours half a head apart, as Hugging Face has them."""
+    for head in weight.view(heads, -1, *weight.shape[1:]):  # one after the other, to hold little
+        head.copy_(head.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1))
 
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:

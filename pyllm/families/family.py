@@ -14,6 +14,8 @@ from torch import Tensor
 from pyllm.models import Model
 from pyllm.nn.feed_forward import GATED
 
+_COLUMNS = 64  # put in another order at a time
+
 
 class WeightsError(ValueError):
     """A checkpoint's weights are not those of the model that its config describes."""
@@ -145,6 +147,7 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
         )
 
     done, total = 0, sum(place.parameter.numel() for place in places)
+    space = torch.empty(max((_space(place) for place in places), default=0), dtype=torch.float64)
     owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -154,12 +157,15 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
         old, new, first = place.parameter, place.parameter, next(iter(place.parts))
         stored = next(iter(wanted)) if first in zeros else first
         kind = dtype or (entries[stored].dtype if old.is_meta else old.dtype)
-        if old.is_meta or old.dtype != kind:
-            new = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
-        if first in zeros:
-            new.detach().zero_()
+        if old.is_meta and first not in zeros and _is_whole(place) and entries[first].dtype == kind:
+            new = torch.nn.Parameter(reader.read(first), old.requires_grad)
         else:
-            _read(reader, place, new.detach())
+            if old.is_meta or old.dtype != kind:
+                new = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
+            if first in zeros:
+                new.detach().zero_()
+            else:
+                _read(reader, place, new.detach(), space)
         for module, name in owners[id(old)]:
             setattr(module, name, new)
         done += new.numel()
@@ -200,19 +206,34 @@ class _Renamed:
         return self._reader.read(self._names[name], out)
 
 
-def _read(reader: WeightReader, place: _Place, out: Tensor) -> None:
+def _is_whole(place: _Place) -> bool:
+    """Whether a parameter is a tensor of the checkpoint as it is."""
+    weight = place.weight
+    return len(place.parts) == 1 and not (weight.transposed or weight.by_head or weight.as_row)
+
+
+def _space(place: _Place) -> int:
+    """How many values are to be held to put a parameter's into our layout."""
     if place.weight.transposed:
-        out.copy_(reader.read(next(iter(place.parts))).t())
-    elif place.weight.by_head:
-        stored = reader.read(next(iter(place.parts)))
-        _rows(out, (3, place.heads)).copy_(_rows(stored, (place.heads, 3)).transpose(0, 1))
-    elif place.weight.as_row:
-        reader.read(next(iter(place.parts)), out[None])
-    else:
-        at = 0
-        for name, shape in place.parts.items():
-            reader.read(name, out[at : at + shape[0]])
-            at += shape[0]
+        return place.parameter.numel()
+    return min(place.parameter.numel(), len(place.parameter) * _COLUMNS) if place.weight.by_head else 0
+
+
+def _read(reader: WeightReader, place: _Place, out: Tensor, space: Tensor) -> None:
+    """`space` is the same for all, as memory that was given back may not be used again."""
+    space = space.view(out.dtype)
+    if place.weight.transposed:
+        [(name, shape)] = place.parts.items()
+        out.copy_(reader.read(name, space[: out.numel()].view(shape)).t())
+        return
+    at = 0
+    for name, shape in place.parts.items():
+        reader.read(name, out[None] if place.weight.as_row else out[at : at + shape[0]])
+        at += shape[0]
+    if place.weight.by_head:
+        for part in out.view(len(out), -1).split(_COLUMNS, 1):
+            stored = space[: part.numel()].view(part.shape).copy_(part)
+            _rows(part, (3, place.heads)).copy_(_rows(stored, (place.heads, 3)).transpose(0, 1))
 
 
 def _rows(tensor: Tensor, groups: tuple[int, int]) -> Tensor:
