@@ -1,7 +1,7 @@
 """Pickled weights, pytorch_model.bin in one file or in shards, through torch's reader that makes nothing but tensors.
 
-They are read whole: until the model is filled, there is memory for both. What torch's reader would take memory for is
-looked at first: it does as the file says.
+They are read whole, and handed over one by one: those that a parameter is joined of are held twice for that time. What
+torch's reader would take memory for is looked at first: it does as the file says.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ class Model(torch.nn.Module):
     stop_ids: frozenset[int] = frozenset()  # that end what is generated, beside those of the tokenizer
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
     causal: ClassVar[bool] = True  # a place sees only those before it, so that a text may come in pieces
+    exporter: ClassVar[Callable[..., None]]  # `pyllm.export`: set by its room, which lies above this one
     head: torch.nn.Linear
 
     def hidden(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:
@@ -72,6 +75,10 @@ class Model(torch.nn.Module):
     def constrain(self, logits: Tensor, step: int, max_tokens: int) -> Tensor:
         """The logits (B, vocabulary) that the step-th of at most `max_tokens` tokens is drawn from."""
         return logits
+
+    def save(self, path: str | os.PathLike, tokenizer: Any = None, *, gguf: bool = False, **options: Any) -> None:
+        """Writes a Hugging Face folder, or a GGUF file, and compares what comes back: `pyllm.export(model, ...)`."""
+        self.exporter(path, tokenizer, gguf=gguf, **options)
 
     @property
     def vocab_size(self) -> int:
