@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pyllm import ops, reference
 from pyllm.benchmarks.timing import DTYPES, Case, modes
 
-OPS = ("gelu", "silu", "geglu", "swiglu")
+OPS = ("gelu", "silu", "geglu", "swiglu", "relu_squared", "sigmoid", "tanh")
 SIZES = {
     "tiny": [(3, 7)],
     "small": [(2048, 1024)],
@@ -22,6 +22,9 @@ TORCH: dict[str, Callable] = {
     "silu": F.silu,
     "geglu": lambda gate, up: F.gelu(gate) * up,
     "swiglu": lambda gate, up: F.silu(gate) * up,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
 
 

@@ -85,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_backward", &ops::recurrent_backward);
   def(m, "rope", &ops::rope);
   def(m, "sample", &ops::sample);
+  m.def("wkv_chunk", &ops::wkv_chunk);
+  def(m, "wkv_forward", &ops::wkv_forward);
+  def(m, "wkv_backward", &ops::wkv_backward);
 }

@@ -5,13 +5,14 @@ import torch
 from pyllm import _C, data, nn, ops
 from pyllm.checkpoint import export, load, save
 from pyllm.engine import SamplingParams, check, generate
-from pyllm.models import Decoder, Encoder, EncoderDecoder, LanguageModel
+from pyllm.models import RWKV, Decoder, Encoder, EncoderDecoder, LanguageModel
 from pyllm.runtime import info, num_threads, set_num_threads
 from pyllm.text import Tokenizer
 from pyllm.training import test, train
 
 __version__: str = _C.info()["version"]
 __all__ = [
+    "RWKV",
     "Decoder",
     "Encoder",
     "EncoderDecoder",

@@ -18,7 +18,7 @@ from pyllm import data as datasets
 from pyllm import training
 from pyllm.checkpoint import load_checkpoint
 from pyllm.data import SequenceLoader
-from pyllm.models import Decoder, LanguageModel, Model
+from pyllm.models import RWKV, Decoder, LanguageModel, Model
 from pyllm.text import Tokenizer
 from pyllm.training import History, Metrics
 
@@ -33,6 +33,7 @@ class ModelName(str, Enum):
     gru = "gru"
     lstm = "lstm"
     gpt = "gpt"
+    rwkv = "rwkv"
 
 
 VALIDATION_BATCHES = 50
@@ -56,7 +57,7 @@ def train(
     tokenizer: Annotated[str | None, Option(help="char, or bpe:SIZE. Default: char.")] = None,
     hidden: Annotated[int | None, Option(help="Width. Default: 256.", min=1)] = None,
     layers: Annotated[int | None, Option(help="Default: 2.", min=1)] = None,
-    heads: Annotated[int | None, Option(help="Attention heads (gpt). Default: 4.", min=1)] = None,
+    heads: Annotated[int | None, Option(help="Heads (gpt, rwkv). Default: 4.", min=1)] = None,
     context: Annotated[int | None, Option(help="Tokens a training sequence. Default: 128.", min=1)] = None,
     batch: Annotated[int | None, Option(help="Sequences a step. Default: 16.", min=1)] = None,
     epochs: Annotated[int | None, Option(help="Default: 1.", min=1)] = None,
@@ -121,6 +122,12 @@ def _new_model(settings: dict, tokenizer: Tokenizer) -> Model:
     if settings["model"] == "gpt":
         return Decoder(tokenizer.vocab_size, settings["hidden"], settings["layers"], settings["heads"],
                        context_length=settings["context"], dropout=settings["dropout"])  # fmt: skip
+    if settings["model"] == "rwkv":
+        if settings["hidden"] % settings["heads"]:
+            raise ValueError(f"--hidden must be a multiple of --heads, but got {settings['hidden']} and "
+                             f"{settings['heads']}")  # fmt: skip
+        return RWKV(tokenizer.vocab_size, settings["hidden"], settings["layers"],
+                    head_dim=settings["hidden"] // settings["heads"], dropout=settings["dropout"])  # fmt: skip
     return LanguageModel(tokenizer.vocab_size, settings["hidden"], settings["layers"], settings["dropout"],
                          cell=settings["model"])  # fmt: skip
 

@@ -38,14 +38,18 @@ GOOD = {
     "lstm": {"x": torch.randn(2, 3, 5), "params": parameters(4, 4), "lengths": torch.tensor([3, 1])},
     "lstm_cell": {"x": torch.randn(2, 5), "state": (torch.randn(2, 4), torch.randn(2, 4))}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(4, 4), strict=True)),
+    "relu_squared": {"x": rows},
     "rms_norm": {"x": rows, "weight": torch.randn(8), "residual": rows},
     "rnn": {"x": torch.randn(2, 3, 5), "params": parameters(1, 4), "h0": torch.randn(1, 2, 4)},
     "rnn_cell": {"x": torch.randn(2, 5), "h": torch.randn(2, 4)}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(1, 4), strict=True)),
     "rope": {"x": heads, "positions": torch.arange(3)},
     "sample": {"logits": torch.randn(3, 50), "seeds": 1, "positions": torch.arange(3)},
+    "sigmoid": {"x": rows},
     "silu": {"x": rows},
     "swiglu": {"gate": rows, "up": rows},
+    "tanh": {"x": rows},
+    "wkv": dict.fromkeys("rwkvab", heads) | {"state": torch.randn(2, 2, 8, 8), "lengths": torch.tensor([3, 1])},
 }
 OUT_OF_RANGE = {"cross_entropy": "targets", "embedding": "ids", "linear_cross_entropy": "targets"}
 FINE = {  # what is not a mistake after all
@@ -58,8 +62,7 @@ FINE = {  # what is not a mistake after all
     ("gelu", "x", "size"),
     ("linear", "x", "rank"),
     ("sample", "logits", "size"),
-    ("silu", "x", "rank"),
-    ("silu", "x", "size"),
+    *((name, "x", spoil) for name in ("relu_squared", "sigmoid", "silu", "tanh") for spoil in ("rank", "size")),
 }
 OPS = sorted({name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - {"pack_linear"})
 

@@ -72,6 +72,15 @@ def test_train_generate_evaluate(model, train, corpus):
     assert all(word in done.stdout for word in ("loss", "perplexity", "bits a byte", "accuracy"))
 
 
+def test_an_rwkv_is_trained(train, corpus):
+    saved = load_checkpoint(train("rwkv"))
+    assert saved.model_type == "rwkv" and saved.config["head_dim"] == 8
+    losses = saved.training["history"]["losses"]
+    assert losses[-1] < losses[0] and saved.training["state"]["lengths"].tolist() == [30 * 16] * 4
+    new = ["--out", corpus.parent / "new"]
+    assert "--hidden must be" in fails("train", "--model", "rwkv", "--data", corpus, "--hidden", 10, *new)
+
+
 def test_several_files_and_resume_refuses_other_settings(corpus, tmp_path):
     other = tmp_path / "more.txt"
     other.write_text(TEXT.upper())

@@ -5,7 +5,7 @@
 
 namespace pyllm {
 
-enum class Activation { gelu, gelu_tanh, silu };
+enum class Activation { gelu, gelu_tanh, silu, sigmoid, tanh, relu_squared };
 
 // out (rows x cols, contiguous) = f(gate), times up where there is one.
 struct ActivationArgs {

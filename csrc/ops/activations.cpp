@@ -11,7 +11,11 @@ Activation kind_of(const char* op, const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "silu") return Activation::silu;
-  fail(Error::value, "[", op, "] kind must be 'gelu', 'gelu_tanh' or 'silu', but got '", name, "'");
+  if (name == "sigmoid") return Activation::sigmoid;
+  if (name == "tanh") return Activation::tanh;
+  if (name == "relu_squared") return Activation::relu_squared;
+  fail(Error::value, "[", op,
+       "] kind must be 'gelu', 'gelu_tanh', 'silu', 'sigmoid', 'tanh' or 'relu_squared', but got '", name, "'");
 }
 
 void check_like(const char* op, const char* name, const TensorView& t, const TensorView& like) {

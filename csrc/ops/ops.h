@@ -74,5 +74,15 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
             const Setting& repetition_penalty, const Setting& frequency_penalty, const Setting& presence_penalty,
             const TensorView& history_or_none, const TensorView& logit_bias_or_none, const TensorView& ids,
             const TensorView& logprobs, const TensorView& processed_logprobs);
+int64_t wkv_chunk();  // steps between the states that are kept
+void wkv_forward(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
+                 const TensorView& a, const TensorView& b, const TensorView& state_or_none,
+                 const TensorView& lengths_or_none, const TensorView& y, const TensorView& final_state,
+                 const TensorView& kept_or_none);
+void wkv_backward(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
+                  const TensorView& a, const TensorView& b, const TensorView& state_or_none,
+                  const TensorView& lengths_or_none, const TensorView& kept, const TensorView& dy,
+                  const TensorView& dfinal_or_none, const TensorView& dr, const TensorView& dw, const TensorView& dk,
+                  const TensorView& dv, const TensorView& da, const TensorView& db, const TensorView& dstate_or_none);
 
 }  // namespace pyllm::ops

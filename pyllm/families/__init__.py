@@ -12,6 +12,7 @@ from pyllm.families.marian import MARIAN
 from pyllm.families.neox import NEOX
 from pyllm.families.phi3 import PHI3
 from pyllm.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from pyllm.families.rwkv7 import RWKV7
 from pyllm.families.t5 import T5
 
 _ALL = (
@@ -33,6 +34,7 @@ _ALL = (
     QWEN3,
     QWEN3_MOE,
     ROBERTA,
+    RWKV7,
     T5,
     XLM_ROBERTA,
 )

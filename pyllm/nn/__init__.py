@@ -7,6 +7,7 @@ from pyllm.nn.linear import Head, Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.position import RelativeBias, SinusoidalEmbedding, rope_frequencies
 from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from pyllm.nn.rwkv import ChannelMix, TimeMix
 from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState, SourceState
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RNN",
     "Attention",
     "AttentionState",
+    "ChannelMix",
     "CrossAttention",
     "Embedding",
     "Experts",
@@ -31,5 +33,6 @@ __all__ = [
     "RelativeBias",
     "SinusoidalEmbedding",
     "SourceState",
+    "TimeMix",
     "rope_frequencies",
 ]

@@ -13,7 +13,8 @@ GATED: dict[str, Callable[..., Tensor]] = {
     "swiglu": ops.swiglu, "geglu": ops.geglu, "geglu_tanh": partial(ops.geglu, approximate="tanh"),
 }  # fmt: skip
 PLAIN: dict[str, Callable[..., Tensor]] = {
-    "gelu": ops.gelu, "gelu_tanh": partial(ops.gelu, approximate="tanh"), "relu": torch.relu, "silu": ops.silu,
+    "gelu": ops.gelu, "gelu_tanh": partial(ops.gelu, approximate="tanh"), "relu": torch.relu,
+    "relu_squared": ops.relu_squared, "silu": ops.silu,
 }  # fmt: skip
 
 

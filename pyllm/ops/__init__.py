@@ -6,7 +6,7 @@ With PYLLM_REFERENCE=1 in the environment these names are the twins, and `REFERE
 import os
 
 from pyllm.ops import library
-from pyllm.ops.activations import geglu, gelu, silu, swiglu
+from pyllm.ops.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
 from pyllm.ops.attention import attention
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
@@ -15,6 +15,7 @@ from pyllm.ops.linear import PackedLinear, linear, pack_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
 from pyllm.ops.sample import Sample, sample
+from pyllm.ops.wkv import wkv
 
 __all__ = [
     "PackedLinear",
@@ -32,13 +33,17 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "pack_linear",
+    "relu_squared",
     "rms_norm",
     "rnn",
     "rnn_cell",
     "rope",
     "sample",
+    "sigmoid",
     "silu",
     "swiglu",
+    "tanh",
+    "wkv",
 ]
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

@@ -30,6 +30,21 @@ def silu(x: Tensor) -> Tensor:
     return _activation("silu", "silu", x, None)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)); x, result and errors as in `gelu`."""
+    return _activation("sigmoid", "sigmoid", x, None)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent; x, result and errors as in `gelu`."""
+    return _activation("tanh", "tanh", x, None)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al., 2021, https://arxiv.org/abs/2109.08668); x, result and errors as in `gelu`."""
+    return _activation("relu_squared", "relu_squared", x, None)
+
+
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """gelu(gate) * up (Shazeer, 2020, https://arxiv.org/abs/2002.05202).
 

@@ -68,6 +68,11 @@ def _recurrent(a, states=1):
     return [a.x.new_empty(*sizes, directions * hidden), *(a.x.new_empty(last) for _ in range(states))]
 
 
+def _wkv(a):
+    batch, _, heads, dim = a.r.shape
+    return [_like(a.r), a.r.new_empty(batch, heads, dim, dim, dtype=torch.float32)]
+
+
 def _like(x):
     return x.new_empty(x.shape)
 
@@ -85,14 +90,18 @@ SHAPES: dict[str, Callable] = {
     "linear_cross_entropy": lambda a: _loss(a, a.x),
     "lstm": lambda a: _recurrent(a, states=2),
     "lstm_cell": lambda a: [_like(a.state[0]), _like(a.state[1])],
+    "relu_squared": lambda a: [_like(a.x)],
     "rms_norm": _norm,
     "rnn": _recurrent,
     "rnn_cell": lambda a: [_like(a.h)],
     "rope": lambda a: [_like(a.x)],
     "sample": lambda a: [a.logits.new_empty(a.logits.shape[0], dtype=t) for t in
                          (torch.int64, torch.float32, torch.float32)],
+    "sigmoid": lambda a: [_like(a.x)],
     "silu": lambda a: [_like(a.x)],
     "swiglu": lambda a: [_like(a.gate)],
+    "tanh": lambda a: [_like(a.x)],
+    "wkv": _wkv,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ They take the compiled operations' arguments, in any floating-point dtype: 16-bi
 result is rounded once at the end.
 """
 
-from pyllm.reference.activations import geglu, gelu, silu, swiglu
+from pyllm.reference.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
 from pyllm.reference.attention import attention
 from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.reference.embedding import embedding
@@ -13,6 +13,7 @@ from pyllm.reference.linear import linear, pack_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
 from pyllm.reference.sample import Sample, sample
+from pyllm.reference.wkv import wkv
 
 __all__ = [
     "Sample",
@@ -29,11 +30,15 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "pack_linear",
+    "relu_squared",
     "rms_norm",
     "rnn",
     "rnn_cell",
     "rope",
     "sample",
+    "sigmoid",
     "silu",
     "swiglu",
+    "tanh",
+    "wkv",
 ]

@@ -11,6 +11,18 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return _gelu(wide, approximate).to(x.dtype)
 
 
+def relu_squared(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).relu().square().to(x.dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).sigmoid().to(x.dtype)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).tanh().to(x.dtype)
+
+
 def silu(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * wide.sigmoid()).to(x.dtype)

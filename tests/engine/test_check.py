@@ -7,9 +7,14 @@ from pyllm.models import Model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "gpt"])
+@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "gpt", "rwkv"])
 def test_the_models_keep_the_contract(kind, dtype):
-    model = pyllm.Decoder(50, 32, 2, 4) if kind == "gpt" else pyllm.LanguageModel(50, 32, 2, cell=kind)
+    if kind == "rwkv":
+        model = pyllm.RWKV(50, 32, 2, head_dim=16)
+        for parameter in model.parameters():  # some begin as zeros, behind which nothing would be seen
+            torch.nn.init.normal_(parameter, std=0.5)
+    else:
+        model = pyllm.Decoder(50, 32, 2, 4) if kind == "gpt" else pyllm.LanguageModel(50, 32, 2, cell=kind)
     threads = pyllm.num_threads()
     assert pyllm.check(model.to(dtype)) == []
     assert model.training and pyllm.num_threads() == threads

@@ -4,6 +4,16 @@ import torch
 import pyllm
 from pyllm.models import MODELS
 
+
+def rwkv(**options):
+    """As it begins, RWKV adds nothing to its stream: here all of its weights are moved."""
+    model = pyllm.RWKV(31, 24, 2, head_dim=8, decay_rank=4, rate_rank=5, value_rank=3, gate_rank=6, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
 MAKERS = {
     "rnn": lambda: pyllm.LanguageModel(31, 24, 2, cell="rnn"),
     "gru": lambda: pyllm.LanguageModel(31, 24, 1, cell="gru"),
@@ -11,6 +21,8 @@ MAKERS = {
     "gpt": lambda: pyllm.Decoder(31, 24, 2, 4, num_kv_heads=2, context_length=40),
     "gpt2": lambda: pyllm.Decoder(31, 24, 2, 4, context_length=40, position="learned", norm="layer_norm",
                                   activation="gelu", bias=True, qkv_bias=True, tie_embeddings=False),
+    "rwkv": rwkv,
+    "rwkv, tied": lambda: rwkv(tie_embeddings=True, embedding_norm=False, norm_bias=False),
 }  # fmt: skip
 
 
@@ -75,6 +87,8 @@ def test_config_makes_the_model_again(model):
 def test_errors():
     with pytest.raises(ValueError, match="cell must be one of rnn, gru, lstm, but got 'elman'"):
         pyllm.LanguageModel(10, cell="elman")
+    with pytest.raises(ValueError, match="multiple of head_dim, but got 24 and 10"):
+        pyllm.RWKV(10, 24, head_dim=10)
     with pytest.raises(ValueError, match="position must be"):
         pyllm.Decoder(10, position="absolute")
     with pytest.raises(ValueError, match="norm must be one of"):

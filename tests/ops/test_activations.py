@@ -7,7 +7,8 @@ from pyllm import ops, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (3, 7), (1023,), (2, 5, 33), (3, 9001), (0, 4), (4, 0)]
 TANH = {"approximate": "tanh"}
-FORMS = [("gelu", {}), ("gelu", TANH), ("silu", {}), ("geglu", {}), ("geglu", TANH), ("swiglu", {})]
+LINEAR = [("gelu", {}), ("gelu", TANH), ("silu", {})]  # x where x is large
+FORMS = [*LINEAR, ("geglu", {}), ("geglu", TANH), ("swiglu", {}), ("sigmoid", {}), ("tanh", {}), ("relu_squared", {})]
 
 
 def inputs_for(name, *tensors):
@@ -36,7 +37,7 @@ def test_layouts(name, options, isa):
         check_twin(getattr(ops, name), getattr(reference, name), inputs_for(name, gate, up), **options)
 
 
-@pytest.mark.parametrize(("name", "options"), FORMS[:3])
+@pytest.mark.parametrize(("name", "options"), LINEAR)
 def test_relative_error(name, options, isa):
     """Small results and far tails keep their digits."""
     x = torch.linspace(-9, 9, 20011)
@@ -47,7 +48,7 @@ def test_relative_error(name, options, isa):
     assert (error <= (2e-5 if isa == "baseline" or options else 2e-6) * exact.abs() + 1e-38).all()
 
 
-@pytest.mark.parametrize(("name", "options"), FORMS[:3])
+@pytest.mark.parametrize(("name", "options"), LINEAR)
 def test_huge_and_nan_inputs(name, options, isa):
     x = torch.tensor([-1e38, -1e4, -200.0, -0.0, 0.0, 200.0, 1e4, 1e38, torch.inf, torch.nan], requires_grad=True)
     y = getattr(ops, name)(x, **options)
@@ -55,6 +56,17 @@ def test_huge_and_nan_inputs(name, options, isa):
     assert torch.equal(y[:3], torch.zeros(3)) and torch.equal(y[5:9], x[5:9]) and y[9].isnan()
     expected = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0])
     torch.testing.assert_close(x.grad[:8], expected, rtol=0, atol=1e-6)
+
+
+def test_saturation(isa):
+    x = torch.tensor([-torch.inf, -1e38, -200.0, -0.0, 200.0, 1e38, torch.inf, torch.nan], requires_grad=True)
+    for name, low, middle, high in (("sigmoid", 0.0, 0.5, 1.0), ("tanh", -1.0, 0.0, 1.0)):
+        y = getattr(ops, name)(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert y[:7].tolist() == [low] * 3 + [middle] + [high] * 3 and y[7].isnan()
+        assert slope[:3].eq(0).all() and slope[4:7].eq(0).all() and slope[7].isnan()
+    y = ops.relu_squared(x)
+    assert y[:4].eq(0).all() and torch.equal(y[4:7], x[4:7] ** 2) and y[7].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

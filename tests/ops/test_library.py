@@ -51,6 +51,7 @@ CALLS = {
         lambda: ((randn(2, 3, 5), parameters(4, 4), (randn(1, 3, 4), randn(1, 3, 4))), {"batch_first": False}),
     ],
     "lstm_cell": [lambda: ((randn(2, 5), (randn(2, 4), randn(2, 4)), *parameters(4, 4)), {})],
+    "relu_squared": [lambda: ((randn(3, 8),), {})],
     "rms_norm": [lambda: ((randn(3, 8), randn(8)), {"eps": 1e-5})],
     "rnn": [
         lambda: (
@@ -63,8 +64,14 @@ CALLS = {
     "sample": [
         lambda: ((torch.randn(3, 50),), {"seeds": 1, "positions": torch.arange(3), "temperature": 0.7, "top_p": 0.9})
     ],
+    "sigmoid": [lambda: ((randn(3, 8),), {})],
     "silu": [lambda: ((randn(3, 8),), {})],
     "swiglu": [lambda: ((randn(3, 8), randn(3, 8)), {})],
+    "tanh": [lambda: ((randn(3, 8),), {})],
+    "wkv": [
+        lambda: ((*(randn(2, 3, 2, 4) for _ in range(6)), randn(2, 2, 4, 4)), {"lengths": torch.tensor([3, 1])}),
+        lambda: (tuple(randn(2, 3, 2, 4) for _ in range(6)), {}),
+    ],
 }
 OPS = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - {"pack_linear"}
 EACH = [(name, i) for name in sorted(OPS) for i in range(len(CALLS[name]))]

@@ -35,10 +35,22 @@ VEC V activate(V x, V* slope) {
     const V s = sigmoid(c * kTwice * fma(z, set(kCube), set(1.0f)));
     if (slope) *slope = fma(c * s * (1.0f - s), kTwice * fma(z, set(3 * kCube), set(1.0f)), s);
     return x * s;
-  } else {
+  } else if constexpr (kKind == Activation::silu) {
     const V s = sigmoid(x);
     if (slope) *slope = s * fma(x, 1.0f - s, set(1.0f));
     return x * s;
+  } else if constexpr (kKind == Activation::sigmoid) {
+    const V s = sigmoid(x);
+    if (slope) *slope = s * (1.0f - s);
+    return s;
+  } else if constexpr (kKind == Activation::tanh) {
+    const V y = tanh(x);
+    if (slope) *slope = fma(-y, y, set(1.0f));
+    return y;
+  } else {
+    const V y = max(V{}, x);  // NaN stays NaN
+    if (slope) *slope = y + y;
+    return y * y;
   }
 }
 
@@ -108,6 +120,12 @@ void with_kind(Activation kind, const F& f) {
       return f(std::integral_constant<Activation, Activation::gelu_tanh>());
     case Activation::silu:
       return f(std::integral_constant<Activation, Activation::silu>());
+    case Activation::sigmoid:
+      return f(std::integral_constant<Activation, Activation::sigmoid>());
+    case Activation::tanh:
+      return f(std::integral_constant<Activation, Activation::tanh>());
+    case Activation::relu_squared:
+      return f(std::integral_constant<Activation, Activation::relu_squared>());
   }
 }
 

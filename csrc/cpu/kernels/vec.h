@@ -134,6 +134,32 @@ VEC void transpose(V* rows) {
 #endif
 }
 
+template <int kDistance>
+VEC void add_halves(V* rows) {  // of 2 kDistance rows, as many become one
+  VI low, high;
+  UNROLL for (int l = 0; l < W; l++) {
+    low[l] = l & kDistance ? l - kDistance + W : l;
+    high[l] = l & kDistance ? l + W : l + kDistance;
+  }
+  UNROLL for (int i = 0; i < kDistance; i++) {
+    const V a = rows[i], b = rows[i + kDistance];
+    rows[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  }
+}
+
+// Lane i of the result is sum(rows[i]), with the same bits, for W rows, which are overwritten.
+VEC V sums(V* rows) {
+#if ISA_AVX512
+  add_halves<8>(rows);
+#endif
+#if ISA_AVX2 || ISA_AVX512
+  add_halves<4>(rows);
+#endif
+  add_halves<2>(rows);
+  add_halves<1>(rows);
+  return rows[0];
+}
+
 // Loads and stores of W elements of float, bf16 or f16 (16-bit types are widened; stores round to nearest, ties to even).
 VEC V load(const float* p) {
   V v;
