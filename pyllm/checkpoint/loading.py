@@ -21,6 +21,7 @@ from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
 from pyllm.checkpoint.reader import FileReader, MemoryReader
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
 from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
+from pyllm.families.settings import generation_settings
 from pyllm.models import MODELS, Model
 from pyllm.text import Tokenizer
 
@@ -82,7 +83,9 @@ def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) ->
         check_plain(config, "config")
     except ValueError as e:
         raise CheckpointError(f"{path / 'config.json'}: {e}") from None
-    _check_family(path, config)
+    family = _check_family(path, config)
+    if family.model.answers and (path / "generation_config.json").exists():
+        config |= generation_settings(read_json(path / "generation_config.json"))
     if any((path / name).exists() for name in (WEIGHTS, INDEX)):
         opened: FileReader | MemoryReader = open_shards(path)
     elif any((path / name).exists() for name in (PICKLED, PICKLED_INDEX)):

@@ -22,6 +22,7 @@ from pyllm.checkpoint.loading import without_memory
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, write_tensors
 from pyllm.checkpoint.verifying import check_same, differences
 from pyllm.families import FAMILIES, Family, export_weights
+from pyllm.families.settings import generation_settings
 from pyllm.models import Model
 from pyllm.text import Tokenizer
 
@@ -114,6 +115,9 @@ def _write_folder(folder: Path, config: dict[str, Any], weights: Iterator[tuple[
     _write_weights(folder, ((name, tensor.to(dtype)) for name, tensor in weights), progress)
     if tokenizer is not None:
         config |= write_tokenizer(folder, tokenizer)
+        if config.get("decoder_start_token_id") is not None:  # transformers then looks for it there alone
+            generation = {key: value for key, value in generation_settings(config).items() if value is not None}
+            write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", config)
     for file in folder.iterdir():
         seal(file)

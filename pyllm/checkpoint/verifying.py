@@ -62,8 +62,9 @@ def differences(model: Model, other: Model) -> list[str]:
 
 
 def _settings(model: Model) -> dict[str, Any]:
-    """A model's config, with defaults that follow from other settings filled in."""
-    settings = {key: value for key, value in model.config.items() if not key.endswith("dropout")}
+    """A model's config, with defaults that follow from other settings filled in, but for what only training needs and
+    for the ends of texts, to which the tokenizer's are added."""
+    settings = {key: value for key, value in model.config.items() if not key.endswith("dropout") and key != "eos_ids"}
     if settings.get("num_heads"):
         settings["num_kv_heads"] = settings.get("num_kv_heads") or settings["num_heads"]
         settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_heads"]

@@ -58,9 +58,9 @@ def token_id(config: dict, name: str, vocab_size: int, default: int | None = Non
 
 def token_ids(config: dict, name: str, vocab_size: int, default: int | None = None) -> list[int]:
     """The ids of one token or of several, which may be none."""
-    value = config.get(name)
+    value = config.get(name, default)
     if not isinstance(value, list):
-        value = [default if value is None else value]
+        value = [value]
     found = [token_id({name: i}, name, vocab_size) for i in value]
     return [i for i in found if i is not None]
 
@@ -183,3 +183,11 @@ def layer_types(config: dict) -> list[str]:
     windowed = config["window_layers"] if config["window_layers"] is not None else range(config["num_layers"])
     windowed = set(windowed) if config["window"] is not None else ()
     return ["sliding_attention" if i in windowed else "full_attention" for i in range(config["num_layers"])]
+
+
+def generation_settings(config: dict) -> dict[str, Any]:
+    """What a generation_config.json says of the ids that answers begin and end with; where there is such a file, an id
+    that is forced is looked for in no other."""
+    forced = {name: config.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id")}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "bad_words_ids")
+    return forced | {name: config[name] for name in names if config.get(name) is not None}

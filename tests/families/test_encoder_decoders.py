@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from families.parity import check_agrees, difference, gradients_under_their_names, loaded_there, made
@@ -34,29 +35,33 @@ CASES = {
 NEVER = {"marian": {"bad_words_ids": [[60]]}}  # all of Marian's own checkpoints say so of their padding
 
 
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family")
-    model_type, settings = CASES[request.param]
+def make(case, folder):
+    model_type, settings = CASES[case]
     theirs = made(transformers.AutoModelForSeq2SeqLM, model_type, settings, folder)
     *_, last = (p for name, p in theirs.get_decoder().named_parameters() if "final_layer_norm.weight" in name)
     with torch.no_grad():
         last.normal_()  # otherwise most answers repeat their first id
         if model_type != "t5":
             theirs.final_logits_bias.normal_(std=0.3)
-        elif "untied" in request.param:
+        elif "untied" in case:
             theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
     theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    theirs = make(request.param, folder)
     ours, _ = pyllm.load(folder)
-    return SimpleNamespace(case=request.param, theirs=theirs, ours=ours, family=FAMILIES[model_type], folder=folder)
+    return SimpleNamespace(case=request.param, theirs=theirs, ours=ours, family=FAMILIES[ours.family], folder=folder)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    found = {}
-    for kind in ("t5", "bart", "marian"):
-        found[kind] = tmp_path_factory.mktemp(kind)
-        made(transformers.AutoModelForSeq2SeqLM, *CASES[kind], found[kind])
+    found = {kind: tmp_path_factory.mktemp(kind) for kind in ("t5", "bart", "marian")}
+    for kind, folder in found.items():
+        make(kind, folder)
     return found
 
 
@@ -130,6 +135,37 @@ def test_what_is_exported_loads_there_with_equal_logits(pair, tmp_path):
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     expected = pair.theirs.generate(source, **options, **NEVER.get(pair.case, {}))
     assert torch.equal(again.generate(source, **options), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["t5", "bart"])
+def test_texts_are_framed_answered_and_exported_as_there(case, folders, tmp_path):
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folders[case]).eval()
+    words = ["<s>", "<pad>", "</s>"] if case == "bart" else ["<pad>", "</s>", "<s>"]
+    words += [f"w{i}" for i in range(61 - len(words))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[-1]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    frame, ends = ("<s> $A </s>" if case == "bart" else "$A </s>"), [(w, words.index(w)) for w in ("<s>", "</s>")]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(frame, special_tokens=ends)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>" if case == "bart" else None
+    )
+    folder = tmp_path / "theirs"
+    if case == "bart":
+        theirs.generation_config.forced_bos_token_id = 0
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ours, its = pyllm.load(folder)
+    pyllm.export(ours, tmp_path / "exported", its)
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "exported").eval()
+    texts, options = ["w7 w8 w9 w10", "w20 w21"], {"max_new_tokens": 10, "do_sample": False}
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        expected = theirs.generate(ids, **options)
+        assert torch.equal(again.generate(ids, **options), expected) and (case == "t5" or expected[0, 1] == 0)
+        answer = tokenizer.decode(expected[0], skip_special_tokens=True)
+        assert answer and pyllm.generate(ours, its, text, max_tokens=10, temperature=0) == answer
+    assert pyllm.generate(ours, its, texts, max_tokens=10, temperature=0)[1] == answer
 
 
 @torch.no_grad()
