@@ -111,7 +111,8 @@ _JOINED = (
 
 def _architecture(name: str, families: tuple[str, ...], fixed: dict[str, Any], keys: tuple[_Key, ...],
                   weights: tuple[Weight, ...] = _APART, read: Callable[[Callable, dict], dict] = lambda get, s: {},
-                  write: Callable[[dict], dict] = lambda s: {}, **options: bool) -> Architecture:  # fmt: skip
+                  write: Callable[[dict], dict] = lambda s: {}, rotary_pairs: bool = False,
+                  one_plus: bool = False) -> Architecture:  # fmt: skip
     """`fixed`: what the settings of all its models are; `read` and `write` add what `keys` do not say."""
     keys = (*_SIZES, *keys)
 
@@ -137,18 +138,20 @@ def _architecture(name: str, families: tuple[str, ...], fixed: dict[str, Any], k
             TENSORS: {name: tuple(tensor.shape) for name, tensor in export_weights(model, table)}
         }
 
-    table = Architecture(name, (), Decoder, config, weights, to_config, families=families, **options)
+    table = Architecture(name, (), Decoder, config, weights, to_config, families=families, rotary_pairs=rotary_pairs,
+                         one_plus=one_plus)  # fmt: skip
     return table
 
 
 def _value(name: str, metadata: dict, key: str, kind: type, default: Any = _REQUIRED) -> Any:
     value = metadata.get(key)
-    unset = type(value) is kind and kind is not bool and value == 0  # as good as missing
+    fits = type(value) is kind
+    unset = fits and kind is not bool and value == 0  # as good as missing
     if value is None or (unset and default is not _REQUIRED):
         if default is _REQUIRED:
             raise ValueError(f"there must be {name}.{key} in its metadata, but it is missing")
         return default
-    if type(value) is not kind:
+    if not fits:
         raise ValueError(f"{name}.{key} must be of {kind.__name__}, but is {short(value)}")
     if kind is int and not 1 <= value <= _LARGEST:
         raise ValueError(f"{name}.{key} must be in [1, {_LARGEST}], but is {value}")

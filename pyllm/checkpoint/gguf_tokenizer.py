@@ -34,9 +34,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
                 raise _none(f"its token {token['content']!r} has {flag}")
-    known = [tokenizer.token(i) for i in range(len(tokenizer))]
-    tokens = [f"[PAD{i}]" if i >= len(known) or known[i] is None else known[i] for i in range(size)]
-    types = [UNUSED if i >= len(known) or known[i] is None else NORMAL for i in range(size)]
+    known = [tokenizer.token(i) for i in range(size)]
+    tokens = [f"[PAD{i}]" if token is None else token for i, token in enumerate(known)]
+    types = [UNUSED if token is None else NORMAL for token in known]
     for id, token in added.items():
         types[id] = CONTROL if token["special"] else USER_DEFINED
     if model["type"] == "BPE" and _is_byte_level(contents["pre_tokenizer"]):

@@ -112,7 +112,7 @@ class _Anything:
     __call__ = __setitem__ = __setstate__ = extend = append = __init__
 
 
-class _Sizes(pickle._Unpickler):  # type: ignore[name-defined] # the one in C makes room for what a file promises
+class _Sizes(pickle._Unpickler):  # the one in C makes room for what a file promises
     """Finds the storages of an old file."""
 
     def __init__(self, file: _Bounded):

@@ -134,7 +134,8 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]],
             size = 0
         shards[-1][name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    done, places = 0, {}
+    done = 0
+    places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, shard)

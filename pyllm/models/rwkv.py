@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -83,7 +86,7 @@ class RWKV(Model):
         ramp, centred = at / hidden, at / max(hidden - 1, 1) - 0.5
         within = (at % dim - (dim - 1) / 2) / max((dim - 1) / 2, 1)
         zigzag = within * within.abs()
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             mix, deep, left = block.time_mix, i / max(layers - 1, 1), 1 - i / layers
             for part, power in zip(mix.mix, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
                 part.copy_(1 - ramp ** (power * left))

@@ -93,6 +93,8 @@ class TimeMix(torch.nn.Module):
         w = ops.sigmoid(self.decay(xw)) * -math.exp(-0.5)
         if self.value_mix is None:
             first_value = v
+        elif first_value is None:
+            raise TypeError("TimeMix with a value_rank needs the first layer's values")
         else:
             v = v + (first_value - v) * ops.sigmoid(self.value_mix(xv))
         rate, gate = ops.sigmoid(self.rate(xa)), self.gate(xg)

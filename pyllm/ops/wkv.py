@@ -33,12 +33,13 @@ def wkv(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state:
     Raises:
         ValueError, TypeError: a shape, dtype or length that does not fit.
     """
-    inputs = [t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous() for t in (r, w, k, v, a, b)]
+    r, w, k, v, a, b = (t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous() for t in (r, w, k, v, a, b))
     if state is not None:
         state = state.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, state)):
-        return _Wkv.apply(*inputs, state, lengths)
-    return _forward(*inputs, state, lengths)[:2]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (r, w, k, v, a, b, state)):
+        return _Wkv.apply(r, w, k, v, a, b, state, lengths)
+    y, final, _ = _forward(r, w, k, v, a, b, state, lengths)
+    return y, final
 
 
 def _forward(r, w, k, v, a, b, state, lengths, keep=False):

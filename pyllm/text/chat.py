@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 try:
     import jinja2
@@ -342,7 +342,7 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
     return "\n".join([(prefix if first else "") + first_line, *lines])
 
 
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
+def _round(value: float, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common") -> float:
     if abs(precision) > 30:
         raise ChatTemplateError("[chat] round is for at most 30 digits")
     return jinja2.filters.do_round(value, precision, method)

@@ -147,7 +147,7 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
             else:
                 add = config.get("tokenizer_class") in _ALWAYS_BOS
         arguments["add_bos"] = add and bos is not None
-        if arguments["add_bos"] and found.name != "tokenizer.json":
+        if bos is not None and arguments["add_bos"] and found.name != "tokenizer.json":
             vocabulary.begin_with(backend, bos)
         where = folder / "tokenizer_config.json"
         arguments["chat_template"] = _chat_template(folder, config)

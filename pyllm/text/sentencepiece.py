@@ -64,7 +64,9 @@ def read_llama2c(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
 
     The file: the longest token's length, then of each token its score, its length and its bytes.
     """
-    pieces, scores, types = [], [], []
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
     position = 4
     longest = int.from_bytes(data[:4], "little", signed=True)
     while position < len(data):

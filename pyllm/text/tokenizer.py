@@ -145,8 +145,8 @@ class Tokenizer:
 
         Control tokens that the template writes are such, those spelled out in messages or tools are text.
         """
-        control = [t for t in self._backend.get_added_tokens_decoder().values() if t.special]
-        names = sorted((t.content for t in control), key=len, reverse=True)
+        control = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        names = sorted(control, key=len, reverse=True)
         spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")
         marked = [_mark(m, spelled) for m in messages]
         if arguments.get("tools"):
@@ -157,7 +157,7 @@ class Tokenizer:
         ids, position = [], 0
         for found in spelled.finditer(text):
             ids += self.encode(text[position : found.start()].replace(_MARK, ""), bos=False)
-            ids.append(self._backend.token_to_id(found[0]))
+            ids.append(control[found[0]])
             position = found.end()
         return ids + self.encode(text[position:].replace(_MARK, ""), bos=False)
 

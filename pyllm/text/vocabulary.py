@@ -90,15 +90,15 @@ def sentence_piece(pieces: Sequence[str], scores: Sequence[float], types: Sequen
     vocabulary = unique(pieces)
     if not all(0 <= t <= BYTE for t in types):
         raise ValueError(f"a piece must be of a type from 0 to {BYTE}, but one is of another")
-    unknown = next((i for i, t in enumerate(types) if t == UNKNOWN), None)
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
     bytes_ = all(t in vocabulary for t in byte_tokens)
     if types.count(UNKNOWN) != 1:
         raise ValueError(f"there must be a piece for what is unknown (type 2), but there are {types.count(UNKNOWN)}")
+    unknown = types.index(UNKNOWN)
     if not all(map(math.isfinite, scores)):
         raise ValueError("a score is no finite number")
     if unigram:
-        model = models.Unigram(list(zip(pieces, map(float, scores), strict=True)), unknown, bytes_)
+        model: models.Model = models.Unigram(list(zip(pieces, map(float, scores), strict=True)), unknown, bytes_)
     else:
         merges = _merges(vocabulary, scores, types)
         model = models.BPE(vocab=vocabulary, merges=merges, unk_token=pieces[unknown], fuse_unk=True,
