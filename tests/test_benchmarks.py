@@ -2,12 +2,19 @@
 
 import dataclasses
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pyllm import benchmarks, ops
 from pyllm.benchmarks import Case, modes
+from pyllm.cli import app
+
+ROOT = Path(__file__).parents[1]
 
 
 def exponentials(name="8"):
@@ -61,6 +68,13 @@ def test_the_markdown_has_a_line_a_size():
                           "| `exp` | 9 | 1.5 ms | 2.00x | 50% |  |  |  |"]  # fmt: skip
     twice = benchmarks.markdown([*rows, dataclasses.replace(row, isa="other")], cases)
     assert twice.count("Ceilings") == 2
+
+
+def test_the_readme_shows_what_was_measured(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((command, shown),) = re.findall(r"<!-- pyllm (bench --table .*?) -->\n(.*?)<!-- end -->", text, re.S)
+    assert shown == CliRunner().invoke(app, shlex.split(command)).stdout, f"README.md must have what `{command}` prints"
 
 
 def test_modes_run_what_they_name():
