@@ -6,6 +6,7 @@ One query over a long past must read every key and value once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ def cases(sizes: str) -> Iterator[Case]:
             yield from _one_query(*size, dtype)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
+def _torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 def _causal(batch: int, length: int, heads: int, dim: int, dtype: str) -> Iterator[Case]:

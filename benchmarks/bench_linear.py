@@ -36,9 +36,7 @@ def cases(sizes: str) -> Iterator[Case]:
         for m, k, n in PACKED[sizes]:
             yield _packed(m, k, n, dtype)
         for k, n in dict.fromkeys((k, n) for _, k, n in PACKED[sizes]):
-            yield from modes("pack_linear", f"{k} -> {n} {dtype}", {"pyllm": _panels, "torch": torch.clone},
-                             lambda k=k, n=n, dtype=dtype: [torch.randn(n, k).to(DTYPES[dtype])],
-                             bytes=2 * k * n * DTYPES[dtype].itemsize)  # fmt: skip
+            yield from _pack(k, n, dtype)
 
 
 def _linear(m: int, k: int, n: int, dtype: str) -> Iterator[Case]:
@@ -58,9 +56,12 @@ def _packed(m: int, k: int, n: int, dtype: str) -> Case:
                 bytes=_moved(m, k, n, dtype))  # fmt: skip
 
 
+def _pack(k: int, n: int, dtype: str) -> Iterator[Case]:
+    functions: dict[str, Callable] = {"pyllm": lambda weight: ops.pack_linear(weight).panels, "torch": torch.clone}
+    yield from modes("pack_linear", f"{k} -> {n} {dtype}", functions,
+                     lambda: [torch.randn(n, k).to(DTYPES[dtype])],
+                     bytes=2 * k * n * DTYPES[dtype].itemsize)  # fmt: skip
+
+
 def _moved(m: int, k: int, n: int, dtype: str) -> int:
     return (m * k + n * k + m * n) * DTYPES[dtype].itemsize
-
-
-def _panels(weight: torch.Tensor) -> torch.Tensor:
-    return ops.pack_linear(weight).panels

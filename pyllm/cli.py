@@ -214,7 +214,7 @@ def evaluate(
 @app.command()
 def bench(
     ops: Annotated[list[str] | None, Argument(metavar="[OP]...", help="Which; default: all.")] = None,
-    full: Annotated[bool, Option("--full", help="All sizes, and more time for each.")] = False,
+    full: Annotated[bool, Option("--full", help="All sizes, and more time for each: half an hour.")] = False,
     only: Annotated[str, Option(help="What has this in its name: 'bf16', '151936', 'backward'.")] = "",
     csv: Annotated[Path | None, Option(help="Put the figures into this file.")] = None,
     picture: Annotated[Path | None, Option(help="Draw the ratios as a PNG.")] = None,
