@@ -54,7 +54,7 @@ def train(
     model: Annotated[ModelName | None, Option(help="Default: gpt.")] = None,
     data: Data = None,
     more: More = None,
-    tokenizer: Annotated[str | None, Option(help="char, or bpe:SIZE. Default: char.")] = None,
+    tokenizer: Annotated[str | None, Option(help="char, bpe:SIZE or unigram:SIZE. Default: char.")] = None,
     hidden: Annotated[int | None, Option(help="Width. Default: 256.", min=1)] = None,
     layers: Annotated[int | None, Option(help="Default: 2.", min=1)] = None,
     heads: Annotated[int | None, Option(help="Heads (gpt, rwkv). Default: 4.", min=1)] = None,

@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_exit_code_2(train, corpus, tmp_path):
     assert "empty" in fails("train", "--data", empty, *new)
     assert "tokens" in fails("train", "--data", short, *new)
     assert "binary.txt" in fails("train", "--data", binary, *new)
-    assert "char, bpe:SIZE" in fails("train", "--data", corpus, "--tokenizer", "words", *new)
+    assert "char, bpe:SIZE, unigram:SIZE" in fails("train", "--data", corpus, "--tokenizer", "words", *new)
     assert "multiple of num_heads" in fails("train", "--data", corpus, "--hidden", 10, "--heads", 4, *new)
     assert "--modle" in fails("train", "--modle", "gpt", *new)
     assert "transformer" in fails("train", "--model", "transformer", *new)

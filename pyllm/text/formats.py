@@ -183,6 +183,9 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
         _check_added(backend, contents.get("added_tokens") or ())
         _check_processor(contents.get("post_processor"), backend.get_vocab_size())
+        of_bytes = isinstance(backend.model, tokenizers.models.Unigram) and contents["model"].get("byte_fallback")
+        if of_bytes and json.dumps(vocabulary.BYTE_BORDER) not in text:
+            vocabulary.part_bytes(backend)
         return backend
     except Exception as e:  # the library raises no type more exact than this
         raise TokenizerError(f"[tokenizer] {path} must be a tokenizer.json, but: {_line(e)}") from None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pyllm.text import formats
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-_KINDS = "the kinds are: char, bpe:SIZE"
+_KINDS = "the kinds are: char, bpe:SIZE, unigram:SIZE"
 _PIECE = 1 << 16
 _MARK = "\ufdd0"  # no character: keeps apart the letters of a control token that a message spells out
 
@@ -58,23 +59,24 @@ class Tokenizer:
         """Makes a tokenizer for texts; the same texts give the same tokenizer.
 
         Args:
-            kind: "char", one id for each character of texts, <unk> for all others; or "bpe:SIZE", byte-pair encoding
-                on bytes (Sennrich et al., 2016, https://arxiv.org/abs/1508.07909; words split as in GPT-2) with SIZE
-                tokens, lossless on any text. Both have the end-of-text token <|endoftext|>.
+            kind: "char", one id for each character of texts, <unk> for all others; "bpe:SIZE", byte-pair encoding
+                (Sennrich et al., 2016, https://arxiv.org/abs/1508.07909), or "unigram:SIZE", the likeliest pieces
+                (Kudo, 2018, https://arxiv.org/abs/1804.10959), of SIZE tokens. Those two are of bytes, in words as
+                GPT-2 splits them, and lossless on any text. All have the end-of-text token <|endoftext|>.
             texts: one text or several.
 
         Raises:
             ValueError: an unknown kind, no text, or a SIZE that is too small for the bytes or too large for the texts.
         """
-        bpe = re.fullmatch(r"bpe:([0-9]{1,18})", kind)
-        if kind != "char" and not bpe:
+        sized = re.fullmatch(r"(bpe|unigram):([0-9]{1,18})", kind)
+        if kind != "char" and not sized:
             raise ValueError(f"[tokenizer] {kind!r} is not a kind of tokenizer; {_KINDS}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
             _check_text(text)
         if not any(texts):
             raise ValueError("[tokenizer] training needs text, but got none")
-        return cls(_train_bpe(int(bpe[1]), texts) if bpe else _train_char(texts))
+        return cls(_train_pieces(sized[1], int(sized[2]), texts) if sized else _train_char(texts))
 
     def encode(self, text: str, *, allow_special: bool = False, bos: bool | None = None) -> list[int]:
         """The token ids of text.
@@ -173,9 +175,11 @@ class Tokenizer:
         """The number of ids: all are below it."""
         return self._size
 
-    @property
+    @functools.cached_property
     def unknown_id(self) -> int | None:
         """The id of text that the vocabulary cannot spell; None where it can spell any."""
+        if isinstance(self._backend.model, models.Unigram):
+            return json.loads(self.to_json())["model"]["unk_id"]
         unknown = getattr(self._backend.model, "unk_token", None)
         return None if unknown is None else self._backend.token_to_id(unknown)
 
@@ -335,31 +339,54 @@ def _train_char(texts: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _train_bpe(size: int, texts: list[str]) -> tokenizers.Tokenizer:
+def _train_pieces(kind: str, size: int, texts: list[str]) -> tokenizers.Tokenizer:
     least = 256 + 1
     if size < least:
-        raise ValueError(f"[tokenizer] bpe:SIZE must be at least {least} (256 bytes and {END_OF_TEXT}), but got {size}")
+        raise ValueError(
+            f"[tokenizer] {kind}:SIZE must be at least {least} (256 bytes and {END_OF_TEXT}), but got {size}"
+        )
     # Each merge needs a place in the text; without this bound the trainer would allocate what was asked for.
     made = most = least + sum(len(text.encode()) for text in texts)
     if size <= most:
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+        backend = _of_bytes(models.BPE() if kind == "bpe" else models.Unigram())
+        trainer = (trainers.BpeTrainer if kind == "bpe" else trainers.UnigramTrainer)(
+            vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
         backend.train_from_iterator([piece for text in texts for piece in _pieces(text)], trainer)
         made = backend.get_vocab_size()
     if made < size:
-        raise ValueError(f"[tokenizer] bpe:{size} needs more text: these texts give at most {made} tokens")
+        raise ValueError(f"[tokenizer] {kind}:{size} needs more text: these texts give at most {made} tokens")
+    return backend if kind == "bpe" else _ordered(backend)
+
+
+def _of_bytes(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _ordered(trained: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The trainer adds up in any order, and gives bytes that it met too rarely the least score and a bit more, in any
+    order: without the last digits, without the bits, and sorted, the same texts give the same."""
+    scores = dict(json.loads(trained.to_str())["model"]["vocab"][1:])
+    least = min(scores.values())
+    for piece, score in scores.items():
+        bits = (score - least) * 1e4
+        scores[piece] = round(least if len(piece) == 1 and bits < 257 and abs(bits - round(bits)) < 0.01 else score, 6)
+    pieces = sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))
+    backend = _of_bytes(models.Unigram([(END_OF_TEXT, 0.0), *pieces], None, False))
+    backend.add_special_tokens([END_OF_TEXT])
     return backend
 
 
 def _divisible(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
     """Whether the ids of `_pieces` add up to the ids of the text: so for what `train` makes."""
     before = backend.pre_tokenizer
-    if backend.normalizer is not None or not isinstance(backend.model, models.BPE):
+    if backend.normalizer is not None or not isinstance(backend.model, (models.BPE, models.Unigram)):
         return False
-    if before is None:
+    if before is None and isinstance(backend.model, models.BPE):
         return all(len(token) == 1 or token in (UNKNOWN, END_OF_TEXT) for token in vocabulary)
     return isinstance(before, pre_tokenizers.ByteLevel) and before.use_regex and not before.add_prefix_space
 

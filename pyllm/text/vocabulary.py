@@ -13,6 +13,7 @@ from pyllm.text.charsmap import check as check_charsmap
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece and GGUF number them
 _SPACE = "\u2581"  # how sentencepiece spells a space
+BYTE_BORDER = "<(?=0x[0-9A-F]{2}>)"
 _LONGEST = 256  # of a piece, in characters: each of its places to cut is looked at
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -114,11 +115,20 @@ def sentence_piece(pieces: Sequence[str], scores: Sequence[float], types: Sequen
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
     backend.normalizer = normalizers.Sequence(steps)
+    if unigram and bytes_:
+        part_bytes(backend)
     back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
     control = [p for p, t in zip(pieces, types, strict=True) if t in (UNKNOWN, CONTROL)]
     add_tokens(backend, control, [p for p, t in zip(pieces, types, strict=True) if t == USER_DEFINED])
     return backend
+
+
+def part_bytes(backend: tokenizers.Tokenizer) -> None:
+    """Parts what spells a byte, such as <0x41>, which a unigram model would take for that byte."""
+    split = pre_tokenizers.Split(Regex(BYTE_BORDER), "merged_with_previous")
+    before = backend.pre_tokenizer
+    backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([before, split])
 
 
 def unique(tokens: Sequence[str]) -> dict[str, int]:

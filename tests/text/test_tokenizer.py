@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyllm.data import embedded_corpus
 from pyllm.text import Tokenizer
 
 ENGLISH = "The quick brown fox jumps over the lazy dog.\n\n  It's 1,024 o'clock;\tthe end  \n" * 20
@@ -18,6 +19,8 @@ AWKWARD = (
     "國破山河在，城春草木深。 e\u0301 \u00e9 \U0001f469\u200d\U0001f467 \u200f\u0627\u0644\u0639\r\n\x00\t\ufeff\ufffd"
 )
 BPE = Tokenizer.train("bpe:350", [ENGLISH, AWKWARD])
+PROSE = embedded_corpus()[:20000]
+UNIGRAM = Tokenizer.train("unigram:350", [PROSE, AWKWARD])
 CHAR = Tokenizer.train("char", [ENGLISH, AWKWARD])
 unicode = st.text(st.characters(exclude_categories=["Cs"]))
 known = st.text(st.sampled_from(sorted(set(ENGLISH + AWKWARD))))
@@ -40,11 +43,12 @@ def check_stream(tokenizer, ids):
 
 
 @given(unicode | known)
-def test_bpe_is_lossless_on_any_text(text):
-    ids = BPE.encode(text)
-    assert BPE.decode(ids) == text
-    assert BPE.eos_id not in ids
-    check_stream(BPE, ids)
+def test_pieces_are_lossless_on_any_text(text):
+    for tokenizer in (BPE, UNIGRAM):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_id not in ids
+        check_stream(tokenizer, ids)
 
 
 @given(known)
@@ -98,7 +102,7 @@ def test_a_stream_survives_a_bad_id():
     assert said + "".join(map(stream.push, ids[1:])) + stream.flush() == "the fox"
 
 
-@pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
+@pytest.mark.parametrize("tokenizer", [CHAR, BPE, UNIGRAM], ids=["char", "bpe", "unigram"])
 def test_control_tokens_in_text_are_text(tokenizer):
     text = "the <|endoftext|> dog"
     alphabet = Tokenizer.train("char", [ENGLISH, "<|>"]) if tokenizer is CHAR else tokenizer
@@ -124,14 +128,17 @@ def test_sizes():
         ValueError, match=r"bpe:SIZE must be at least 257 \(256 bytes and <\|endoftext\|>\), but got 256"
     ):
         Tokenizer.train("bpe:256", ENGLISH)
-    for size in (8000, 10**17):
-        with pytest.raises(ValueError, match=rf"bpe:{size} needs more text: these texts give at most \d+ tokens"):
-            Tokenizer.train(f"bpe:{size}", ENGLISH)
+    assert UNIGRAM.vocab_size == 350 and len(UNIGRAM.encode(PROSE)) < len(PROSE) / 1.4
+    for kind in ("bpe:8000", f"bpe:{10**17}", "unigram:8000", f"unigram:{10**17}"):
+        with pytest.raises(ValueError, match=rf"{kind} needs more text: these texts give at most \d+ tokens"):
+            Tokenizer.train(kind, ENGLISH)
 
 
-@pytest.mark.parametrize("kind", ["", "bpe", "bpe:", "bpe:8k", "bpe:-1", "bpe:1e3", "Char", "char:5", "bpe:٣٠٠"])
+@pytest.mark.parametrize(
+    "kind", ["", "bpe", "unigram", "wordpiece:300", "bpe:", "bpe:8k", "bpe:-1", "bpe:1e3", "Char", "char:5", "bpe:٣٠٠"]
+)
 def test_an_unknown_kind_is_an_error(kind):
-    with pytest.raises(ValueError, match="the kinds are: char, bpe:SIZE"):
+    with pytest.raises(ValueError, match="the kinds are: char, bpe:SIZE, unigram:SIZE"):
         Tokenizer.train(kind, ENGLISH)
 
 
@@ -164,7 +171,7 @@ def test_decoding_tensors():
 
 def test_batches():
     texts = ["", "the fox", AWKWARD]
-    for tokenizer in (CHAR, BPE):
+    for tokenizer in (CHAR, BPE, UNIGRAM):
         assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
 
 
@@ -175,10 +182,11 @@ def test_batches():
 )
 def test_cutting_a_long_text_changes_no_ids(parts):
     text = "".join(parts)
-    whole = BPE._backend.encode(text).ids
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyllm.text.tokenizer._PIECE", 1)
-        assert BPE.encode(text) == whole
+    for tokenizer in (BPE, UNIGRAM):
+        whole = tokenizer._backend.encode(text).ids
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pyllm.text.tokenizer._PIECE", 1)
+            assert tokenizer.encode(text) == whole
 
 
 def test_a_long_text_is_cut(monkeypatch):
@@ -191,7 +199,7 @@ def test_a_long_text_is_cut(monkeypatch):
 
 
 def test_saving_and_loading(tmp_path):
-    for tokenizer in (CHAR, BPE):
+    for tokenizer in (CHAR, BPE, UNIGRAM):
         for path in (tmp_path / "tokenizer.json", str(tmp_path / "tokenizer.json")):
             tokenizer.save(path)
             again = Tokenizer.load(path)
@@ -249,7 +257,7 @@ def test_what_a_file_asks_for_beside_the_text_is_left_out(tmp_path):
 
 
 def test_the_same_texts_give_the_same_tokenizer():
-    texts, kinds = [ENGLISH, AWKWARD], ["char", "bpe:340"]
+    texts, kinds = [PROSE, AWKWARD], ["char", "bpe:340", "unigram:340"]
     ours = [Tokenizer.train(kind, texts).to_json() for kind in kinds]
     for kind, json_ in zip(kinds, ours, strict=True):
         assert Tokenizer.train(kind, iter(texts)).to_json() == json_
@@ -274,7 +282,7 @@ def test_threads_share_a_tokenizer():
         assert list(plain) == [BPE.encode(t) for t in texts]
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe:2000"])
+@pytest.mark.parametrize("kind", ["char", "bpe:2000", "unigram:2000"])
 def test_chinese(poems, kind):
     text = "\n\n".join(poems)
     tokenizer = Tokenizer.train(kind, poems if kind != "char" else text)
