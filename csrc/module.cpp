@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/linear.h"
 #include "cpu/threads.h"
+#include "cpu/vnni.h"
 #include "ops/ops.h"
 #include "tensor_caster.h"
 #if PYLLM_WITH_CUDA
@@ -22,6 +23,7 @@ py::dict info() {
   d["version"] = PYLLM_VERSION;
   d["isa"] = cpu::isa_name();
   d["isas"] = cpu::available_isas();
+  d["vnni"] = cpu::has_vnni();
   d["threads"] = cpu::num_threads();
   d["thread_backend"] = cpu::thread_backend();
 #if PYLLM_WITH_CUDA
@@ -60,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_isa", &cpu::set_isa);
+  m.def("set_vnni", &cpu::set_vnni);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
   def(m, "activation_forward", &ops::activation_forward);
@@ -80,6 +83,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("panel_width", &panel_width);
   def(m, "matmul", &ops::matmul);
   def(m, "column_sum", &ops::column_sum);
+  def(m, "pack_quantized", &ops::pack_quantized);
+  def(m, "quantized_linear", &ops::quantized_linear);
   def(m, "recurrent_forward", &ops::recurrent_forward);
   def(m, "recurrent_cell", &ops::recurrent_cell);
   def(m, "recurrent_backward", &ops::recurrent_backward);

@@ -6,6 +6,7 @@ from pyllm import _C, data, nn, ops
 from pyllm.checkpoint import export, load, save
 from pyllm.engine import SamplingParams, check, generate
 from pyllm.models import RWKV, Decoder, Encoder, EncoderDecoder, LanguageModel
+from pyllm.quantization import quantize
 from pyllm.runtime import info, num_threads, set_num_threads
 from pyllm.text import Tokenizer
 from pyllm.training import test, train
@@ -28,6 +29,7 @@ __all__ = [
     "nn",
     "num_threads",
     "ops",
+    "quantize",
     "save",
     "set_num_threads",
     "test",

@@ -17,6 +17,9 @@ ids = torch.tensor([[1, 0, 3], [2, 2, 4]])
 rows = torch.randn(2, 3, 8)
 heads = torch.randn(2, 3, 2, 8)
 
+values, scales = torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.ones(5, 1)
+quantized = ops.pack_quantized(ops.QuantizedWeight(values, scales, None, 8, (5, 8)))
+
 GOOD = {
     "attention": {
         "q": heads,
@@ -38,6 +41,7 @@ GOOD = {
     "lstm": {"x": torch.randn(2, 3, 5), "params": parameters(4, 4), "lengths": torch.tensor([3, 1])},
     "lstm_cell": {"x": torch.randn(2, 5), "state": (torch.randn(2, 4), torch.randn(2, 4))}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(4, 4), strict=True)),
+    "quantized_linear": {"x": rows, "weight": quantized, "bias": torch.randn(5)},
     "relu_squared": {"x": rows},
     "rms_norm": {"x": rows, "weight": torch.randn(8), "residual": rows},
     "rnn": {"x": torch.randn(2, 3, 5), "params": parameters(1, 4), "h0": torch.randn(1, 2, 4)},
@@ -61,10 +65,13 @@ FINE = {  # what is not a mistake after all
     ("gelu", "x", "rank"),
     ("gelu", "x", "size"),
     ("linear", "x", "rank"),
+    ("quantized_linear", "x", "rank"),
     ("sample", "logits", "size"),
     *((name, "x", spoil) for name in ("relu_squared", "sigmoid", "silu", "tanh") for spoil in ("rank", "size")),
 }
-OPS = sorted({name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - {"pack_linear"})
+OPS = sorted(
+    {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - {"pack_linear", "pack_quantized"}
+)
 
 SPOIL = {
     "dtype": lambda t: t.to(torch.complex64) if t.is_floating_point() else t.to(torch.float64),
@@ -81,7 +88,7 @@ def cases():
         for argument, value in GOOD[name].items():
             parts = range(len(value)) if isinstance(value, (list, tuple)) else [None]
             for part in parts:
-                if isinstance(value, int):
+                if isinstance(value, int | ops.PackedQuantizedWeight):
                     continue
                 for spoil in SPOIL:
                     if (name, argument, spoil) not in FINE:

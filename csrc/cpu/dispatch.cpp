@@ -2,7 +2,11 @@
 
 #include <cstdlib>
 
+#include "cpu/vnni.h"
 #include "tensor.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace pyllm::cpu {
 namespace {
@@ -41,9 +45,29 @@ int best() {
   return found;
 }
 
+// Whether the processor has a dot product of bytes on the registers of an instruction set.
+bool vnni_of(Isa isa) {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (isa == Isa::avx512) return PYLLM_EMULATE_AVX512 || (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1));
+  if (isa == Isa::avx2) return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
+  (void)isa;
+  return false;
+}
+
+bool vnni_wanted = true;
+
 }  // namespace
 
 int chosen_isa = best();
+
+bool has_vnni() {
+  static const bool found[kIsas] = {false, vnni_of(Isa::avx2), vnni_of(Isa::avx512)};
+  return vnni_wanted && found[chosen_isa];
+}
+
+void set_vnni(bool wanted) { vnni_wanted = wanted; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -48,6 +48,10 @@ void linear(const TensorView& x, const TensorView& weight, const TensorView& bia
 void pack_linear(const TensorView& weight, const TensorView& panels);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
+void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums_or_none,
+                    const TensorView& panels, int64_t bits);
+void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias_or_none,
+                      const TensorView& y, int64_t bits, bool half_scales, bool has_minimums);
 // One layer and direction; time comes first in x, y and dy. `kind`: a Recurrence.
 void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
                        const TensorView& w_hh, const TensorView& b_ih_or_none, const TensorView& b_hh_or_none,

@@ -67,13 +67,17 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
     if saved.model_type not in MODELS:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(MODELS)}, but got {saved.model_type!r}")
     model = _empty(path, saved.model_type, lambda: MODELS[saved.model_type](**saved.config))
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in saved.weights.items()}
+    quantized = {k.removesuffix(".weight.values") for k in saved.weights if k.endswith(".weight.values")}
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.removesuffix(".weight") not in quantized}
+    found = {k: tuple(v.shape) for k, v in saved.weights.items() if k.rpartition(".weight.")[0] not in quantized}
     if expected != found:
         wrong = [f"{k} must be {expected.get(k, 'absent')}, but got {found.get(k, 'nothing')}"
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
-    model.load_state_dict(saved.weights, assign=True)
+    try:
+        model.load_state_dict(saved.weights, assign=True)
+    except (RuntimeError, TypeError, ValueError) as e:  # of quantised weights: the others have been checked
+        raise CheckpointError(f"{path}: {' '.join(str(e).split())}") from None
     return model if dtype is None else model.to(dtype), saved.tokenizer
 
 

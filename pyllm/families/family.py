@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyllm import nn
 from pyllm.models import Model
 from pyllm.nn.feed_forward import GATED
 
@@ -174,7 +175,15 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
 
 
 def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible."""
+    """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible.
+
+    Raises:
+        ValueError: a layer of the model is quantised.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.packed is not None:
+            raise ValueError(f"{name} is quantised, which no Hugging Face checkpoint holds: export the model that was "
+                             "not, or save this one with pyllm.save")  # fmt: skip
     for place in _places(model, family, model.head is None):
         tensor = place.parameter.detach()
         if place.weight.by_head:

@@ -155,7 +155,7 @@ class Decoder(Model):
         return self.norm(x) if delta is None else self.norm(delta, x)[0]
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
-        attention, dtype = cast(Block, self.blocks[0]).attention, self.head.weight.dtype
+        attention, dtype = cast(Block, self.blocks[0]).attention, self.dtype
         capacity = self.context_length if max_length is None else min(max_length, self.context_length)
         return AttentionState([KeyValueCache(batch_size, capacity, attention.num_kv_heads, attention.head_dim, dtype)
                                for _ in self.blocks])  # fmt: skip

@@ -244,7 +244,7 @@ class EncoderDecoder(Model):
             raise ValueError("max_length must be given, as the model's context has no limit")
         blocks = cast(Iterable[Block], self.decoder.blocks)
         caches = [KeyValueCache(batch_size, min(limits), block.attention.num_kv_heads, block.attention.head_dim,
-                                self.head.weight.dtype) for block in blocks]  # fmt: skip
+                                self.dtype) for block in blocks]  # fmt: skip
         return SourceState(caches, self._sources(memory), memory.lengths)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[SourceState, Tensor, Tensor]:

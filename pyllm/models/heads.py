@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyllm import nn, ops
+from pyllm.models.model import token_loss
 
 IGNORED = -100  # a target that does not count, as in torch
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
@@ -99,8 +100,7 @@ class MaskedHead(Head):
     def loss(self, h: Tensor, targets: Tensor, real: Tensor | None, label_smoothing: float) -> Tensor:
         """Targets are ids (B, T). Nothing is computed for places that do not count; no logits are held whole."""
         h, targets = _counted(h, targets, real)
-        return ops.linear_cross_entropy(self._transformed(h), self.decoder.weight, targets, self.decoder.bias,
-                                        label_smoothing=label_smoothing)  # fmt: skip
+        return token_loss(self.decoder, self._transformed(h), targets, label_smoothing)
 
     def _transformed(self, h: Tensor) -> Tensor:
         return self.norm(self.activation(self.transform(h)))

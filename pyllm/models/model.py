@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyllm import ops
+from pyllm import nn, ops
 
 
 class Model(torch.nn.Module):
@@ -26,6 +26,7 @@ class Model(torch.nn.Module):
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
     causal: ClassVar[bool] = True  # a place sees only those before it, so that a text may come in pieces
     exporter: ClassVar[Callable[..., None]]  # `pyllm.export`: set by its room, which lies above this one
+    quantizer: ClassVar[Callable[..., Any]]  # `pyllm.quantize`, in the same way
     head: torch.nn.Linear
 
     def hidden(self, ids: Tensor, state=None, lengths: Tensor | None = None) -> Tensor:
@@ -55,13 +56,10 @@ class Model(torch.nn.Module):
         return self.head(put_back(self.hidden(ids.gather(1, to_right), state, lengths), to_right))
 
     def loss(self, ids: Tensor, targets: Tensor, state=None, *, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy a token, in nats. Targets of -100 do not count. Unless they are
-        softcapped, the logits are never held whole."""
+        """Mean cross-entropy a token, in nats. Targets of -100 do not count. Unless they are softcapped, or the head is
+        quantised, the logits are never held whole."""
         h = self.hidden(ids, state)
-        if getattr(self.head, "softcap", None) is not None:
-            return ops.cross_entropy(self.head(h).flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
-        return ops.linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.head.bias,
-                                        label_smoothing=label_smoothing)  # fmt: skip
+        return token_loss(self.head, h.flatten(0, 1), targets.flatten(), label_smoothing)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[Any, Tensor, Tensor]:
         """How generating begins, from prompts (B, T), of `lengths` (B,): a state with room for `max_tokens` more, and
@@ -80,12 +78,30 @@ class Model(torch.nn.Module):
         """Writes a Hugging Face folder, or a GGUF file, and compares what comes back: `pyllm.export(model, ...)`."""
         self.exporter(path, tokenizer, gguf=gguf, **options)
 
+    def quantize(self, weights: str, **options: Any) -> Any:
+        """Quantises the linear layers in place: `pyllm.quantize(model, weights, ...)`."""
+        return self.quantizer(weights, **options)
+
     @property
     def vocab_size(self) -> int:
         return self.head.out_features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes with."""
+        return next(self.parameters()).dtype
+
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        quantized = (m for m in self.modules() if isinstance(m, nn.Linear) and m.packed is not None)
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in quantized)
+
+
+def token_loss(layer: torch.nn.Linear, h: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy of the logits that a layer makes of h (N, hidden). They are held whole only where the layer is
+    more than a product with a weight."""
+    if layer.weight is None or getattr(layer, "softcap", None) is not None:
+        return ops.cross_entropy(layer(h), targets, label_smoothing=label_smoothing)
+    return ops.linear_cross_entropy(h, layer.weight, targets, layer.bias, label_smoothing=label_smoothing)
 
 
 def initialise(module: torch.nn.Module, additions: int | None = None) -> None:

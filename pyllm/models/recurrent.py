@@ -42,5 +42,5 @@ class LanguageModel(Model):
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> RecurrentState:
         count = 2 if isinstance(self.rnn, nn.LSTM) else 1
-        zeros = self.head.weight.new_zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size)
-        return RecurrentState(*(zeros.detach().clone() for _ in range(count)))
+        zeros = torch.zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size, dtype=self.dtype)
+        return RecurrentState(*(zeros.clone() for _ in range(count)))

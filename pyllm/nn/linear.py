@@ -5,14 +5,45 @@ from torch import Tensor
 
 from pyllm import ops
 
+QUANTIZED = ("values", "scales", "minimums")  # what a quantised weight is made of, in a state dict
+
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear on `pyllm.ops.linear`: (..., in_features) -> (..., out_features)."""
+    """torch.nn.Linear on `pyllm.ops.linear`: (..., in_features) -> (..., out_features).
+
+    Once quantised, it runs on `pyllm.ops.quantized_linear`, and `weight` is None; its state dict has weight.values,
+    weight.scales and, in formats that have them, weight.minimums instead, and loading such a one quantises it.
+    """
 
     parts: tuple[int, ...]  # the rows of each, where the weight is that of several layers in one
+    packed: ops.PackedQuantizedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return ops.quantized_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
+
+    def quantize_(self, weight: ops.QuantizedWeight) -> None:
+        """Puts a quantised weight in the place of the layer's own."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"the quantised weight must have shape {(self.out_features, self.in_features)}, "
+                             f"but got {weight.shape}")  # fmt: skip
+        self.packed = ops.pack_quantized(weight)
+        self.register_parameter("weight", None)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            weight = self.packed.unpack()
+            parts = {"values": weight.values, "scales": weight.scales, "minimums": weight.minimums}
+            destination |= {f"{prefix}weight.{k}": v for k, v in parts.items() if v is not None}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        values, scales, minimums = (state_dict.pop(f"{prefix}weight.{k}", None) for k in QUANTIZED)
+        if values is not None and scales is not None:
+            bits = 8 * values.shape[1] // (32 * scales.shape[1]) if values.dim() == scales.dim() == 2 else 8
+            self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, (self.out_features, self.in_features)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Head(Linear):

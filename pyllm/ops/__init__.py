@@ -12,6 +12,7 @@ from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
+from pyllm.ops.quantized_linear import PackedQuantizedWeight, QuantizedWeight, pack_quantized, quantized_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
 from pyllm.ops.sample import Sample, sample
@@ -19,6 +20,8 @@ from pyllm.ops.wkv import wkv
 
 __all__ = [
     "PackedLinear",
+    "PackedQuantizedWeight",
+    "QuantizedWeight",
     "Sample",
     "attention",
     "cross_entropy",
@@ -33,6 +36,8 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "pack_linear",
+    "pack_quantized",
+    "quantized_linear",
     "relu_squared",
     "rms_norm",
     "rnn",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyllm.ops.linear import PackedLinear
+from pyllm.ops.quantized_linear import PackedQuantizedWeight
 
 _LIBRARY = torch.library.Library("pyllm", "DEF")
 
@@ -32,6 +33,7 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
     tuple[Tensor, Tensor] | None: "Tensor[]?",
     Tensor | tuple[Tensor, Tensor] | None: "Tensor[]? or one",
     Tensor | PackedLinear: "Tensor",  # a packed weight is for eager calls
+    PackedQuantizedWeight: "packed",
     float | Tensor: "Tensor or float",
     int | Tensor: "Tensor or int",
     float: "float",
@@ -105,9 +107,21 @@ SHAPES: dict[str, Callable] = {
 }  # fmt: skip
 
 
+EAGER = {"quantized_linear"}  # take what no schema has: they break a traced graph in two
+
+
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:
     """Registers each function that has an entry in SHAPES under its name; returns those to call in their place."""
-    return {name: _front(name, f, *_register(name, f)) for name, f in functions.items() if name in SHAPES}
+    registered = {name: _front(name, f, *_register(name, f)) for name, f in functions.items() if name in SHAPES}
+    eager = {
+        name: _front(name, f, torch.compiler.disable(f), _kinds(f)) for name, f in functions.items() if name in EAGER
+    }
+    return registered | eager
+
+
+def _kinds(f: Callable) -> dict[str, str]:
+    hints = typing.get_type_hints(f)
+    return {key: _KINDS[hints[key]] for key in inspect.signature(f).parameters}
 
 
 def _front(name: str, eager: Callable, traced: Callable, kinds: dict[str, str]) -> Callable:
@@ -151,7 +165,7 @@ def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error:
 def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
     parameters = inspect.signature(f).parameters
     hints = typing.get_type_hints(f)
-    kinds = {key: _KINDS[hints[key]] for key in parameters}
+    kinds = _kinds(f)
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     arguments = ", ".join(f"{kind.split()[0]} {key}" for key, kind in kinds.items())
     nested, named = hints["return"] == tuple[Tensor, tuple[Tensor, Tensor]], getattr(hints["return"], "_make", None)

@@ -10,6 +10,7 @@ from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
 from pyllm.reference.linear import linear, pack_linear
+from pyllm.reference.quantized_linear import pack_quantized, quantized_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
 from pyllm.reference.sample import Sample, sample
@@ -30,6 +31,8 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "pack_linear",
+    "pack_quantized",
+    "quantized_linear",
     "relu_squared",
     "rms_norm",
     "rnn",

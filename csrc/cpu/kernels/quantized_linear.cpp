@@ -1,0 +1,229 @@
+// A row of x is quantised once; then a tile, some rows of x by a panel of 2W of the weight's, goes down k group by group.
+// Within a group everything is whole numbers: the sums are exact, so that instruction sets with and without a dot product
+// of bytes agree. A group adds float(sum) * (scale of x * scale of the weight) to the tile's fp32 sums. Threads take
+// panels, and panels pass by as many rows of x as stay in the second-level cache.
+//
+// How four bytes of x meet four of the weight, in each lane:
+//  - with VNNI, in one instruction, on signed bytes of x and unsigned ones of the weight;
+//  - 4 bits without it: the pairs' sums (at most 8 x 2 x 15 x 127) fit 16 bits for a whole group, so they are added
+//    there, and widened once;
+//  - 8 bits without it: pairs of 255 * 127 would not fit, so even and odd bytes are taken apart and multiplied as 16 bits,
+//    which x is stored as.
+// The weight's zero point is taken off a group's sum before it begins: 2^(bits - 1) times the sum of x's values.
+#include "cpu/quantized_linear.h"
+
+#include "cpu/kernels/bytes.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/vnni.h"
+
+namespace pyllm::ISA {
+namespace {
+
+constexpr int kQuads = kGroup / 4;
+#if ISA_AVX512
+constexpr int kRows = 6;  // of a tile
+#else
+constexpr int kRows = 4;
+#endif
+
+enum class Dot { vnni, pairs, halves };
+
+// Rows of x as the tiles read them.
+struct Rows {
+  int64_t groups, bytes;  // `bytes` a row
+  int8_t* values;         // a quad after another; for Dot::halves its bytes 0, 2, 1, 3 as 16 bits
+  float *scales, *sums;   // a group's scale, and scale times the sum of its values
+  int32_t* starts;        // what a group's whole sums start from
+};
+
+template <class T>
+void quantize_row(const T* x, int64_t k, Dot dot, int offset, const Rows& out, int64_t row) {
+  alignas(64) float block[kGroup];
+  alignas(64) int8_t bytes[kGroup];
+  for (int64_t g = 0; g < out.groups; g++) {
+    const int64_t count = std::min(kGroup, k - g * kGroup);
+    V largest{}, bad{};
+    for (int64_t j = 0; j < kGroup; j += W) {
+      const V v = count - j >= W ? load(x + g * kGroup + j) : count > j ? load_n(x + g * kGroup + j, count - j) : V{};
+      store(block + j, v);
+      largest = max(abs(v), largest);
+      bad = bad + v * 0.0f;
+    }
+    const float most = max(largest), scale = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    const bool finite = sum(bad) == 0.0f;
+    int32_t total = 0;
+    for (int64_t j = 0; j < kGroup; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
+    for (int j = 0; j < kGroup; j++) total += bytes[j];
+    const int64_t at = row * out.groups + g;
+    out.scales[at] = finite ? scale : __builtin_nanf("");
+    out.sums[at] = out.scales[at] * static_cast<float>(total);
+    out.starts[at] = -offset * total;
+    int8_t* to = out.values + row * out.bytes + g * (dot == Dot::halves ? 2 * kGroup : kGroup);
+    if (dot != Dot::halves) {
+      std::memcpy(to, bytes, kGroup);
+      continue;
+    }
+    for (int q = 0; q < kQuads; q++) {
+      const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
+      std::memcpy(to + 8 * q, halves, 8);
+    }
+  }
+}
+
+VEC V load_scale(const char* p, DType dtype, int64_t at) {
+  return dtype == DType::f16 ? load(reinterpret_cast<const f16*>(p) + at)
+                             : load(reinterpret_cast<const float*>(p) + at);
+}
+
+// R rows from `row` on by one panel, to out (R x kPanel).
+template <int R, int kBits, Dot kDot>
+void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* panel, float* out) {
+  constexpr int64_t kBytes = W * 4, kValues = kPanel * kGroup * kBits / 8;
+  const int64_t group_bytes = w.group_bytes(kPanel);
+  V total[R][2] = {};
+  const int8_t* a[R];
+  UNROLL for (int r = 0; r < R; r++) a[r] = x.values + (row + r) * x.bytes;
+  const int64_t first = row * x.groups;
+  for (int64_t g = 0; g < x.groups; g++) {
+    VI s[R][2];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
+        set_int(x.starts[first + r * x.groups + g]);
+    if constexpr (kBits == 4) {
+      VI pairs[R][2] = {};
+      UNROLL for (int q = 0; q < kQuads / 2; q++) UNROLL for (int j = 0; j < 2; j++) {
+        const VI both = load_lanes(panel + (2 * q + j) * kBytes);
+        const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+        UNROLL for (int r = 0; r < R; r++) {
+          const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
+          if constexpr (kDot == Dot::vnni) {
+            s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
+          } else {
+            pairs[r][j] = add_halves(pairs[r][j], add_halves(dot_pairs(low, x0), dot_pairs(high, x1)));
+          }
+        }
+      }
+      if constexpr (kDot != Dot::vnni)
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
+            s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
+    } else {
+      for (int q = 0; q < kQuads; q++) UNROLL for (int j = 0; j < 2; j++) {
+          const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
+          if constexpr (kDot == Dot::vnni) {
+            UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
+          } else {
+            const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
+            UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
+                                                         dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
+          }
+        }
+    }
+    UNROLL for (int j = 0; j < 2; j++) {
+      const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
+      UNROLL for (int r = 0; r < R; r++) total[r][j] =
+          fma(__builtin_convertvector(s[r][j], V), scale * x.scales[first + r * x.groups + g], total[r][j]);
+      if (w.has_minimums) {
+        const V minimum = load_scale(panel + kValues, w.scale_dtype, kPanel + j * W);
+        UNROLL for (int r = 0; r < R; r++) total[r][j] =
+            fma(minimum, set(x.sums[first + r * x.groups + g]), total[r][j]);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) a[r] += kDot == Dot::halves ? 2 * kGroup : kGroup;
+    panel += group_bytes;
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
+}
+
+template <int kBits, Dot kDot>
+void run(const QuantizedLinearArgs& p) {
+  using Tile = void (*)(const QuantizedWeight&, const Rows&, int64_t, const char*, float*);
+  static constexpr Tile tiles[] = {
+      tile<1, kBits, kDot>, tile<2, kBits, kDot>, tile<3, kBits, kDot>, tile<4, kBits, kDot>,
+#if ISA_AVX512
+      tile<5, kBits, kDot>, tile<6, kBits, kDot>,
+#endif
+  };
+  const int64_t groups = p.weight.groups, count = p.m * groups;
+  const int64_t row_bytes = groups * (kDot == Dot::halves ? 2 : 1) * kGroup, values = round_up(p.m * row_bytes, 64);
+  auto* memory = static_cast<char*>(cpu::scratch(values + 12 * count, 0));
+  auto* scales = reinterpret_cast<float*>(memory + values);
+  const Rows x = {groups, row_bytes,      reinterpret_cast<int8_t*>(memory),
+                  scales, scales + count, reinterpret_cast<int32_t*>(scales + 2 * count)};
+  const int offset = p.weight.has_minimums ? 0 : 1 << (kBits - 1);
+  with_dtype(p.dtype, [&](auto* tag) {
+    const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
+    const auto quantize = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) quantize_row(a + i * p.a_row, p.k, kDot, offset, x, i);
+    };
+    p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
+  });
+
+  const int64_t n = p.weight.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = groups * p.weight.group_bytes(kPanel);
+  const int64_t height = std::max<int64_t>(kRows, (3 << 16) / (row_bytes + 12 * groups + 1) / kRows * kRows);
+  const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
+  parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
+    for (int64_t i0 = 0; i0 < p.m; i0 += height)
+      for (int64_t panel = begin; panel < end; panel++)
+        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += kRows) {
+          alignas(64) float sums[kRows * kPanel];
+          const int64_t rows = std::min<int64_t>(kRows, i1 - i), j = panel * kPanel;
+          tiles[rows - 1](p.weight, x, i, p.panels + panel * panel_bytes, sums);
+          with_dtype(p.dtype, [&](auto* tag) {
+            const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
+            auto* c = reinterpret_cast<decltype(tag)>(p.c);
+            for (int64_t r = 0; r < rows; r++)
+              for (int64_t at = j; at < std::min(j + kPanel, n); at += W) {
+                const int64_t live = std::min<int64_t>(W, n - at);
+                const V v = load(sums + r * kPanel + at - j);
+                write(c + (i + r) * n + at, bias ? v + get(bias + at, live) : v, live);
+              }
+          });
+        }
+  });
+}
+
+}  // namespace
+
+void quantized_linear(const QuantizedLinearArgs& p) {
+  if (p.m == 0 || p.weight.n == 0) return;
+#if !ISA_BASELINE
+  if (cpu::has_vnni()) return p.weight.bits == 4 ? run<4, Dot::vnni>(p) : run<8, Dot::vnni>(p);
+#endif
+  p.weight.bits == 4 ? run<4, Dot::pairs>(p) : run<8, Dot::halves>(p);
+}
+
+void pack_quantized(const PackQuantizedArgs& p) {
+  const QuantizedWeight& w = p.weight;
+  const int64_t row_bytes = w.groups * kGroup * w.bits / 8, group_bytes = w.group_bytes(kPanel);
+  const int64_t quads = kQuads * w.bits / 8, size = size_of(w.scale_dtype);
+  parallel_for((w.n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++) {
+      const int64_t j0 = panel * kPanel, columns = std::min(kPanel, w.n - j0);
+      char* out = p.panels + panel * w.groups * group_bytes;
+      std::memset(out, 0, w.groups * group_bytes);
+      for (int64_t j = 0; j < columns; j++) {
+        const uint8_t* values = p.values + (j0 + j) * row_bytes;
+        for (int64_t g = 0; g < w.groups; g++, values += kGroup * w.bits / 8) {
+          char* group = out + g * group_bytes;
+          for (int64_t q = 0; q < quads; q++) {
+            uint8_t lane[4];
+            for (int64_t b = 0; b < 4; b++) {
+              if (w.bits == 8) {
+                lane[b] = values[4 * q + b];
+              } else {  // a byte holds element i of the group's first half in its low bits, of its second in its high ones
+                const int64_t i = 4 * q + b, odd = i % 2 * 4;
+                lane[b] = ((values[i / 2] >> odd) & 15) | (((values[kGroup / 4 + i / 2] >> odd) & 15) << 4);
+              }
+            }
+            std::memcpy(group + (q * kPanel + j) * 4, lane, 4);
+          }
+          char* scale = group + quads * kPanel * 4 + j * size;
+          const int64_t at = ((j0 + j) * w.groups + g) * size;
+          std::memcpy(scale, p.scales + at, size);
+          if (w.has_minimums) std::memcpy(scale + kPanel * size, p.minimums + at, size);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace pyllm::ISA

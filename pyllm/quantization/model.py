@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from pyllm import nn
+from pyllm.models import Model
+from pyllm.quantization.compensation import quantize_compensated
+from pyllm.quantization.weights import quantize_weight
+
+FORMATS = {"int8": (8, False), "int4": (4, False), "int4-min": (4, True)}  # bits, and whether groups have minimums
+_HEAD = (8, False)  # at least: no later layer makes up for what the head loses
+_MOMENTS = 1 << 27  # elements of inputs' second moments held at once
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize` did: the layers by name, and the bytes of the model's weights before and after."""
+
+    layers: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibration: Iterable[Tensor] | None = None,
+             progress: Callable[[int, int], None] | None = None) -> Quantization:  # fmt: skip
+    """Quantises the linear layers of a model in place: they run on whole numbers from now on, and no longer train.
+
+    The head gets 8 bits in every format. An embedding that it shared its weight with stays as it is.
+
+    Args:
+        weights: "int8", "int4", or "int4-min", whose groups have a smallest element of their own besides a scale:
+            nearer, for half a bit more a weight.
+        skip: patterns ("head", "*.down") of the names of layers to leave alone.
+        calibration: batches of ids (B, T). With them, what rounding a column of a weight loses is made up for by the
+            columns that follow, on the inputs that these bring; layers early in the model are rounded first.
+        progress: called with the number of layers done, and of all.
+
+    Raises:
+        ValueError: an unknown format, a pattern that is no layer's, or weights that are not finite; the model is as it
+            was, or, for the last, quantised in part.
+    """
+    if weights not in FORMATS:
+        raise ValueError(f"[quantize] weights must be one of {', '.join(FORMATS)}, but got {weights!r}")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.packed is None}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"[quantize] skip must name layers ({', '.join(list(found)[:4])}, ...), but got {pattern!r}"
+            )
+    layers = {n: m for n, m in found.items() if not any(fnmatchcase(n, pattern) for pattern in skip)}
+    before, done = weight_bytes(model), 0
+    batches = None if calibration is None else list(calibration)
+    for names in _portions(layers) if batches else [list(layers)]:
+        moments = _moments(model, {n: layers[n] for n in names}, batches) if batches else {}
+        for name in names:
+            layer = layers[name]
+            bits, minimums = max(FORMATS[weights], _HEAD) if name.split(".")[0] == "head" else FORMATS[weights]
+            if name in moments:
+                quantized = quantize_compensated(layer.weight, moments.pop(name), bits, minimums=minimums)
+            else:
+                quantized = quantize_weight(layer.weight, bits, minimums=minimums)
+            layer.quantize_(quantized)
+            done += 1
+            if progress is not None:
+                progress(done, len(layers))
+    return Quantization(tuple(layers), before, weight_bytes(model))
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of a model's parameters and quantised weights."""
+    packed = (m.packed for m in model.modules() if isinstance(m, nn.Linear))
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + sum(
+        p.panels.numel() for p in packed if p is not None
+    )
+
+
+def _portions(layers: dict[str, nn.Linear]) -> list[list[str]]:
+    portions: list[list[str]] = [[]]
+    size = 0
+    for name, layer in layers.items():
+        size += layer.in_features**2
+        if size > _MOMENTS and portions[-1]:
+            portions.append([])
+            size = layer.in_features**2
+        portions[-1].append(name)
+    return portions
+
+
+@torch.no_grad()
+def _moments(model: Model, layers: dict[str, nn.Linear], batches: list[Tensor]) -> dict[str, Tensor]:
+    """The sum of x x^T over the inputs x that come to each layer; those to which nothing comes are left out."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            sums[name] = sums.get(name, 0.0) + x.T @ x
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for ids in batches:
+            model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from twins import check_twin
+
+from pyllm import _C, ops, reference
+from pyllm.ops import QuantizedWeight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES = [torch.float16, torch.float32]
+
+
+def with_and_without_vnni():
+    chosen, found = _C.info()["isa"], []
+    for isa in _C.info()["isas"]:
+        _C.set_isa(isa)
+        found += [(isa, vnni) for vnni in {_C.info()["vnni"], False}]
+    _C.set_isa(chosen)
+    return sorted(found)
+
+
+@pytest.fixture(params=with_and_without_vnni(), ids=lambda p: p[0] + "-vnni" * p[1])
+def kernels(request):
+    """Each instruction set of this machine, with and without its dot product of bytes."""
+    chosen = _C.info()["isa"]
+    _C.set_isa(request.param[0])
+    _C.set_vnni(request.param[1])
+    yield
+    _C.set_isa(chosen)
+    _C.set_vnni(True)
+
+
+def random_weight(n, k, bits, minimums, dtype=torch.float16):
+    groups = -(-k // 32)
+    return QuantizedWeight(torch.randint(0, 256, (n, groups * 4 * bits), dtype=torch.uint8),
+                           torch.rand(n, groups).to(dtype) + 0.1,
+                           torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k))  # fmt: skip
+
+
+FORMATS = [(bits, minimums) for bits in (8, 4) for minimums in (False, True)]
+
+
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "n"), [((1, 1), 1), ((7, 33), 65), ((2, 5, 96), 31), ((0, 40), 3), ((3, 1023), 17)])
+def test_equals_its_twin(shape, n, dtype, bits, minimums, kernels):
+    weight = random_weight(n, shape[-1], bits, minimums)
+    packed = ops.pack_quantized(weight)
+    check_twin(
+        lambda x, bias: ops.quantized_linear(x, packed, bias),
+        lambda x, bias: reference.quantized_linear(x, weight, bias),
+        {"x": torch.randn(shape).to(dtype), "bias": torch.randn(n).to(dtype)},
+        slack=32,
+    )
+
+
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+def test_strided_rows(bits, minimums, kernels):
+    weight = random_weight(20, 40, bits, minimums)
+    packed, base = ops.pack_quantized(weight), torch.randn(6, 4, 80)
+    for x in (base[:, 1, 3:43], base.transpose(0, 1)[..., ::2], base[0, :, :40].T.contiguous().T):
+        check_twin(lambda x: ops.quantized_linear(x, packed),
+                   lambda x: reference.quantized_linear(x, weight), {"x": x}, slack=32)  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+def test_the_extremes_are_exact(bits, minimums, kernels):
+    """Whole numbers of the largest size, whose products must neither saturate nor wrap: powers of two lose nothing."""
+    weight = random_weight(33, 512, bits, minimums)
+    values = torch.where(torch.rand(33, 512 * bits // 8) < 0.5, 0, 255).to(torch.uint8)
+    scales, minimum = torch.full((33, 16), 0.5, dtype=torch.float16), torch.full((33, 16), 2.0, dtype=torch.float16)
+    weight = QuantizedWeight(values, scales, minimum if minimums else None, bits, (33, 512))
+    x = torch.where(torch.rand(5, 512) < 0.5, -127.0, 127.0)
+    exact = x.double() @ weight.dequantize().double().T
+    assert torch.equal(ops.quantized_linear(x, ops.pack_quantized(weight)).double(), exact)
+    x[:] = 127
+    exact = x.double() @ weight.dequantize().double().T
+    assert torch.equal(ops.quantized_linear(x, ops.pack_quantized(weight)).double(), exact)
+
+
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, kernels, threads):
+    packed = ops.pack_quantized(random_weight(170, 600, bits, minimums))
+    x, bias = torch.randn(150, 600).to(dtype), torch.randn(170).to(dtype)
+    threads(1)
+    expected = ops.quantized_linear(x, packed, bias)
+    for n in (2, 5):
+        threads(n)
+        assert torch.equal(ops.quantized_linear(x, packed, bias), expected)
+    for rows in (slice(7, 8), slice(60, 62), slice(3, 20)):
+        assert torch.equal(ops.quantized_linear(x[rows], packed, bias), expected[rows])
+
+
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+def test_with_and_without_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, isa):
+    packed, x = ops.pack_quantized(random_weight(50, 300, bits, minimums)), torch.randn(9, 300)
+    results = []
+    for wanted in (True, False):
+        _C.set_vnni(wanted)
+        results.append(ops.quantized_linear(x, packed))
+    _C.set_vnni(True)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 33), (33, 64), (70, 300), (0, 4), (3, 0)])
+def test_packing_loses_nothing(n, k, bits, minimums, dtype, isa):
+    weight = random_weight(n, k, bits, minimums, dtype)
+    again = ops.pack_quantized(weight).unpack()
+    assert (again.bits, again.shape) == (bits, (n, k)) and torch.equal(again.values, weight.values)
+    assert torch.equal(again.scales, weight.scales)
+    assert again.minimums is None if weight.minimums is None else torch.equal(again.minimums, weight.minimums)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_dequantize_is_what_is_written():
+    low_first = QuantizedWeight(torch.full((1, 16), 0x2F, dtype=torch.uint8), torch.full((1, 1), 0.5), None, 4, (1, 3))
+    assert low_first.dequantize().tolist() == [[3.5, -3.0, 3.5]]
+    bytes_ = QuantizedWeight(
+        torch.full((1, 32), 130, dtype=torch.uint8), torch.full((1, 1), 0.5), torch.ones(1, 1), 8, (1, 2)
+    )
+    assert bytes_.dequantize().tolist() == [[66.0, 66.0]]
+
+
+def test_a_row_that_is_not_finite_gives_nan_and_disturbs_no_other():
+    packed, x = ops.pack_quantized(random_weight(40, 64, 8, False)), torch.randn(6, 64)
+    expected = ops.quantized_linear(x, packed)
+    x[2, 40], x[4, 0], x[5] = float("inf"), float("nan"), 0.0
+    y = ops.quantized_linear(x, packed)
+    assert y[[2, 4]].isnan().all() and torch.equal(y[[0, 1, 3]], expected[[0, 1, 3]])
+    assert torch.equal(y[5], torch.zeros(40))
+
+
+def test_errors_name_the_argument():
+    weight = random_weight(5, 40, 8, True)
+    packed, x = ops.pack_quantized(weight), torch.randn(2, 40)
+    with pytest.raises(ValueError, match=r"share K, but got \(2, 39\) and \(5, 40\)"):
+        ops.quantized_linear(x[:, :39], packed)
+    with pytest.raises(TypeError, match=r"x must be float32, bfloat16 or float16, but got float64"):
+        ops.quantized_linear(x.double(), packed)
+    with pytest.raises(TypeError, match=r"bias must be float32, but got bfloat16"):
+        ops.quantized_linear(x, packed, torch.zeros(5).bfloat16())
+    with pytest.raises(ValueError, match=r"bias must have shape \(5,\), but got \(6,\)"):
+        ops.quantized_linear(x, packed, torch.zeros(6))
+
+    def spoilt(**changes):
+        return ops.pack_quantized(QuantizedWeight(**(vars(weight) | changes)))
+
+    with pytest.raises(ValueError, match=r"values must have shape \(5, 64\), but got \(5, 63\)"):
+        spoilt(values=weight.values[:, 1:])
+    with pytest.raises(TypeError, match=r"values must be uint8, but got int64"):
+        spoilt(values=weight.values.long())
+    with pytest.raises(TypeError, match=r"scales must be float16 or float32, but got bfloat16"):
+        spoilt(scales=weight.scales.bfloat16())
+    with pytest.raises(TypeError, match=r"minimums must be float16, but got float32"):
+        spoilt(minimums=weight.minimums.float())
+    with pytest.raises(ValueError, match=r"minimums must have shape \(5, 2\), but got \(4, 2\)"):
+        spoilt(minimums=weight.minimums[1:])
+    with pytest.raises(ValueError, match=r"scales must have shape \(5, 2\), but got \(5, 1\)"):
+        spoilt(scales=weight.scales[:, :1])
+    with pytest.raises(ValueError, match=r"bits must be 8 or 4, but got 5"):
+        spoilt(bits=5)
+
+
+def test_a_weight_packed_for_another_instruction_set_is_refused():
+    isas = _C.info()["isas"]
+    if len(isas) < 2:
+        pytest.skip("this machine has one instruction set")
+    chosen = _C.info()["isa"]
+    try:
+        _C.set_isa(isas[0])
+        packed = ops.pack_quantized(random_weight(5, 40, 8, False))
+        _C.set_isa(isas[-1])
+        with pytest.raises(ValueError, match="pack it again"):
+            ops.quantized_linear(torch.randn(2, 40), packed)
+    finally:
+        _C.set_isa(chosen)

@@ -1,0 +1,204 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyllm
+from pyllm import nn
+from pyllm.checkpoint import CheckpointError
+from pyllm.quantization import FORMATS, quantize_weight
+from pyllm.quantization.compensation import quantize_compensated
+
+
+def decoder(**options):
+    torch.manual_seed(1)
+    return pyllm.Decoder(50, 64, 2, 4, num_kv_heads=2, context_length=64, intermediate_size=80, **options).eval()
+
+
+MODELS = {
+    "decoder": decoder,
+    "untied": lambda: decoder(tie_embeddings=False, bias=True, qkv_bias=True),
+    "softcap": lambda: decoder(logit_softcap=20.0),
+    "lstm": lambda: pyllm.LanguageModel(50, 40, 1, 0.0, cell="lstm").eval(),
+}
+ids = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("bits", "minimums", "bound"), [(8, False, 0.006), (8, True, 0.005), (4, False, 0.09), (4, True, 0.08)]
+)
+@pytest.mark.parametrize("shape", [(40, 96), (7, 33), (1, 1)])
+def test_a_quantised_weight_is_near(shape, bits, minimums, bound):
+    weight = torch.randn(shape)
+    quantized = quantize_weight(weight, bits, minimums=minimums)
+    assert quantized.shape == shape and (quantized.minimums is not None) == minimums
+    near = quantized.dequantize()
+    assert (near - weight).norm() <= bound * weight.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_on_the_grid_already_is_kept(bits):
+    whole = torch.randint(0, 2**bits, (5, 64)) - 2 ** (bits - 1)
+    whole[:, ::32] = -(2 ** (bits - 1))  # so that the largest scale is the right one
+    weight = whole * 0.25
+    assert torch.equal(quantize_weight(weight, bits).dequantize(), weight)
+    assert torch.equal(quantize_weight(torch.zeros(3, 40), bits).dequantize(), torch.zeros(3, 40))
+    assert torch.equal(
+        quantize_weight(torch.full((3, 40), 0.5), bits, minimums=True).dequantize(), torch.full((3, 40), 0.5)
+    )
+
+
+def test_searching_for_scales_beats_taking_those_of_the_largest_elements():
+    weight = torch.randn(64, 256)
+    grouped = weight.unflatten(1, (-1, 32))
+    scale = grouped.abs().amax(-1, keepdim=True) / 7
+    plain = ((grouped / scale).round() * scale).flatten(1)
+    assert (quantize_weight(weight, 4).dequantize() - weight).norm() < 0.9 * (plain - weight).norm()
+
+
+def test_importance_moves_the_error_to_where_it_counts_less():
+    weight, importance = torch.randn(64, 64), torch.ones(64)
+    importance[::2] = 100.0
+    even = (quantize_weight(weight, 4).dequantize() - weight)[:, ::2].norm()
+    assert (quantize_weight(weight, 4, importance=importance).dequantize() - weight)[:, ::2].norm() < 0.95 * even
+
+
+@pytest.mark.parametrize("minimums", [False, True])
+def test_compensation_brings_the_outputs_nearer(minimums):
+    x, weight = torch.randn(2000, 30) @ torch.randn(30, 70), torch.randn(40, 70)  # inputs that go together
+    x[:, 5] = 0.0  # an input that never comes
+    exact = x @ weight.T
+
+    def error(quantized):
+        return (x @ quantized.dequantize().T - exact).norm()
+
+    plain = error(quantize_weight(weight, 4, minimums=minimums))
+    assert error(quantize_compensated(weight, x.T @ x, 4, minimums=minimums)) < 0.6 * plain
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind, weights, tmp_path):
+    model = MODELS[kind]()
+    count, before = model.num_parameters(), model(ids)
+    steps = []
+    report = model.quantize(weights, progress=lambda *step: steps.append(step))
+    assert model.num_parameters() >= count and report.bytes_after < report.bytes_before
+    assert [name for name, m in model.named_modules() if isinstance(m, nn.Linear)] == list(report.layers)
+    assert steps == [(n + 1, len(report.layers)) for n in range(len(report.layers))]
+    after = model(ids)
+    assert 0 < (after - before).norm() < (0.05 if weights == "int8" else 0.3) * before.norm()
+    assert math.isfinite(model.loss(ids[:, :-1], ids[:, 1:]).item())
+
+    pyllm.save(model, tmp_path)
+    again, _ = pyllm.load(tmp_path)
+    assert torch.equal(again(ids), after)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids), after)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "lstm"])
+def test_quantised_models_keep_the_contract(kind):
+    model = MODELS[kind]()
+    pyllm.quantize(model, "int4")
+    assert not pyllm.check(model)
+
+
+def test_layers_can_be_left_alone():
+    model = decoder()
+    report = pyllm.quantize(model, "int8", skip=("head", "*.down"))
+    assert report.layers == tuple(
+        f"blocks.{i}.{n}" for i in range(2) for n in ("attention.qkv", "attention.out", "feed_forward.up")
+    )
+    assert model.head.packed is None and model.head.weight is model.embedding.weight
+    assert pyllm.quantize(model, "int4").layers == ("blocks.0.feed_forward.down", "blocks.1.feed_forward.down", "head")
+    with pytest.raises(ValueError, match="skip must name layers"):
+        pyllm.quantize(decoder(), "int8", skip=("lm_head",))
+    with pytest.raises(ValueError, match="must be one of int8, int4, int4-min, but got 'int3'"):
+        pyllm.quantize(decoder(), "int3")
+
+
+def test_the_head_gets_eight_bits():
+    model = decoder()
+    pyllm.quantize(model, "int4")
+    assert model.head.packed.bits == 8 and model.blocks[0].attention.qkv.packed.bits == 4
+
+
+@pytest.mark.parametrize("portion", [1 << 27, 1])
+def test_calibration_keeps_the_loss_lower(portion, monkeypatch):
+    monkeypatch.setattr("pyllm.quantization.model._MOMENTS", portion)
+    torch.manual_seed(3)
+    model = pyllm.Decoder(20, 32, 2, 2, context_length=40)
+    text = torch.arange(4 * 33).view(4, 33) * 7 % 20
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(text[:, :-1], text[:, 1:]).backward()
+        optimizer.step()
+    model.eval()
+
+    def away(calibration: list[Tensor] | None) -> float:
+        other = copy.deepcopy(model)
+        pyllm.quantize(other, "int4", calibration=calibration)
+        with torch.no_grad():
+            return float((model(text) - other(text)).norm())
+
+    assert away([text[:2], text[2:]]) < 0.9 * away(None)
+
+
+def test_gradients_pass_through_to_what_comes_before():
+    model = decoder()
+    pyllm.quantize(model, "int8")
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    assert model.embedding.weight.grad.abs().sum() > 0 and model.blocks[0].attention_norm.weight.grad is not None
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = decoder()
+    with torch.no_grad():
+        model.head.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        pyllm.quantize(model, "int8")
+    with pytest.raises(ValueError, match="at most 65504"):
+        quantize_weight(torch.full((2, 32), 1e5), 8)
+
+
+def test_a_quantised_model_has_no_hugging_face_form(tmp_path):
+    model = decoder()
+    pyllm.quantize(model, "int8")
+    with pytest.raises(ValueError, match="is quantised"):
+        pyllm.export(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+SPOILT = {
+    "values cut": lambda w: w.update({"head.weight.values": w["head.weight.values"][:, 1:].contiguous()}),
+    "scales cut": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][1:].contiguous()}),
+    "values of another type": lambda w: w.update({"head.weight.values": w["head.weight.values"].long()}),
+    "scales missing": lambda w: w.pop("head.weight.scales"),
+    "values missing": lambda w: w.pop("head.weight.values"),
+    "minimums of another type": lambda w: w.update({"head.weight.minimums": w["head.weight.scales"].float()}),
+    "a layer that is not there": lambda w: w.update({"tail.weight.values": w["head.weight.values"]}),
+    "a part of one dimension": lambda w: w.update({"head.weight.scales": w["head.weight.scales"].flatten()}),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_spoilt_quantised_weights_are_refused(spoil, tmp_path):
+    model = decoder()
+    pyllm.quantize(model, "int8")
+    weights = dict(model.state_dict())
+    SPOILT[spoil](weights)
+    pyllm.checkpoint.save_checkpoint(tmp_path, model_type="decoder", config=model.config, weights=weights)
+    with pytest.raises(CheckpointError):
+        pyllm.load(tmp_path)
+
+
+def test_the_layer_takes_only_its_own_shape():
+    layer = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=r"must have shape \(5, 8\), but got \(5, 9\)"):
+        layer.quantize_(quantize_weight(torch.randn(5, 9), 8))
+    assert layer.packed is None
