@@ -1,8 +1,9 @@
-"""The command line: `pyllm train | generate | evaluate | bench | info`."""
+"""The command line: `pyllm train | generate | evaluate | export | bench | info`."""
 
 from __future__ import annotations
 
 import sys
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,13 +11,15 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer import Argument, Option
 
 import pyllm
 from pyllm import data as datasets
 from pyllm import training
-from pyllm.checkpoint import load_checkpoint
+from pyllm.checkpoint import describe, load_checkpoint
 from pyllm.data import SequenceLoader
 from pyllm.models import RWKV, Decoder, LanguageModel, Model
 from pyllm.text import Tokenizer
@@ -34,6 +37,12 @@ class ModelName(str, Enum):
     lstm = "lstm"
     gpt = "gpt"
     rwkv = "rwkv"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 VALIDATION_BATCHES = 50
@@ -233,8 +242,31 @@ def bench(
 
 
 @app.command()
-def info():
-    """Version, instruction sets, threads, devices, and each operation's backends."""
+def export(
+    source: Annotated[Path, Argument(help="A checkpoint of any kind, or owner/name on the Hugging Face hub.")],
+    dest: Annotated[Path, Argument(help="The folder or file to write; there must be nothing yet.")],
+    gguf: Annotated[bool, Option("--gguf", help="Write a GGUF file, not a Hugging Face folder.")] = False,
+    dtype: Annotated[DType | None, Option(help="Of the weights. Default: the source's.")] = None,
+):
+    """Write a checkpoint for other programs, and compare what comes back from it with the original."""
+    with _Bar() as bar:
+        model, tokenizer = pyllm.load(source, progress=lambda done, total: bar("loading", done, total))
+        kind = None if dtype is None else getattr(torch, dtype.value)
+        pyllm.export(model, dest, tokenizer, gguf=gguf, dtype=kind, progress=bar)
+    kept = "weights and logits" if tokenizer is None else "weights, logits and tokens"
+    kept += "" if tokenizer is None or tokenizer.chat_template is None else ", chat template"
+    size = sum(file.stat().st_size for file in ([dest] if dest.is_file() else dest.iterdir()))
+    err.print(f"saved to {dest}: {decimal(size)}; {kept} are those of {source}")
+
+
+@app.command()
+def info(
+    path: Annotated[Path | None, Argument(help="A checkpoint of any kind.", show_default=False)] = None,
+):
+    """Version, instruction sets, threads, devices, operations; or what a checkpoint is, and what loading it takes."""
+    if path is not None:
+        out.print(_description(describe(path)))
+        return
     facts = pyllm.info()
     table = Table(show_header=False)
     for name, value in facts.items():
@@ -247,10 +279,65 @@ def info():
     out.print(backends)
 
 
+def _description(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    told = facts["tokenizer"]
+    text = "none"
+    if told is not None:
+        text = f"{told['kind']}, vocabulary {told['vocabulary']:,}"
+        text += f", BOS {told['bos']}{' (always)' if told['add_bos'] else ''}" if told["bos"] else ""
+        text += f", EOS {' '.join(told['eos'])}" if told["eos"] else ""
+        text += ", chat template" if told["chat_template"] else ""
+    widened = facts["memory"] > 1.01 * facts["disk"]
+    whole, of = (facts["memory"], "the weights when widened") if widened else (facts["disk"], "the files")
+    rows = {
+        "family": facts["family"] or "none",
+        "model": facts["model"],
+        "config": ", ".join(f"{k} {v}" for k, v in facts["config"].items() if v is not None and v is not False),
+        "parameters": f"{facts['parameters']:,}",
+        "dtypes": ", ".join(facts["dtypes"]),
+        "stored as": ", ".join(f"{kind} ({count})" for kind, count in (facts["stored"] or {}).items()),
+        "context": "no limit" if facts["context"] is None else f"{facts['context']:,}",
+        "tokenizer": text,
+        "on disk": decimal(facts["disk"]),
+        "in memory": decimal(facts["memory"]),
+        "peak while loading": f"{decimal(facts['peak'])}, {facts['peak'] / whole:.2f} of {of}",
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+class _Bar:
+    """How far something is, where that is long and a terminal looks on."""
+
+    def __init__(self) -> None:
+        self.began, self.task = time.perf_counter(), TaskID(0)
+        self.bar: Progress | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.bar is None and err.is_terminal and time.perf_counter() > self.began + 1:
+            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=err, transient=True)
+            self.task = self.bar.add_task(what)
+            self.bar.start()
+        if self.bar is not None:
+            self.bar.update(self.task, description=what, completed=done, total=total)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
 def _load(folder: Path) -> tuple[Model, Tokenizer]:
-    model, tokenizer = pyllm.load(folder)
+    with _Bar() as bar:
+        model, tokenizer = pyllm.load(folder, progress=lambda done, total: bar("loading", done, total))
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json")
+        raise ValueError(f"{folder} has no tokenizer")
     return model, tokenizer
 
 

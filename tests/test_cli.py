@@ -112,6 +112,22 @@ def test_ctrl_c_then_resume_gives_the_losses_of_an_uninterrupted_training(corpus
     assert losses[0] == losses[1]
 
 
+def test_export_and_info(train, tmp_path):
+    trained, file, folder = train("gpt"), tmp_path / "m.gguf", tmp_path / "folder"
+    done = pyllm("export", trained, file, "--gguf", "--dtype", "float16")
+    assert done.returncode == 0 and "weights, logits and tokens are those of" in done.stderr, done.stderr
+    done = pyllm("export", file, folder)
+    assert done.returncode == 0 and sorted(os.listdir(tmp_path)) == ["folder", "m.gguf"], done.stderr
+    done = pyllm("info", folder)
+    assert done.returncode == 0, done.stderr
+    for words in ("llama", "float16", "vocabulary 300", "hidden_size 16", "peak while loading", "of the files"):
+        assert words in done.stdout
+    assert "must be a new file" in fails("export", trained, file, "--gguf")
+    assert "none is made for LanguageModel" in fails("export", train("lstm"), tmp_path / "x")
+    assert "nowhere" in fails("info", tmp_path / "nowhere")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "m.gguf"]
+
+
 def test_mistakes_are_one_line_and_exit_code_2(train, corpus, tmp_path):
     trained = load_checkpoint(train("gpt")).folder
     empty = tmp_path / "empty.txt"
@@ -155,7 +171,9 @@ def test_info_and_help():
     assert "baseline" in done.stdout and "attention" in done.stdout and "torch" in done.stdout
     assert "PYLLM_ISA must be one of" in fails_with_isa("mmx")
     done = pyllm("--help")
-    assert done.returncode == 0 and all(c in done.stdout for c in ("train", "generate", "evaluate", "bench", "info"))
+    assert done.returncode == 0 and all(
+        c in done.stdout for c in ("train", "generate", "evaluate", "export", "bench", "info")
+    )
     assert pyllm("train", "--help").returncode == 0
 
 

@@ -22,7 +22,7 @@ from pyllm.checkpoint.loading import load
 from pyllm.checkpoint.saving import export
 from pyllm.models import Decoder
 
-_ERRORS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, OSError, ValueError)}
+_ERRORS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, OSError)}
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
@@ -70,9 +70,10 @@ def _measured(path: Path) -> dict[str, Any]:
     gc.collect()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forgets the peak so far
-    before = _resident("VmRSS")
+    before = _resident("RssAnon")
     model, tokenizer = load(path)
-    peak = _resident("VmHWM") - before
+    # Pages of libraries, which come and go as the system likes, are not counted.
+    peak = max(_resident("VmHWM") - _resident("RssFile"), _resident("RssAnon")) - before
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()

@@ -74,10 +74,16 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
         wrong = [f"{k} must be {expected.get(k, 'absent')}, but got {found.get(k, 'nothing')}"
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
+    names = [[name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+             for parameter in model.parameters()]  # fmt: skip
     try:
         model.load_state_dict(saved.weights, assign=True)
     except (RuntimeError, TypeError, ValueError) as e:  # of quantised weights: the others have been checked
         raise CheckpointError(f"{path}: {' '.join(str(e).split())}") from None
+    for first, *tied in names:  # they came back as parameters of their own
+        for name in set(tied) & saved.weights.keys():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
     return model if dtype is None else model.to(dtype), saved.tokenizer
 
 

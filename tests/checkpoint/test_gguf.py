@@ -28,6 +28,10 @@ CASES = {
     "mixtral": ("mixtral", SHARED | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", SHARED | {"rope_parameters": YARN}),
     "qwen3": ("qwen3", SHARED | {"head_dim": 12}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        SHARED | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
     "gemma2": ("gemma2", GEMMA),
     "gemma3": ("gemma3_text", GEMMA | {"sliding_window_pattern": 2, "rope_theta": 5e4, "rope_local_base_freq": 500.0}),
     "phi3": ("phi3", SHARED | {"sliding_window": 9, "partial_rotary_factor": 0.5}),

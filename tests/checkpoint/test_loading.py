@@ -50,6 +50,13 @@ def test_a_model_that_was_loaded_is_saved_as_our_own(folder, tmp_path):
     assert again.head.weight.dtype == torch.bfloat16 and same(again, model.bfloat16())
 
 
+def test_a_model_of_our_own_keeps_its_tied_weights(tmp_path):
+    model = pyllm.Decoder(40, 16, 1, 2)
+    pyllm.save(model, tmp_path)
+    again, _ = pyllm.load(tmp_path)
+    assert again.head.weight is again.embedding.weight and again.num_parameters() == model.num_parameters()
+
+
 def test_all_that_is_wrong_with_the_weights_is_listed(folder):
     changes = {"model.embed_tokens.weight": {"shape": [16, 32]}, "x": {"dtype": "F32", "shape": [0],
                "data_offsets": [0, 0]}}  # fmt: skip

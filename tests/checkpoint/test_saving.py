@@ -65,6 +65,41 @@ def test_a_stopped_writer_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("gguf", [False, True])
+@pytest.mark.parametrize("stage", ["writing", "verifying"])
+def test_ctrl_c_at_any_stage_leaves_nothing(tmp_path, gguf, stage):
+    def stop(what, done, total):
+        assert 0 < done <= total
+        if what == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pyllm.export(pyllm.Decoder(**SMALL), tmp_path / "x", gguf=gguf, progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_goes_from_writing_to_verifying(tmp_path):
+    seen = []
+    model = pyllm.Decoder(**SMALL)
+    model.save(tmp_path / "x", progress=lambda *step: seen.append(step))
+    assert [what for what, _, _ in seen] == sorted((what for what, _, _ in seen), reverse=True)
+    assert seen[-1][:2] == ("verifying", seen[-1][2]) and seen[-1][2] == model.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_to_the_dtype_that_is_asked_for(tmp_path, dtype):
+    model = pyllm.Decoder(**SMALL)
+    model.save(tmp_path / "x", dtype=dtype)
+    again, _ = pyllm.load(tmp_path / "x")
+    assert same(again, model.to(dtype))
+
+
+def test_models_that_are_no_decoders_are_compared_too(tmp_path):
+    for i, model in enumerate((pyllm.models.Encoder(50, 16, 1, 2, head="span"), pyllm.models.Encoder(50, 16, 1, 2))):
+        model.save(tmp_path / str(i))
+        assert same(pyllm.load(tmp_path / str(i))[0], model)
+
+
 def test_a_model_that_no_config_describes_is_an_error(tmp_path):
     model = pyllm.Decoder(**SMALL, position="rope", post_norms=True, attention_softcap=7.5)
     model.family = "llama"
