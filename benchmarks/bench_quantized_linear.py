@@ -1,5 +1,5 @@
 """Quantised linear beside fp32 torch: what a user of either would choose between. The weight's bytes cross the memory
-once, which is the limit for few rows."""
+once, which is the limit for few rows. Packing reads the weight and writes it, as torch's copy of its bytes does."""
 
 from __future__ import annotations
 
@@ -9,20 +9,48 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import ops
-from pyllm.benchmarks.timing import Case, modes
+from pyllm.benchmarks.timing import Case, Providers
 
-OPS = ("quantized_linear",)
-SIZES = [(1, 896, 4864), (1, 896, 151936), (8, 896, 4864), (32, 896, 4864), (512, 896, 4864)]
+OPS = ("pack_quantized", "quantized_linear")
+SIZES = {  # (rows, in, out)
+    "tiny": [(3, 32, 7)],
+    "small": [],
+    "usual": [(1, 896, 4864), (512, 896, 4864)],
+    "full": [(1, 896, 4864), (1, 896, 151936), (8, 896, 4864), (32, 896, 4864), (512, 896, 4864)],
+}
 
 
-def cases() -> Iterator[Case]:
+def cases(sizes: str) -> Iterator[Case]:
     for bits in (8, 4):
-        for m, k, n in SIZES:
-            x, dense = torch.randn(m, k), torch.randn(n, k)
-            values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-            weight = ops.pack_quantized(ops.QuantizedWeight(values, torch.rand(n, k // 32).half(), None, bits, (n, k)))
-            yield from modes("quantized_linear", f"{m} x {k} -> {n} {bits} bits",
-                             {"pyllm": lambda x, w=weight: ops.quantized_linear(x, w),
-                              "torch": lambda x, w=dense: F.linear(x, w)},
-                             (x,), flops=2 * m * n * k, bytes=weight.panels.numel() + (m * k + m * n) * 4,
-                             backward=None)  # fmt: skip
+        for m, k, n in SIZES[sizes]:
+            yield _linear(m, k, n, bits)
+        for k, n in dict.fromkeys((k, n) for _, k, n in SIZES[sizes]):
+            yield _pack(k, n, bits)
+
+
+def _weight(k: int, n: int, bits: int) -> ops.QuantizedWeight:
+    values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
+    return ops.QuantizedWeight(values, torch.rand(n, k // 32).half(), None, bits, (n, k))
+
+
+def _linear(m: int, k: int, n: int, bits: int) -> Case:
+    def setup() -> Providers:
+        x, weight = torch.randn(m, k), _weight(k, n, bits)
+        packed, dense = ops.pack_quantized(weight), weight.dequantize()
+        return {"pyllm": lambda: ops.quantized_linear(x, packed), "torch": lambda: F.linear(x, dense)}
+
+    return Case("quantized_linear", f"{m} x {k} -> {n}, {bits} bits fp32", setup, flops=2 * m * n * k,
+                bytes=_bytes(k, n, bits) + 4 * m * (k + n))  # fmt: skip
+
+
+def _pack(k: int, n: int, bits: int) -> Case:
+    def setup() -> Providers:
+        weight = _weight(k, n, bits)
+        return {"pyllm": lambda: ops.pack_quantized(weight),
+                "torch": lambda: (weight.values.clone(), weight.scales.clone())}  # fmt: skip
+
+    return Case("pack_quantized", f"{k} -> {n}, {bits} bits fp32", setup, bytes=2 * _bytes(k, n, bits))
+
+
+def _bytes(k: int, n: int, bits: int) -> int:
+    return n * k * bits // 8 + 2 * n * k // 32
