@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -77,9 +78,11 @@ def _measured(path: Path) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    for weight in model.quantized_weights():
+        dtypes[f"int{weight.bits}"] += math.prod(weight.shape)
     found = {"family": model.family, "model": type(model).__name__, "config": model.config, "dtypes": dict(dtypes),
              "parameters": model.num_parameters(), "context": model.context_length, "tokenizer": None, "stored": None,
-             "memory": sum(parameter.nbytes for parameter in model.parameters()), "peak": peak,
+             "memory": model.num_bytes(), "peak": peak,
              "disk": sum(file.stat().st_size for file in _files(path))}  # fmt: skip
     if tokenizer is not None:
         ends = [tokenizer.token(id) for id in tokenizer.eos_ids]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -92,8 +93,14 @@ class Model(torch.nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self) -> int:
-        quantized = (m for m in self.modules() if isinstance(m, nn.Linear) and m.packed is not None)
-        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in quantized)
+        return sum(p.numel() for p in self.parameters()) + sum(math.prod(w.shape) for w in self.quantized_weights())
+
+    def num_bytes(self) -> int:
+        """Of the parameters and quantised weights."""
+        return sum(p.nbytes for p in self.parameters()) + sum(w.panels.nbytes for w in self.quantized_weights())
+
+    def quantized_weights(self) -> list[ops.PackedQuantizedWeight]:
+        return [m.packed for m in self.modules() if isinstance(m, nn.Linear) and m.packed is not None]
 
 
 def token_loss(layer: torch.nn.Linear, h: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

@@ -30,7 +30,8 @@ def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibratio
              progress: Callable[[int, int], None] | None = None) -> Quantization:  # fmt: skip
     """Quantises the linear layers of a model in place: they run on whole numbers from now on, and no longer train.
 
-    The head gets 8 bits in every format. An embedding that it shared its weight with stays as it is.
+    The head gets 8 bits in every format. Embeddings, also one that it shared its weight with, and recurrent layers stay
+    as they are.
 
     Args:
         weights: "int8", "int4", or "int4-min", whose groups have a smallest element of their own besides a scale:
@@ -41,19 +42,23 @@ def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibratio
         progress: called with the number of layers done, and of all.
 
     Raises:
-        ValueError: an unknown format, a pattern that is no layer's, or weights that are not finite; the model is as it
-            was, or, for the last, quantised in part.
+        ValueError: an unknown format, a model without a `pyllm.nn.Linear` that is not quantised yet, a pattern that is
+            no layer's, or weights that are not finite; the model is as it was, or, for the last, quantised in part.
     """
     if weights not in FORMATS:
         raise ValueError(f"[quantize] weights must be one of {', '.join(FORMATS)}, but got {weights!r}")
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.packed is None}
+    if not found:
+        raise ValueError(
+            "[quantize] the model must have layers of pyllm.nn.Linear that are not quantised yet, but has none"
+        )
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in found):
             raise ValueError(
                 f"[quantize] skip must name layers ({', '.join(list(found)[:4])}, ...), but got {pattern!r}"
             )
     layers = {n: m for n, m in found.items() if not any(fnmatchcase(n, pattern) for pattern in skip)}
-    before, done = weight_bytes(model), 0
+    before, done = model.num_bytes(), 0
     batches = None if calibration is None else list(calibration)
     for names in _portions(layers) if batches else [list(layers)]:
         moments = _moments(model, {n: layers[n] for n in names}, batches) if batches else {}
@@ -68,15 +73,7 @@ def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibratio
             done += 1
             if progress is not None:
                 progress(done, len(layers))
-    return Quantization(tuple(layers), before, weight_bytes(model))
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Of a model's parameters and quantised weights."""
-    packed = (m.packed for m in model.modules() if isinstance(m, nn.Linear))
-    return sum(p.numel() * p.element_size() for p in model.parameters()) + sum(
-        p.panels.numel() for p in packed if p is not None
-    )
+    return Quantization(tuple(layers), before, model.num_bytes())
 
 
 def _portions(layers: dict[str, nn.Linear]) -> list[list[str]]:

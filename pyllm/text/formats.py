@@ -20,7 +20,9 @@ from pyllm.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 _CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _BYTES = 1 << 28  # no file of a tokenizer is larger
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+_FURTHER_ROLES = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+_BERT_ROLES = {role: f"[{role.removesuffix('_token').upper()}]" for role in _FURTHER_ROLES}  # where nothing is said
+_ROLES = ("bos_token", "eos_token", *_FURTHER_ROLES)
 _ALWAYS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 _LARGEST_ID = (1 << 24) - 1
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
@@ -126,6 +128,8 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
             _add_from_config(backend, config)
         tokens = {role: _token(config[role]) for role in _ROLES if config.get(role) is not None}
         ids = {role: backend.token_to_id(token) for role, token in tokens.items()}
+        further = {role: tokens[role] for role in _FURTHER_ROLES if ids.get(role) is not None}
+        arguments["roles"] = arguments.get("roles", {}) | further
         if ids.get("bos_token") is not None:
             arguments["bos_id"] = ids["bos_token"]
         eos = [ids.get("eos_token"), *arguments.get("eos_ids", ())]
@@ -169,7 +173,8 @@ def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
         backend, arguments = _with_roles(path, "a llama2.c tokenizer", read_llama2c)
         return backend, arguments | {"add_bos": True}  # as run.c does
     if name.endswith(".txt"):
-        return _read_word_piece(path, config), {}
+        backend = _read_word_piece(path, config)
+        return backend, {"roles": {r: t for r, t in _BERT_ROLES.items() if backend.token_to_id(t) is not None}}
     return _read_json(path), {}
 
 

@@ -33,10 +33,12 @@ class Tokenizer:
         add_bos: whether `encode` puts it there.
         eos_ids: all ids that end a text.
         chat_template: how a conversation is written as text, in Jinja, if the checkpoint says it.
+        roles: further tokens by what they are for, as transformers names it: {"mask_token": "[MASK]", ...}.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None = None, eos_ids: Sequence[int] = (),
-                 add_bos: bool = False, chat_template: str | None = None):  # fmt: skip
+                 add_bos: bool = False, chat_template: str | None = None,
+                 roles: Mapping[str, str] | None = None):  # fmt: skip
         # A file may ask for truncation, padding and chance, which would change texts in silence.
         backend.no_truncation()
         backend.no_padding()
@@ -53,6 +55,7 @@ class Tokenizer:
         end = backend.token_to_id(END_OF_TEXT)
         self.eos_ids = tuple(eos_ids) or (() if end is None else (end,))
         self.bos_id, self.add_bos, self.chat_template = bos_id, add_bos, chat_template
+        self.roles = dict(roles or {})
 
     @classmethod
     def train(cls, kind: str, texts: str | Iterable[str]) -> Tokenizer:
@@ -204,8 +207,8 @@ class Tokenizer:
         """Writes tokenizer.json: whole or, if interrupted, not at all.
 
         Into a folder, with tokenizer_config.json beside it, which holds what tokenizer.json has no place for: the
-        tokens that begin and end a text, and the chat template. Where several tokens end a text, it has only the first;
-        the others belong in the model's generation_config.json.
+        tokens that begin and end a text, the further roles, and the chat template. Where several tokens end a text, it
+        has only the first; the others belong in the model's generation_config.json.
         """
         path = Path(path)
         if path.is_dir():
@@ -217,7 +220,9 @@ class Tokenizer:
     def config(self) -> dict[str, Any]:
         """The contents of tokenizer_config.json, as transformers reads it."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos,
-                                  "clean_up_tokenization_spaces": False}  # fmt: skip
+                                  "clean_up_tokenization_spaces": False} | self.roles  # fmt: skip
+        if "sep_token" in self.roles and 1 in self._plain.encode("", "", add_special_tokens=True).type_ids:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if id is not None:
                 config[name] = self.token(id)
@@ -267,7 +272,7 @@ class Tokenizer:
 
     def _arguments(self) -> dict[str, Any]:
         return {"bos_id": self.bos_id, "eos_ids": self.eos_ids, "add_bos": self.add_bos,
-                "chat_template": self.chat_template}  # fmt: skip
+                "chat_template": self.chat_template, "roles": self.roles}  # fmt: skip
 
     def _begin(self, ids: list[int], bos: bool | None) -> list[int]:
         if not (self.add_bos if bos is None else bos):

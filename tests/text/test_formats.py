@@ -277,6 +277,13 @@ def test_the_frame_of_an_encoder(tmp_path):
             expected = theirs(*texts)
             assert tokenizer.encode_framed(*texts) == (expected["input_ids"], expected["token_type_ids"])
         assert tokenizer.encode_framed("[SEP]")[0].count(3) == 1
+    (tmp_path / "ours").mkdir()
+    Tokenizer.load(tmp_path / "saved").save(tmp_path / "ours")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (again.mask_token, again.cls_token, again.sep_token, again.pad_token, again.unk_token) == (
+        "[MASK]", "[CLS]", "[SEP]", "[PAD]", "[UNK]")  # fmt: skip
+    assert again("the fox", "foxes")["token_type_ids"] == theirs("the fox", "foxes")["token_type_ids"]
+    assert Tokenizer.load(tmp_path / "ours").roles == ours.roles == pickle.loads(pickle.dumps(ours)).roles
     likely = unigram(["<unk>", "<s>", "</s>"])
     likely.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
     assert Tokenizer(likely).encode_framed("a</s>")[0] == [1, 3, 8, 4, 7, 5, 6, 2]
