@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyllm.families.family import Family, Weight
 from pyllm.families.gpt2 import both
-from pyllm.families.settings import choice, fixed, flag, token_id, token_ids, whole
+from pyllm.families.settings import answer_ids, choice, fixed, flag, to_answer_ids, whole
 from pyllm.models import EncoderDecoder
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -18,7 +18,6 @@ def read(config: dict) -> dict:
     fixed(config, "normalize_before", False)
     fixed(config, "add_final_layer_norm", False)
     vocab, hidden = whole(config, "vocab_size"), whole(config, "d_model")
-    pad = token_id(config, "pad_token_id", vocab)
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -36,12 +35,7 @@ def read(config: dict) -> dict:
         "bias": True,
         "embedding_scale": hidden**0.5 if flag(config, "scale_embedding", False) else None,
         "head_bias": True,
-        "pad_id": pad,
-        "start_id": token_id(config, "decoder_start_token_id", vocab),
-        "eos_ids": token_ids(config, "eos_token_id", vocab),
-        "forced_bos_id": token_id(config, "forced_bos_token_id", vocab),
-        "forced_eos_id": token_id(config, "forced_eos_token_id", vocab),
-    }
+    } | answer_ids(config, vocab)
 
 
 def write(model: EncoderDecoder) -> dict:
@@ -61,12 +55,7 @@ def write(model: EncoderDecoder) -> dict:
         "max_position_embeddings": c["context_length"],
         "activation_function": _NAMES[c["activation"]],
         "scale_embedding": c["embedding_scale"] is not None,
-        "pad_token_id": c["pad_id"],
-        "decoder_start_token_id": c["start_id"],
-        "eos_token_id": c["eos_ids"][0] if len(c["eos_ids"]) == 1 else c["eos_ids"] or None,
-        "forced_bos_token_id": c["forced_bos_id"],
-        "forced_eos_token_id": c["forced_eos_id"],
-    }
+    } | to_answer_ids(c)
 
 
 def _config(config: dict) -> dict:

@@ -65,6 +65,29 @@ def token_ids(config: dict, name: str, vocab_size: int, default: int | None = No
     return [i for i in found if i is not None]
 
 
+def answer_ids(config: dict, vocab_size: int) -> dict[str, Any]:
+    """The ids that an encoder-decoder's sources are padded with, and that its answers begin and end with."""
+    return {
+        "pad_id": token_id(config, "pad_token_id", vocab_size),
+        "start_id": token_id(config, "decoder_start_token_id", vocab_size),
+        "eos_ids": token_ids(config, "eos_token_id", vocab_size),
+        "forced_bos_id": token_id(config, "forced_bos_token_id", vocab_size),
+        "forced_eos_id": token_id(config, "forced_eos_token_id", vocab_size),
+    }
+
+
+def to_answer_ids(config: dict) -> dict[str, Any]:
+    """The reverse of `answer_ids`."""
+    eos = config["eos_ids"]
+    return {
+        "pad_token_id": config["pad_id"],
+        "decoder_start_token_id": config["start_id"],
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "forced_bos_token_id": config["forced_bos_id"],
+        "forced_eos_token_id": config["forced_eos_id"],
+    }
+
+
 def flag(config: dict, name: str, default: bool) -> bool:
     value = config.get(name)
     if value is None:

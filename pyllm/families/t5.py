@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pyllm.families.family import Family, Weight
-from pyllm.families.settings import choice, fixed, flag, number, token_id, token_ids, whole
+from pyllm.families.settings import answer_ids, choice, fixed, flag, number, to_answer_ids, token_id, whole
 from pyllm.models import EncoderDecoder
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "gated-gelu": "geglu_tanh",
@@ -37,12 +37,7 @@ def _config(config: dict) -> dict:
         "activation": choice(config, "feed_forward_proj", _ACTIVATIONS, "relu"),
         "output_scale": hidden**-0.5 if flag(config, "scale_decoder_outputs", tied) else None,
         "tie_embeddings": tied,
-        "pad_id": pad,
-        "start_id": token_id(config, "decoder_start_token_id", vocab, pad),
-        "eos_ids": token_ids(config, "eos_token_id", vocab, 1),
-        "forced_bos_id": token_id(config, "forced_bos_token_id", vocab),
-        "forced_eos_id": token_id(config, "forced_eos_token_id", vocab),
-    }
+    } | answer_ids({"pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 1} | config, vocab)
 
 
 def _complete(config: dict, names: Collection[str]) -> dict:
@@ -68,12 +63,7 @@ def _to_config(model: EncoderDecoder) -> dict:
         "feed_forward_proj": _NAMES[c["activation"]],
         "scale_decoder_outputs": c["output_scale"] is not None,
         "tie_word_embeddings": c["tie_embeddings"],
-        "pad_token_id": c["pad_id"],
-        "decoder_start_token_id": c["start_id"],
-        "eos_token_id": c["eos_ids"][0] if len(c["eos_ids"]) == 1 else c["eos_ids"] or None,
-        "forced_bos_token_id": c["forced_bos_id"],
-        "forced_eos_token_id": c["forced_eos_id"],
-    }
+    } | to_answer_ids(c)
 
 
 def _side(side: str, layers: tuple[tuple[str, str], ...]) -> tuple[Weight, ...]:

@@ -97,7 +97,7 @@ class Model(torch.nn.Module):
 
     def num_bytes(self) -> int:
         """Of the parameters and quantised weights."""
-        return sum(p.nbytes for p in self.parameters()) + sum(w.panels.nbytes for w in self.quantized_weights())
+        return sum(p.nbytes for p in self.parameters()) + sum(w.nbytes for w in self.quantized_weights())
 
     def quantized_weights(self) -> list[ops.PackedQuantizedWeight]:
         return [m.packed for m in self.modules() if isinstance(m, nn.Linear) and m.packed is not None]

@@ -41,7 +41,8 @@ class Linear(torch.nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         values, scales, minimums = (state_dict.pop(f"{prefix}weight.{k}", None) for k in QUANTIZED)
         if values is not None and scales is not None:
-            bits = 8 * values.shape[1] // (32 * scales.shape[1]) if values.dim() == scales.dim() == 2 else 8
+            known = values.dim() == scales.dim() == 2 and scales.shape[1] > 0
+            bits = 8 * values.shape[1] // (32 * scales.shape[1]) if known else 8
             self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, (self.out_features, self.in_features)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -25,6 +25,14 @@ class QuantizedWeight:
     bits: int
     shape: tuple[int, int]  # (N, K)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.values, self.scales, self.minimums) if t is not None)
+
+    def unpack(self) -> QuantizedWeight:
+        """Itself: what `pyllm.reference.pack_quantized` leaves can be asked for the same."""
+        return self
+
     def dequantize(self) -> Tensor:
         """The weight in float32, (N, K)."""
         values = self.values
@@ -49,6 +57,10 @@ class PackedQuantizedWeight:
     half_scales: bool
     has_minimums: bool
     shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
 
     def unpack(self) -> QuantizedWeight:
         count, groups, size = self.panels.shape

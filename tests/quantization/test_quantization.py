@@ -184,6 +184,7 @@ SPOILT = {
     "values cut": lambda w: w.update({"head.weight.values": w["head.weight.values"][:, 1:].contiguous()}),
     "scales cut": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][1:].contiguous()}),
     "values of another type": lambda w: w.update({"head.weight.values": w["head.weight.values"].long()}),
+    "scales of no group": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][:, :0].contiguous()}),
     "scales missing": lambda w: w.pop("head.weight.scales"),
     "values missing": lambda w: w.pop("head.weight.values"),
     "minimums of another type": lambda w: w.update({"head.weight.minimums": w["head.weight.scales"].float()}),
