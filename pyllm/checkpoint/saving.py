@@ -21,7 +21,7 @@ from pyllm.checkpoint.gguf_writer import write_gguf
 from pyllm.checkpoint.loading import without_memory
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, write_tensors
 from pyllm.checkpoint.verifying import check_same, differences
-from pyllm.families import FAMILIES, Family, export_weights
+from pyllm.families import FAMILIES, Family, WeightsError, export_weights
 from pyllm.families.settings import generation_settings
 from pyllm.models import Model
 from pyllm.text import Tokenizer
@@ -98,6 +98,8 @@ def _described(model: Model, gguf: bool) -> tuple[Family, dict[str, Any]]:
             config = ({} if gguf else named) | table.to_config(model)
             with without_memory():
                 wrong = differences(model, table.model(**table.config(config)))
+        except WeightsError:
+            raise
         except (KeyError, TypeError, ValueError) as e:
             reasons.append(f"{table.model_type}: {e}")
             continue

@@ -19,7 +19,7 @@ _COLUMNS = 64  # put in another order at a time
 
 
 class WeightsError(ValueError):
-    """A checkpoint's weights are not those of the model that its config describes."""
+    """Weights that are not those of the model that a config describes, or that a checkpoint cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,12 @@ def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
     """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible.
 
     Raises:
-        ValueError: a layer of the model is quantised.
+        WeightsError: a layer of the model is quantised.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.packed is not None:
-            raise ValueError(f"{name} is quantised, which no Hugging Face checkpoint holds: export the model that was "
-                             "not, or save this one with pyllm.save")  # fmt: skip
+            raise WeightsError(f"{name} is quantised, which no checkpoint for others can hold: export the model that "
+                               "was not, or keep this one with pyllm.save")  # fmt: skip
     for place in _places(model, family, model.head is None):
         tensor = place.parameter.detach()
         if place.weight.by_head:

@@ -172,12 +172,13 @@ def test_weights_that_are_not_finite_are_refused():
         quantize_weight(torch.full((2, 32), 1e5), 8)
 
 
-def test_a_quantised_model_has_no_hugging_face_form(tmp_path):
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_quantised_model_has_no_form_for_others(gguf, tmp_path):
     model = decoder()
-    pyllm.quantize(model, "int8")
-    with pytest.raises(ValueError, match="is quantised"):
-        pyllm.export(model, tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.qkv is quantised"):
+        model.save(tmp_path / "other", gguf=gguf)
+    assert not list(tmp_path.iterdir())
 
 
 SPOILT = {
