@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
 from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
 from pyllm.families.settings import generation_settings
 from pyllm.models import MODELS, Model
+from pyllm.nn.linear import QUANTIZED, Linear
 from pyllm.text import Tokenizer
 
 _SETTING = (Tensor.normal_, Tensor.uniform_)
 Progress = Callable[[int, int], None]
+_QUANTIZED = tuple(f".weight.{part}" for part in QUANTIZED)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
 
@@ -67,21 +69,24 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
     if saved.model_type not in MODELS:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(MODELS)}, but got {saved.model_type!r}")
     model = _empty(path, saved.model_type, lambda: MODELS[saved.model_type](**saved.config))
-    quantized = {k.removesuffix(".weight.values") for k in saved.weights if k.endswith(".weight.values")}
+    quantized = dict.fromkeys(k.rpartition(".weight.")[0] for k in saved.weights if k.endswith(_QUANTIZED))
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.removesuffix(".weight") not in quantized}
     found = {k: tuple(v.shape) for k, v in saved.weights.items() if k.rpartition(".weight.")[0] not in quantized}
     if expected != found:
         wrong = [f"{k} must be {expected.get(k, 'absent')}, but got {found.get(k, 'nothing')}"
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
+    for name in quantized:  # one after the other, so that no more than one is held twice
+        parts = {k: saved.weights.pop(f"{name}.weight.{k}", None) for k in QUANTIZED}
+        try:
+            cast(Linear, model.get_submodule(name)).load_quantized_(**parts)
+        except (AttributeError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{path}: {name}.weight: {e}") from None
     names = [[name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
              for parameter in model.parameters()]  # fmt: skip
-    try:
-        model.load_state_dict(saved.weights, assign=True)
-    except (RuntimeError, TypeError, ValueError) as e:  # of quantised weights: the others have been checked
-        raise CheckpointError(f"{path}: {' '.join(str(e).split())}") from None
+    model.load_state_dict(saved.weights, assign=True)
     for first, *tied in names:  # they came back as parameters of their own
-        for name in set(tied) & saved.weights.keys():
+        for name in tied:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
     return model if dtype is None else model.to(dtype), saved.tokenizer

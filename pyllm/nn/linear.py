@@ -39,12 +39,17 @@ class Linear(torch.nn.Linear):
             destination |= {f"{prefix}weight.{k}": v for k, v in parts.items() if v is not None}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        values, scales, minimums = (state_dict.pop(f"{prefix}weight.{k}", None) for k in QUANTIZED)
-        if values is not None and scales is not None:
-            known = values.dim() == scales.dim() == 2 and scales.shape[1] > 0
-            bits = 8 * values.shape[1] // (32 * scales.shape[1]) if known else 8
-            self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, (self.out_features, self.in_features)))
+        parts = {k: state_dict.pop(f"{prefix}weight.{k}", None) for k in QUANTIZED}
+        if any(part is not None for part in parts.values()):
+            self.load_quantized_(**parts)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_quantized_(self, values: Tensor | None, scales: Tensor | None, minimums: Tensor | None = None) -> None:
+        """Puts a quantised weight, as state dicts have it, in the place of the layer's own."""
+        if values is None or scales is None or values.dim() != 2 or scales.dim() != 2:
+            raise ValueError("a quantised weight must have values and scales of 2 dimensions each")
+        bits = 8 * values.shape[1] // max(32 * scales.shape[1], 1)
+        self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, (self.out_features, self.in_features)))
 
 
 class Head(Linear):
