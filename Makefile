@@ -58,7 +58,7 @@ sanitize-thread: RUNTIME = $(call preload,libtsan.so) PYLLM_POOL=own
 sanitize-address sanitize-undefined sanitize-thread: sanitize-%: .venv/ready
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target build/$*/site -C build-dir=build/$* \
 	  -C cmake.define.PYLLM_SANITIZE=$* -C cmake.define.PYLLM_CUDA=OFF -C install.strip=false .
-	PYTHONPATH=build/$*/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	PYTHONPATH=$(CURDIR)/build/$*/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:suppressions=tests/thread_sanitizer.txt \
 	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/ops

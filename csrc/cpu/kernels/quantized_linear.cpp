@@ -193,6 +193,7 @@ void quantized_linear(const QuantizedLinearArgs& p) {
 
 void pack_quantized(const PackQuantizedArgs& p) {
   const QuantizedWeight& w = p.weight;
+  if (w.groups == 0) return;
   const int64_t row_bytes = w.groups * kGroup * w.bits / 8, group_bytes = w.group_bytes(kPanel);
   const int64_t quads = kQuads * w.bits / 8, size = size_of(w.scale_dtype);
   parallel_for((w.n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
