@@ -23,7 +23,7 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   else
     check_shape(op, "positions", positions, batch, length);
   check_contiguous(op, "positions", positions);
-  check_dtype(op, "inv_freq", inv_freq, DType::f64);
+  check_dtype(op, "inv_freq", inv_freq, DType::f32);
   check_shape(op, "inv_freq", inv_freq, rotary_dim / 2);
   check_contiguous(op, "inv_freq", inv_freq);
   check_dtype(op, "out", out, x.dtype);
@@ -32,8 +32,8 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   check_writable(op, "out", out);
   cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
   pyllm::rope({batch, length, x.size(2), width, rotary_dim, interleaved, inverse, x.dtype, positions.dtype, x.data,
-               positions.data, x.step(0), x.step(1), x.step(2), shared, inv_freq.as<double>(),
-               static_cast<float>(scale), out.data});
+               positions.data, x.step(0), x.step(1), x.step(2), shared, inv_freq.as<float>(), static_cast<float>(scale),
+               out.data});
 }
 
 }  // namespace pyllm::ops

@@ -198,7 +198,7 @@ def _write_rope(settings: dict) -> dict:
     if kind == "llama3":
         plain, _ = rope_frequencies(settings["rope_theta"], turning, None)
         slowed, _ = rope_frequencies(settings["rope_theta"], turning, scaling)
-        return found | {SLOWING: (plain / slowed).float()}
+        return found | {SLOWING: plain / slowed}
     if kind == "none":
         return found
     original = scaling.get("original_max_position_embeddings") if kind == "yarn" else None
@@ -213,7 +213,7 @@ def _llama3(slowing: Tensor, theta: float, turning: int) -> dict[str, Any]:
     expected = torch.zeros(0)
     if 1 <= factor <= _LARGEST:
         expected = rope_frequencies(theta, turning, None)[0] / rope_frequencies(theta, turning, scaling)[0]
-    if slowing.shape != expected.shape or not torch.allclose(slowing.double(), expected, rtol=1e-4):
+    if slowing.shape != expected.shape or not torch.allclose(slowing.float(), expected, rtol=1e-4):
         raise ValueError(f"{SLOWING} must slow rotary positions as Llama 3 does, for {turning // 2} "
                          f"frequencies, but is {short(slowing.tolist())}")  # fmt: skip
     return scaling

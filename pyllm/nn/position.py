@@ -19,7 +19,7 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
     """(frequencies (rotary_dim / 2,), factor for what is turned), for `ops.rope`.
 
     They are computed in float32, step by step as in the programs that models were trained with: at position 100,000
-    what float32 rounds off a frequency turns by up to 0.006. They come as float64, for the angles.
+    what float32 rounds off a frequency turns by up to 0.006.
 
     Args:
         theta: the base of the frequencies.
@@ -41,15 +41,15 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     wavelengths = theta**exponents
     if scaling is None:
-        return (1 / wavelengths).double(), 1.0
+        return 1 / wavelengths, 1.0
     kind = scaling.get("rope_type")
     if kind not in SCALINGS:
         raise ValueError(f"rope_scaling's rope_type must be one of {', '.join(SCALINGS)}, but got {kind!r}")
     if kind == "dynamic":
-        return (1 / wavelengths).double(), 1.0
+        return 1 / wavelengths, 1.0
     factor, scale = _setting(scaling, "factor"), 1.0
     if kind == "linear":
-        return (1 / wavelengths / factor).double(), scale
+        return 1 / wavelengths / factor, scale
     original = _setting(scaling, "original_max_position_embeddings")
     if kind == "llama3":
         frequencies = _llama3(1 / wavelengths, scaling, factor, original)
@@ -57,7 +57,7 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
         frequencies, scale = _longrope(wavelengths, scaling), _longrope_scale(scaling, factor, original)
     else:
         frequencies, scale = _yarn(theta, wavelengths, scaling, factor, original), _yarn_scale(scaling, factor)
-    return frequencies.double(), scale
+    return frequencies, scale
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -13,8 +13,10 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
          rotary_dim: int | None = None, inv_freq: Tensor | None = None, scale: float = 1.0) -> Tensor:  # fmt: skip
     """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864).
 
-    Pair i of a head turns by the angle position * theta^(-2 i / rotary_dim), computed in float64. What a token gets
-    depends on its position alone, bit for bit.
+    Pair i of a head turns by the angle position * theta^(-2 i / rotary_dim). The frequency and its product with the
+    position are rounded to float32, as in the programs that models were trained with: what that loses at far positions
+    they have learnt; nothing is lost of the angle's sine and cosine. What a token gets depends on its position alone,
+    bit for bit.
 
     Args:
         x: (B, T, H, D), float32, bfloat16 or float16.
@@ -37,7 +39,7 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
     elif inv_freq.requires_grad:
         raise ValueError("[rope] inv_freq must not require a gradient: rope has none for it")
     else:
-        inv_freq = inv_freq.to(torch.float64).contiguous()
+        inv_freq = inv_freq.to(torch.float32).contiguous()
     positions = positions.contiguous()
     if x.requires_grad and torch.is_grad_enabled():
         return _Rope.apply(x, positions, inv_freq, rotary, interleaved, scale)
@@ -49,7 +51,7 @@ def _frequencies(theta: float, rotary: int) -> Tensor:
     if not theta > 0:
         raise ValueError(f"[rope] theta must be more than 0, but got {theta}")
     with torch.inference_mode(False):  # a cached tensor must do for training too
-        return theta ** (-torch.arange(0, max(rotary, 0), 2, dtype=torch.float64, device="cpu") / rotary)
+        return 1 / theta ** (torch.arange(0, max(rotary, 0), 2, dtype=torch.float32, device="cpu") / rotary)
 
 
 def _turn(x, positions, inv_freq, rotary, interleaved, scale, inverse):

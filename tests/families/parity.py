@@ -72,13 +72,14 @@ def difference(a, b):
 
 
 def check_agrees(case, ours, eager, other):
-    """That ours is as close to what transformers gives as that is to itself, computed in another way."""
+    """That ours is no farther from what transformers gives than twice what that is from itself, computed in another
+    way."""
     own, found = ((x - eager).square().mean().sqrt().item() for x in (other, ours))
-    # Of each sequence the largest, and their mean: a single token's strays. Theirs rounds rotary angles to float32 both
-    # times, which their own difference does not show: llama3, whose first angles are no whole numbers, is at 2.2.
+    # The largest of each sequence, and their mean: the one largest of all is a single token's, which strays in the one
+    # way or the other by chance. Over batches of one model that ratio is 0.8 to 2.9, this one 1.1 to 1.7.
     largest_own, largest = ((x - eager).abs().flatten(1).amax(1).mean().item() for x in (other, ours))
     print(f"{case}: {found / own:.2f} times their own difference, the largest {largest / largest_own:.2f} times")
-    assert found <= 2 * own and largest <= 2.5 * largest_own
+    assert found <= 2 * own and largest <= 2 * largest_own
 
 
 def gradients_under_their_names(model, family):

@@ -18,6 +18,7 @@ from families.parity import (
 )
 from safetensors.torch import load_file
 
+from pyllm import ops
 from pyllm.engine import SamplingParams, generate_ids
 from pyllm.families import FAMILIES, WeightsError, check_config, load_weights
 from pyllm.nn.position import rope_frequencies
@@ -230,6 +231,30 @@ def test_scalings_that_change_what_was_before_end_with_the_context():
             model(ids)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "linear", "factor": 3.0}, {"rope_type": "dynamic", "factor": 3.0}, LLAMA3, YARN,
+     YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}, None],
+    ids=["linear", "dynamic", "llama3", "yarn", "mscale", "none"],
+)  # fmt: skip
+def test_rotary_angles_are_those_of_transformers_bit_for_bit(scaling):
+    """Those that models were trained with, also where float32 rounds off much of them."""
+    config = transformers.LlamaConfig(**SHARED | {"head_dim": 128, "rope_parameters": (scaling or {}) | THETA})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    frequencies, scale = rope_frequencies(THETA["rope_theta"], 128, scaling)
+    assert torch.equal(frequencies, theirs.inv_freq) and scale == theirs.attention_scaling
+    positions = torch.tensor([0, 1, 63, 4095, 131071, 1000003])
+    if scaling is not None and scaling["rope_type"] == "dynamic":
+        positions = positions[:3]
+    x = torch.randn(1, len(positions), 2, 128)
+    cos, sin = theirs(x, positions[None])
+    expected, _ = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    found = ops.rope(x, positions, inv_freq=frequencies, scale=scale)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    if scaling is None:
+        assert torch.equal(found, ops.rope(x, positions, theta=THETA["rope_theta"]))
+
+
 def test_longrope_for_longer_texts_is_as_in_transformers():
     scaling = LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 64}
     config = transformers.Phi3Config(**SHARED | {"max_position_embeddings": 256}, original_max_position_embeddings=64,
@@ -237,7 +262,7 @@ def test_longrope_for_longer_texts_is_as_in_transformers():
     for length in (64, 65):
         frequencies, scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", length)
         found = rope_frequencies(THETA["rope_theta"], 8, scaling | {"long": length > 64})
-        assert torch.equal(found[0].float(), frequencies) and found[1] == scale
+        assert torch.equal(found[0], frequencies) and found[1] == scale
     with pytest.raises(ValueError, match="short_factor must be a list of 5 numbers"):
         rope_frequencies(5000.0, 10, scaling)
 

@@ -1,7 +1,8 @@
 // Rotary position embedding. Threads take positions: a position's sines and cosines are computed once, in a few vectors,
 // and turn all heads of all sequences that share it, so that neither a table nor a second pass over memory is needed. The
-// angle is reduced in double (at position 100,000 a float angle is off by 0.004), its sine and cosine are floats. Nothing
-// but the position enters an angle: a token gets the same bits in any batch or chunk.
+// angle is the product in float that models were trained with (at position 100,000 it is off by up to 0.004, and they have
+// learnt so); it is reduced in double, and its sine and cosine are floats. Nothing but the position enters an angle: a
+// token gets the same bits in any batch or chunk.
 #include "cpu/rope.h"
 
 #include <algorithm>
@@ -18,7 +19,7 @@ struct Turn {  // by one position: what multiplies an element, and what multipli
 
 // Half-split pairs keep one cosine and sine a frequency. Interleaved pairs keep both twice, the first sine negated, so
 // that a turn is x * own + swapped(x) * other.
-void fill(const RopeArgs& a, double position, const Turn& turn) {
+void fill(const RopeArgs& a, float position, const Turn& turn) {
   const int64_t half = a.rotary / 2;
   const float sign = a.inverse ? -1.0f : 1.0f;
   for (int64_t i = 0; i < half; i += W) {
@@ -72,9 +73,9 @@ void rope(const RopeArgs& a) {
       auto* buffer = static_cast<float*>(cpu::scratch(2 * a.rotary * sizeof(float), 0));
       const Turn turn{buffer, buffer + a.rotary};
       for (int64_t row = begin; row < end; row++) {
-        const double position = a.positions_dtype == DType::i64
-                                    ? static_cast<double>(reinterpret_cast<const int64_t*>(a.positions)[row])
-                                    : reinterpret_cast<const int32_t*>(a.positions)[row];
+        const auto position =
+            static_cast<float>(a.positions_dtype == DType::i64 ? reinterpret_cast<const int64_t*>(a.positions)[row]
+                                                               : reinterpret_cast<const int32_t*>(a.positions)[row]);
         fill(a, position, turn);
         const int64_t time = row % a.length, first = row / a.length;
         for (int64_t b = first; b < first + sequences; b++) {
