@@ -2,12 +2,15 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <tuple>
+#include <type_traits>
 
 #include "cpu/dispatch.h"
 #include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "cpu/vnni.h"
 #include "ops/ops.h"
+#include "program/program.h"
 #include "tensor_caster.h"
 #if PYLLM_WITH_CUDA
 #include "cuda/device.h"
@@ -41,10 +44,27 @@ void set_num_threads(int n) {
   cpu::set_num_threads(n);
 }
 
-// A kernel's function: the views are taken first, then the GIL is given up while it runs.
-template <class F>
-void def(py::module_& m, const char* name, F* f) {
-  m.def(name, f, py::call_guard<py::gil_scoped_release>());
+// What a recorded call holds of an argument: itself, or a copy of what it points to.
+template <class T>
+using Held = std::conditional_t<std::is_same_v<std::decay_t<T>, const char*>, std::string, std::decay_t<T>>;
+template <class T>
+decltype(auto) argument(const Held<T>& held) {
+  if constexpr (std::is_same_v<std::decay_t<T>, const char*>)
+    return held.c_str();
+  else
+    return held;
+}
+
+// A kernel's function: the views are taken first, then the GIL is given up while it runs, or is recorded.
+template <class... Args>
+void def(py::module_& m, const char* name, void (*f)(Args...)) {
+  const auto call = [f, name](Args... args) {
+    if (!recording) return f(args...);
+    recording->append(name, [f, held = std::tuple<Held<Args>...>(args...)] {
+      std::apply([f](const auto&... a) { f(argument<Args>(a)...); }, held);
+    });
+  };
+  m.def(name, call, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -65,6 +85,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_vnni", &cpu::set_vnni);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("record", [](Program& program, bool on) { recording = on ? &program : nullptr; })
+      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def("generate", &Program::generate, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("steps_done", &Program::steps_done)
+      .def_property_readonly("ops", &Program::ops);
+
   def(m, "activation_forward", &ops::activation_forward);
   def(m, "activation_backward", &ops::activation_backward);
   def(m, "attention_forward", &ops::attention_forward);
@@ -72,9 +100,10 @@ PYBIND11_MODULE(_C, m) {
   def(m, "cross_entropy_forward", &ops::cross_entropy_forward);
   def(m, "cross_entropy_backward", &ops::cross_entropy_backward);
   def(m, "linear_cross_entropy", &ops::linear_cross_entropy);
+  def(m, "elementwise", &ops::elementwise);
   def(m, "embedding_forward", &ops::embedding_forward);
   def(m, "embedding_backward", &ops::embedding_backward);
-  def(m, "multiply_add", &ops::multiply_add);
+  m.def("multiply_add", &ops::multiply_add, py::call_guard<py::gil_scoped_release>());
   def(m, "read", &ops::read);
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "dlpack.h"
+#include "program/program.h"
 #include "tensor.h"
 
 namespace pyllm {
@@ -79,6 +80,8 @@ struct type_caster<pyllm::TensorView> {
       value = pyllm::TensorView::absent();
       return true;
     }
+    if (pyllm::recording)  // a replay needs the tensor still; a Program is destroyed where the GIL is held
+      pyllm::recording->keep({source.inc_ref().ptr(), [](PyObject* o) { Py_DECREF(o); }});
     if (const auto* api = pyllm::exchange_api(Py_TYPE(source.ptr()))) {
       Tensor t;
       if (api->tensor_from_py_no_sync(source.ptr(), &t) != 0) throw error_already_set();

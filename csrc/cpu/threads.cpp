@@ -140,8 +140,61 @@ Gomp gomp() {
   return forked ? Gomp{} : found;
 }
 
+// A team that has been called together for many jobs: its members spin until the leader has the next one.
+struct Vigil {
+  void (*body)(void*);
+  void* context;
+  pthread_t leader = pthread_self();
+  std::atomic<int> members{0};  // that serve
+  alignas(64) std::atomic<uint32_t> generation{0};
+  void (*work)(void*) = nullptr;
+  void* job = nullptr;
+  bool over = false;
+  alignas(64) std::atomic<int> busy{0};
+
+  void run(void (*w)(void*), void* j) {
+    work = w, job = j;
+    busy.store(members.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    generation.fetch_add(1, std::memory_order_release);
+    work(job);
+    for (int spins = 0; busy.load(std::memory_order_acquire) != 0; spins++)
+      spins < 4096 ? pause() : std::this_thread::yield();
+  }
+
+  void enter(int threads);
+
+  void serve() {
+    uint32_t seen = 0;
+    members.fetch_add(1);
+    for (;;) {
+      for (int spins = 0; generation.load(std::memory_order_acquire) == seen; spins++)
+        spins < 20000 ? pause() : std::this_thread::yield();
+      seen++;
+      if (over) return;
+      work(job);
+      busy.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+thread_local Vigil* vigil = nullptr;
+
+void Vigil::enter(int threads) {
+  if (!pthread_equal(pthread_self(), leader)) return serve();
+  while (members.load() + 1 < threads) pause();  // whoever joins later would miss a job
+  inside = false;                                // the leader's calls are not nested ones
+  vigil = this;
+  body(context);
+  vigil = nullptr;
+  over = true;
+  generation.fetch_add(1, std::memory_order_release);
+}
+
 // work(job) on every thread of the team; false where there is none to be had.
 bool run_on_all(void (*work)(void*), void* job) {
+  if (vigil) {
+    vigil->run(work, job);
+    return true;
+  }
   if (const Gomp team = gomp()) {
     team.parallel(work, job, static_cast<unsigned>(num_threads()), 0);
     return true;
@@ -208,6 +261,20 @@ void run_team(int most, Member member, const void* context) {
   TeamJob job{most, member, context};
   if (most > 1 && num_threads() > 1 && !inside && run_on_all(work_on<TeamJob>, &job)) return;
   member(context, job.team, 0);
+}
+
+struct VigilJob {
+  Vigil vigil;
+  void work() {
+    const Gomp region = gomp();
+    vigil.enter(region ? region.num_threads() : pool->size());
+  }
+};
+
+void keep_awake(void (*body)(void*), void* context) {
+  VigilJob job{{body, context}};
+  if (num_threads() > 1 && !inside && !vigil && run_on_all(work_on<VigilJob>, &job)) return;
+  body(context);
 }
 
 void Team::barrier() {

@@ -32,6 +32,8 @@ void linear_cross_entropy(const TensorView& x, const TensorView& weight, const T
                           const TensorView& dx_or_none, const TensorView& dweight_or_none,
                           const TensorView& dbias_or_none, int64_t ignore_index, double label_smoothing,
                           const std::string& reduction);
+// kind: "copy", "add", "subtract", "multiply", "divide" or "relu"; a and b broadcast to out, which may be either.
+void elementwise(const std::string& kind, const TensorView& a, const TensorView& b_or_none, const TensorView& out);
 void embedding_forward(const TensorView& ids, const TensorView& weight, const TensorView& out);
 void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed);
 void norm_forward(const TensorView& x, const TensorView& residual_or_none, const TensorView& weight_or_none,

@@ -16,8 +16,12 @@ class RecurrentState:
         self.lengths = torch.zeros(vectors[0].shape[1], dtype=torch.int64)
 
     def advance(self, vectors: tuple[Tensor, ...], count: Tensor | int) -> None:
-        self.vectors = vectors
-        self.lengths = self.lengths + count
+        if torch.is_grad_enabled():
+            self.vectors = vectors
+        else:  # in place, so that a recorded step finds them
+            for own, new in zip(self.vectors, vectors, strict=True):
+                own.copy_(new)
+        self.lengths += count
 
     def detach_(self) -> None:
         """Cuts the gradient here: truncated back-propagation through time."""
@@ -26,7 +30,7 @@ class RecurrentState:
     def last_rows(self, count: int) -> RecurrentState:
         """The state of the last `count` sequences."""
         state = RecurrentState(*(v[:, -count:].contiguous() for v in self.vectors))
-        state.lengths = self.lengths[-count:]
+        state.lengths = self.lengths[-count:].clone()
         return state
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pyllm.ops import library
 from pyllm.ops.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
 from pyllm.ops.attention import attention
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from pyllm.ops.elementwise import elementwise
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
@@ -25,6 +26,7 @@ __all__ = [
     "Sample",
     "attention",
     "cross_entropy",
+    "elementwise",
     "embedding",
     "geglu",
     "gelu",

@@ -7,6 +7,7 @@ result is rounded once at the end.
 from pyllm.reference.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
 from pyllm.reference.attention import attention
 from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from pyllm.reference.elementwise import elementwise
 from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
 from pyllm.reference.linear import linear, pack_linear
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "attention",
     "cross_entropy",
+    "elementwise",
     "embedding",
     "geglu",
     "gelu",

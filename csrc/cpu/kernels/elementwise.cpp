@@ -1,0 +1,144 @@
+// Copies and plain arithmetic between tensors of any strides: what a model does between its products, so that a recorded
+// step needs nothing else. Rows of the innermost dimension run in parallel, in vectors where their steps are 0 or 1. The
+// floor is the memory read and written; at one row a step, it is the call.
+#include "cpu/elementwise.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/kernels/vec.h"
+
+namespace pyllm::ISA {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+
+bool floating(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
+
+template <Elementwise kKind, class X>
+VEC X compute(X a, X b) {
+  if constexpr (kKind == Elementwise::add) return a + b;
+  if constexpr (kKind == Elementwise::subtract) return a - b;
+  if constexpr (kKind == Elementwise::multiply) return a * b;
+  if constexpr (kKind == Elementwise::divide) return a / b;
+  return a;
+}
+
+VEC V get_any(const char* p, DType t, int64_t i, int64_t n) {
+  if (t == DType::f32) return get(reinterpret_cast<const float*>(p) + i, n);
+  if (t == DType::bf16) return get(reinterpret_cast<const bf16*>(p) + i, n);
+  return get(reinterpret_cast<const f16*>(p) + i, n);
+}
+VEC void write_any(char* p, DType t, int64_t i, V v, int64_t n) {
+  if (t == DType::f32) return write(reinterpret_cast<float*>(p) + i, v, n);
+  if (t == DType::bf16) return write(reinterpret_cast<bf16*>(p) + i, v, n);
+  write(reinterpret_cast<f16*>(p) + i, v, n);
+}
+// n elements `step` apart.
+VEC V gather_any(const char* p, DType t, int64_t i, int64_t n, int64_t step) {
+  if (step == 1) return get_any(p, t, i, n);
+  if (step == 0) return set(get_any(p, t, 0, 1)[0]);
+  V v{};
+  for (int64_t k = 0; k < n; k++) v[k] = get_any(p, t, (i + k) * step, 1)[0];
+  return v;
+}
+VEC void scatter_any(char* p, DType t, int64_t i, V v, int64_t n, int64_t step) {
+  if (step == 1) return write_any(p, t, i, v, n);
+  for (int64_t k = 0; k < n; k++) write_any(p, t, (i + k) * step, set(v[k]), 1);
+}
+
+template <Elementwise kKind>
+void float_row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int64_t begin, int64_t end) {
+  const int last = a.ndim - 1;
+  for (int64_t i = begin; i < end; i += W) {
+    const int64_t n = std::min<int64_t>(W, end - i);
+    V v = gather_any(x, a.a_dtype, i, n, a.a_step[last]);
+    if constexpr (kKind == Elementwise::relu)
+      v = max(V{}, v);  // NaN stays NaN
+    else if constexpr (kKind != Elementwise::copy)
+      v = compute<kKind>(v, gather_any(y, a.b_dtype, i, n, a.b_step[last]));
+    scatter_any(out, a.out_dtype, i, v, n, a.out_step[last]);
+  }
+}
+
+template <class T>
+void copy_row(const ElementwiseArgs& a, const char* x, char* out, int64_t begin, int64_t end) {
+  const int64_t from = a.a_step[a.ndim - 1], to = a.out_step[a.ndim - 1];
+  const T* source = reinterpret_cast<const T*>(x);
+  T* target = reinterpret_cast<T*>(out);
+  if (from == 1 && to == 1) {
+    if (end > begin) std::memcpy(target + begin, source + begin, (end - begin) * sizeof(T));
+    return;
+  }
+  for (int64_t i = begin; i < end; i++) target[i * to] = source[i * from];
+}
+
+template <Elementwise kKind>
+void int_row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int64_t begin, int64_t end) {
+  const int last = a.ndim - 1;
+  for (int64_t i = begin; i < end; i++) {
+    const auto p = reinterpret_cast<const uint64_t*>(x)[i * a.a_step[last]];  // unsigned: overflow wraps, as in torch
+    const auto q = reinterpret_cast<const uint64_t*>(y)[i * a.b_step[last]];
+    reinterpret_cast<uint64_t*>(out)[i * a.out_step[last]] = compute<kKind>(p, q);
+  }
+}
+
+template <Elementwise kKind>
+void row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int64_t begin, int64_t end) {
+  if constexpr (kKind == Elementwise::copy)
+    if (a.a_dtype == a.out_dtype) switch (size_of(a.a_dtype)) {
+        case 8:
+          return copy_row<uint64_t>(a, x, out, begin, end);
+        case 4:
+          return copy_row<uint32_t>(a, x, out, begin, end);
+        case 2:
+          return copy_row<uint16_t>(a, x, out, begin, end);
+        default:
+          return copy_row<uint8_t>(a, x, out, begin, end);
+      }
+  if constexpr (kKind == Elementwise::add || kKind == Elementwise::subtract || kKind == Elementwise::multiply)
+    if (!floating(a.a_dtype)) return int_row<kKind>(a, x, y, out, begin, end);
+  float_row<kKind>(a, x, y, out, begin, end);
+}
+
+template <Elementwise kKind>
+void walk(const ElementwiseArgs& a) {
+  const int last = a.ndim - 1;
+  const int64_t cols = a.shape[last], across = std::max<int64_t>(1, (cols + kGrain - 1) / kGrain);
+  int64_t rows = 1;
+  for (int d = 0; d < last; d++) rows *= a.shape[d];
+  parallel_for(rows * across, std::max<int64_t>(1, kGrain / (std::min(cols, kGrain) + 1)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t piece = begin; piece < end; piece++) {
+                   int64_t rest = piece / across, x = 0, y = 0, out = 0;
+                   for (int d = last - 1; d >= 0; rest /= a.shape[d--]) {
+                     const int64_t i = rest % a.shape[d];
+                     x += i * a.a_step[d], y += i * a.b_step[d], out += i * a.out_step[d];
+                   }
+                   const int64_t first = piece % across * kGrain;
+                   row<kKind>(a, a.a + x * size_of(a.a_dtype), a.b ? a.b + y * size_of(a.b_dtype) : nullptr,
+                              a.out + out * size_of(a.out_dtype), first, std::min(first + kGrain, cols));
+                 }
+               });
+}
+
+}  // namespace
+
+void elementwise(const ElementwiseArgs& a) {
+  switch (a.kind) {
+    case Elementwise::copy:
+      return walk<Elementwise::copy>(a);
+    case Elementwise::add:
+      return walk<Elementwise::add>(a);
+    case Elementwise::subtract:
+      return walk<Elementwise::subtract>(a);
+    case Elementwise::multiply:
+      return walk<Elementwise::multiply>(a);
+    case Elementwise::divide:
+      return walk<Elementwise::divide>(a);
+    case Elementwise::relu:
+      return walk<Elementwise::relu>(a);
+  }
+}
+
+}  // namespace pyllm::ISA

@@ -1,0 +1,83 @@
+#include "program/program.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "cpu/threads.h"
+
+namespace pyllm {
+
+thread_local Program* recording = nullptr;
+
+void Program::append(std::string op, std::function<void()> call) {
+  ops_.push_back(std::move(op));
+  calls_.push_back(std::move(call));
+}
+
+void Program::run_calls() const {
+  for (const auto& call : calls_) call();
+}
+
+namespace {
+
+// body() while the team stays awake; what it throws must not pass through the team's own frames.
+template <class F>
+void awake(const F& body) {
+  struct Context {
+    const F& body;
+    std::exception_ptr error;
+  } context{body, nullptr};
+  cpu::keep_awake(
+      [](void* p) {
+        auto& c = *static_cast<Context*>(p);
+        try {
+          c.body();
+        } catch (...) {
+          c.error = std::current_exception();
+        }
+      },
+      &context);
+  if (context.error) std::rethrow_exception(context.error);
+}
+
+}  // namespace
+
+void Program::run() const {
+  awake([&] { run_calls(); });
+}
+
+void Program::generate(const TensorView& ids, const TensorView& drawn, const TensorView& ended,
+                       const std::vector<int64_t>& stop_ids) {
+  const char* op = "Program.generate";
+  steps_done_ = 0;
+  check_dtype(op, "ids", ids, DType::i64);
+  check_ndim(op, "ids", ids, 1);
+  check_contiguous(op, "ids", ids);
+  check_dtype(op, "drawn", drawn, DType::i64);
+  check_ndim(op, "drawn", drawn, 2);
+  const int64_t steps = drawn.size(0), rows = ids.size(0);
+  check_shape(op, "drawn", drawn, steps, rows);
+  check_contiguous(op, "drawn", drawn);
+  check_writable(op, "drawn", drawn);
+  check_dtype(op, "ended", ended, DType::boolean);
+  check_shape(op, "ended", ended, rows);
+  check_contiguous(op, "ended", ended);
+  check_writable(op, "ended", ended);
+  awake([&] {
+    for (int64_t step = 0; step < steps; step++) {
+      run_calls();
+      bool all = true;
+      for (int64_t row = 0; row < rows; row++) {
+        const int64_t id = ids.as<int64_t>()[row];
+        drawn.as<int64_t>()[step * rows + row] = id;
+        bool& over = ended.as<bool>()[row];
+        over = over || std::find(stop_ids.begin(), stop_ids.end(), id) != stop_ids.end();
+        all = all && over;
+      }
+      steps_done_ = step + 1;
+      if (all) return;
+    }
+  });
+}
+
+}  // namespace pyllm

@@ -1,0 +1,44 @@
+// A model's step, recorded once and replayed without Python. While a thread records, a call of an operation is not run but
+// kept, with its views and options, and so are the tensors that it names; what a replay reads (ids, positions, page
+// tables, lengths) it reads from memory then, and each operation checks its arguments again. Outputs were allocated while
+// recording and are written anew by each replay.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace pyllm {
+
+class Program {
+ public:
+  void append(std::string op, std::function<void()> call);
+  void keep(std::shared_ptr<void> tensor) { kept_.push_back(std::move(tensor)); }
+  int64_t size() const { return static_cast<int64_t>(calls_.size()); }
+  const std::vector<std::string>& ops() const { return ops_; }
+
+  // All calls, in order, with the team of threads awake between them.
+  void run() const;
+
+  // Runs until each row of `ids` (B,) has held one of `stop_ids`, or `drawn` (steps, B), which gets the ids after each
+  // run, is full. `ended` (B,) says which rows have stopped, and is kept up to date. Where a step fails, those before it
+  // stand: `steps_done` says how many in either case.
+  void generate(const TensorView& ids, const TensorView& drawn, const TensorView& ended,
+                const std::vector<int64_t>& stop_ids);
+  int64_t steps_done() const { return steps_done_; }
+
+ private:
+  void run_calls() const;
+  std::vector<std::function<void()>> calls_;
+  std::vector<std::string> ops_;
+  std::vector<std::shared_ptr<void>> kept_;
+  int64_t steps_done_ = 0;
+};
+
+// What this thread records to, or null.
+extern thread_local Program* recording;
+
+}  // namespace pyllm

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINARY = {"add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "divide": torch.div}
+
+
+def elementwise(kind: str, a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    wide = a.float() if a.is_floating_point() and b is not None else a
+    if b is None:
+        result = a.relu() if kind == "relu" else a
+    else:
+        result = _BINARY[kind](wide, b.float() if b.is_floating_point() else b)
+    if out is None:
+        return result.to(a.dtype, copy=True)
+    return out.copy_(result)
