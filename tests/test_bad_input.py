@@ -29,6 +29,7 @@ GOOD = {
         "key_lengths": torch.tensor([2, 3]),
     },
     "cross_entropy": {"logits": torch.randn(2, 3, 5), "targets": ids},
+    "elementwise": {"kind": "add", "a": rows, "b": rows},
     "embedding": {"ids": ids, "weight": torch.randn(5, 4)},
     "geglu": {"gate": rows, "up": rows},
     "gelu": {"x": rows},
@@ -59,6 +60,8 @@ OUT_OF_RANGE = {"cross_entropy": "targets", "embedding": "ids", "linear_cross_en
 FINE = {  # what is not a mistake after all
     ("attention", "v", "size"),
     ("cross_entropy", "logits", "size"),
+    ("elementwise", "a", "rank"),
+    ("elementwise", "b", "rank"),
     ("embedding", "ids", "rank"),
     ("embedding", "ids", "size"),
     ("embedding", "weight", "size"),
@@ -88,7 +91,7 @@ def cases():
         for argument, value in GOOD[name].items():
             parts = range(len(value)) if isinstance(value, (list, tuple)) else [None]
             for part in parts:
-                if isinstance(value, int | ops.PackedQuantizedWeight):
+                if isinstance(value, int | str | ops.PackedQuantizedWeight):
                     continue
                 for spoil in SPOIL:
                     if (name, argument, spoil) not in FINE:

@@ -47,7 +47,7 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
     fail(Error::type, "[", op, "] ", kind_name, " must be of float32, bfloat16 and float16",
          kind == Elementwise::copy ? ", or to the same dtype" : ", or of int64 alone", ", but got ", name_of(a.dtype),
          ", ", name_of(b_dtype), " and ", name_of(out.dtype));
-  ElementwiseArgs args{kind, a.dtype, b_dtype, out.dtype, 0, {}, {}, {}, {}, a.data, binary ? b.data : nullptr,
+  ElementwiseArgs args{kind,    a.dtype, b_dtype, out.dtype, 0, {}, {}, {}, {}, a.data, binary ? b.data : nullptr,
                        out.data};
   int64_t a_step[kMaxDims] = {}, b_step[kMaxDims] = {};
   steps_over("a", a, out, a_step);

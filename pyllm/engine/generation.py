@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from pyllm.engine.decoding import decode
 from pyllm.engine.sampling import Sampler, SamplingParams
 from pyllm.models import Model
 from pyllm.text import Tokenizer
@@ -49,16 +51,14 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
         state, ids, lengths = model.begin(ids, lengths, max_tokens)
         hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts)), lengths - 1]
         sample = Sampler(params, [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)])
+        # 2. The first ids of all, then step by step; a sequence that has ended goes on in its row, unheard.
+        drawn = sample(model.constrain(model.head(hidden), 0, max_tokens))
         live = [True] * len(prompts)
-        for step in range(max_tokens):
-            # 2. Draw; a sequence that has ended goes on in its row, unheard.
-            drawn = sample(model.constrain(model.head(hidden), step, max_tokens))
-            yield [i if l else None for i, l in zip(drawn, live, strict=True)]
-            live = [l and i not in stop_ids for i, l in zip(drawn, live, strict=True)]
-            if not any(live) or step + 1 == max_tokens:
+        for ids in itertools.chain([drawn], decode(model, state, sample, drawn, max_tokens, stop_ids)):
+            yield [i if l else None for i, l in zip(ids, live, strict=True)]
+            live = [l and i not in stop_ids for i, l in zip(ids, live, strict=True)]
+            if not any(live):
                 return
-            # 3. One step of all of them.
-            hidden = model.hidden(torch.tensor(drawn)[:, None], state)[:, 0]
     finally:
         model.train(was_training)
 

@@ -1,8 +1,8 @@
 """Recording a step of a model, so that it can be replayed without Python.
 
-While a step is recorded nothing is computed: pyllm's operations are appended to a Program, torch's views and allocations
-happen, its copies and plain arithmetic become `ops.elementwise`, and any other torch operation is an error that names it.
-So a recording that fails has changed nothing, and the model runs unrecorded.
+While a step is recorded nothing is computed: pyllm's operations are appended to a Program, torch's views and
+allocations happen, its copies and plain arithmetic become `ops.elementwise`, and any other torch operation is an error
+that names it. So a recording that fails has changed nothing, and the model runs unrecorded.
 
 A model can be recorded if what changes from step to step lies in memory that stays: ids, and a state that advances in
 place. Python's own values, shapes among them, are recorded as they are.

@@ -45,18 +45,31 @@ class Sampler:
         self.params = self.params.with_seed()
         self.seeds = torch.full((len(self.sequences),), self.params.seed, dtype=torch.int64)
 
-    def __call__(self, logits: Tensor) -> list[int]:
-        """logits (B, vocabulary) -> the ids drawn, which are appended to the sequences."""
+    @property
+    def looks_back(self) -> bool:
+        """Whether there are penalties, for which it needs the sequences."""
         p = self.params
-        history = None
-        if (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0):
-            history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
-                                                      batch_first=True, padding_value=-1)  # fmt: skip
-        positions = torch.tensor([len(s) for s in self.sequences], dtype=torch.int64)
-        ids = ops.sample(logits, seeds=self.seeds, positions=positions, temperature=p.temperature, top_k=p.top_k,
-                         top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p, repetition_penalty=p.repetition_penalty,
-                         frequency_penalty=p.frequency_penalty, presence_penalty=p.presence_penalty, history=history,
-                         logit_bias=p.logit_bias).ids.tolist()  # fmt: skip
+        return (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0)
+
+    def draw(self, logits: Tensor, positions: Tensor, history: Tensor | None = None) -> Tensor:
+        """The ids (B,) drawn at `positions` (B,) from logits (B, vocabulary)."""
+        p = self.params
+        return ops.sample(logits, seeds=self.seeds, positions=positions, temperature=p.temperature, top_k=p.top_k,
+                          top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p, repetition_penalty=p.repetition_penalty,
+                          frequency_penalty=p.frequency_penalty, presence_penalty=p.presence_penalty, history=history,
+                          logit_bias=p.logit_bias).ids  # fmt: skip
+
+    def note(self, ids: list[int]) -> None:
+        """Appends what was drawn to the sequences."""
         for sequence, i in zip(self.sequences, ids, strict=True):
             sequence.append(i)
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """logits (B, vocabulary) -> the ids drawn, which are appended to the sequences."""
+        history = None
+        if self.looks_back:
+            history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
+                                                      batch_first=True, padding_value=-1)  # fmt: skip
+        ids = self.draw(logits, torch.tensor([len(s) for s in self.sequences]), history).tolist()
+        self.note(ids)
         return ids

@@ -61,4 +61,4 @@ class Head(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return logits if self.softcap is None else ops.tanh(logits / self.softcap) * self.softcap

@@ -23,7 +23,17 @@ def elementwise(kind: str, a: Tensor, b: Tensor | None = None, *, out: Tensor | 
     Raises:
         ValueError, TypeError: a kind, shape or dtype that does not fit.
     """
+    if torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad)):
+        raise ValueError("[elementwise] has no gradients: a and b must not require one")
     if out is None:
-        out = torch.empty(a.shape if b is None else torch.broadcast_shapes(a.shape, b.shape), dtype=a.dtype)
+        out = torch.empty(a.shape if b is None else _common_shape(a, b), dtype=a.dtype)
     _C.elementwise(kind, a, b, out)
     return out
+
+
+def _common_shape(a: Tensor, b: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        found = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"[elementwise] a and b must broadcast together, but got {found}") from None

@@ -107,7 +107,7 @@ SHAPES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-EAGER = {"quantized_linear"}  # take what no schema has: they break a traced graph in two
+EAGER = {"elementwise", "quantized_linear"}  # take what no schema has: they break a traced graph in two
 
 
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:

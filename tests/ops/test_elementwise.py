@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from pyllm import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TORCH = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "div"}
+BINARY = list(TORCH)
+SHAPES = [
+    ((), ()),
+    ((1,), (1023,)),
+    ((3, 7), (3, 1)),
+    ((2, 5, 33), (33,)),
+    ((9001,), ()),
+    ((4, 1, 3), (5, 1)),
+    ((0, 4), (4,)),
+    ((4, 0), (1, 1)),
+    ((2, 9000), (2, 9000)),
+]
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("b_dtype", DTYPES)
+@pytest.mark.parametrize("a_dtype", DTYPES)
+@pytest.mark.parametrize("kind", BINARY)
+def test_arithmetic_has_torchs_bits(kind, a_dtype, b_dtype, isa):
+    for a_shape, b_shape in SHAPES:
+        a, b = torch.randn(a_shape).mul(3).to(a_dtype), torch.randn(b_shape).to(b_dtype)
+        assert same(ops.elementwise(kind, a, b), reference.elementwise(kind, a, b))
+        if a_dtype == b_dtype:
+            assert same(ops.elementwise(kind, a, b), getattr(torch, TORCH[kind])(a, b))
+
+
+@pytest.mark.parametrize("kind", ["copy", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unary(kind, dtype, isa):
+    for shape, _ in SHAPES:
+        x = torch.randn(shape).to(dtype)
+        assert same(ops.elementwise(kind, x), reference.elementwise(kind, x))
+        for other in DTYPES:
+            out = torch.empty(shape, dtype=other)
+            assert ops.elementwise(kind, x, out=out) is out
+            assert same(out, reference.elementwise(kind, x, out=torch.empty_like(out)))
+    odd = torch.tensor([float("nan"), float("-inf"), -0.0, 0.0, float("inf")], dtype=dtype)
+    assert same(ops.elementwise(kind, odd), reference.elementwise(kind, odd))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.uint8, torch.float64])
+def test_any_dtype_is_copied_to_its_own(dtype, isa):
+    x = torch.randint(0, 2, (3, 5, 7)).to(dtype)
+    out = torch.zeros(7, 5, 3, dtype=dtype)
+    ops.elementwise("copy", x.permute(2, 1, 0), out=out)
+    assert torch.equal(out, x.permute(2, 1, 0))
+
+
+@pytest.mark.parametrize("kind", BINARY[:3])
+def test_integers(kind, isa):
+    a, b = torch.randint(-(2**62), 2**62, (5, 1)), torch.randint(-9, 9, (3,))
+    assert torch.equal(ops.elementwise(kind, a, b), reference.elementwise(kind, a, b))  # overflow wraps as torch's
+
+
+@pytest.mark.parametrize("kind", ["copy", *BINARY])
+def test_layouts_and_in_place(kind, isa):
+    base = torch.randn(6, 4, 50)
+    for a, b in (
+        base.chunk(2, -1),
+        (base[:, 1], base[:, 2]),
+        (base.transpose(0, 2), base[0, 0, :, None, None]),
+        (base[:, :, ::2], base[:, :1, 1::2]),
+        (base[..., :1], base[..., 1:2]),
+    ):
+        b = None if kind == "copy" else b
+        expected = reference.elementwise(kind, a, b)
+        out = torch.zeros(*a.shape, 3)[..., 1]
+        assert same(ops.elementwise(kind, a, b, out=out), expected)
+        mine = a.clone(memory_format=torch.preserve_format)
+        assert same(ops.elementwise(kind, mine, b, out=mine), expected)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    a, b = torch.randn(37, 1001), torch.randn(37, 1)
+    results = []
+    for n in (1, 2, 5):
+        threads(n)
+        results.append(ops.elementwise("multiply", a, b))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_errors():
+    x, i = torch.randn(2, 3), torch.arange(3)
+    for kind, a, b, out, error, message in (
+        ("power", x, x, None, ValueError, "kind must be 'copy'"),
+        ("add", x, None, None, TypeError, "add needs b"),
+        ("copy", x, x, None, TypeError, "copy takes no b"),
+        ("add", x, torch.randn(4), None, ValueError, "must broadcast"),
+        ("add", x, x, torch.empty(3), ValueError, r"a must broadcast to \(3,\), but got \(2, 3\)"),
+        ("add", i, torch.randn(3), None, TypeError, "of int64 alone"),
+        ("divide", i, i, None, TypeError, "must be of float32"),
+        ("copy", i, None, torch.empty(3), TypeError, "to the same dtype"),
+    ):
+        with pytest.raises(error, match=r"^\[elementwise\] .*" + message):
+            ops.elementwise(kind, a, b, out=out)
+    with pytest.raises(ValueError, match="has no gradients"):
+        ops.elementwise("relu", x.requires_grad_())
