@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,7 +16,7 @@ SIZES = {
     "usual": [(512, 896)],
     "full": [(1, 896), (32, 896), (512, 896), (4096, 4096)],
 }
-TORCH = {"copy": lambda a, b: a.clone(), "add": torch.add, "multiply": torch.mul}
+TORCH: dict[str, Callable] = {"copy": lambda a, b: a.clone(), "add": torch.add, "multiply": torch.mul}
 
 
 def cases(sizes: str) -> Iterator[Case]:

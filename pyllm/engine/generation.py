@@ -54,9 +54,9 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
         # 2. The first ids of all, then step by step; a sequence that has ended goes on in its row, unheard.
         drawn = sample(model.constrain(model.head(hidden), 0, max_tokens))
         live = [True] * len(prompts)
-        for ids in itertools.chain([drawn], decode(model, state, sample, drawn, max_tokens, stop_ids)):
-            yield [i if l else None for i, l in zip(ids, live, strict=True)]
-            live = [l and i not in stop_ids for i, l in zip(ids, live, strict=True)]
+        for step in itertools.chain([drawn], decode(model, state, sample, drawn, max_tokens, stop_ids)):
+            yield [i if l else None for i, l in zip(step, live, strict=True)]
+            live = [l and i not in stop_ids for i, l in zip(step, live, strict=True)]
             if not any(live):
                 return
     finally:

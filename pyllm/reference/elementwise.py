@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_BINARY = {"add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "divide": torch.div}
+_BINARY: dict[str, Callable] = {"add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "divide": torch.div}
 
 
 def elementwise(kind: str, a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
