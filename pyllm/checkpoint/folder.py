@@ -7,8 +7,8 @@ Whatever stops a writer, one or the other is there and whole; the next writer cl
 
     config.json             what kind of model, its settings, and size and SHA-256 of the other files
     model.safetensors       weights; those that share memory once
-    tokenizer.json          if there is a tokenizer; with tokenizer_config.json and generation_config.json, which
-                            hold its control tokens and chat template
+    tokenizer.json          if there is a tokenizer, or Marian's files in its place; with tokenizer_config.json and
+                            generation_config.json, which hold its control tokens and chat template
     training.json           if training can go on from here: plain values, and names of tensors in
     optimizer.safetensors   the tensors of the optimizer and of random generators
 """
@@ -39,6 +39,7 @@ from pyllm.checkpoint.files import (
 from pyllm.checkpoint.safetensors import check_tensors, read_tensors, write_tensors
 from pyllm.checkpoint.state import pack, unpack
 from pyllm.text import Tokenizer
+from pyllm.text.formats import MARIAN
 
 _FORMAT, _VERSION = "pyllm", 1
 _MODEL, _TOKENIZER, _TRAINING, _OPTIMIZER = (
@@ -187,7 +188,7 @@ def _read(folder: Path, with_training: bool) -> Checkpoint:
     for name, expected in files.items():
         check_contents(folder / name, expected)
 
-    tokenizer = _read_tokenizer(folder, files) if _TOKENIZER in files else None
+    tokenizer = _read_tokenizer(folder, files) if files.keys() & {_TOKENIZER, MARIAN[0]} else None
     training = None
     if _TRAINING in files:
         training = unpack(read_json(folder / _TRAINING), read_tensors(folder / _OPTIMIZER))
@@ -211,7 +212,8 @@ def _read_tokenizer(folder: Path, files: dict[str, Seal]) -> Tokenizer:
 
 
 def _seals(where: Path, files: dict) -> dict[str, Seal]:
-    sets = [{_MODEL}, {_MODEL, _TOKENIZER}, {_MODEL, _TOKENIZER, *_MORE_OF_TOKENIZER}]
+    sets = [{_MODEL}, {_MODEL, _TOKENIZER}, {_MODEL, _TOKENIZER, *_MORE_OF_TOKENIZER},
+            {_MODEL, *MARIAN, *_MORE_OF_TOKENIZER}]  # fmt: skip
     if files.keys() not in [*sets, *({*names, _TRAINING, _OPTIMIZER} for names in sets)]:
         raise CheckpointError(f"{where}: files must name those of a checkpoint, but got {', '.join(files)}")
     for name, expected in files.items():

@@ -24,7 +24,9 @@ _FURTHER_ROLES = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_toke
 _BERT_ROLES = {role: f"[{role.removesuffix('_token').upper()}]" for role in _FURTHER_ROLES}  # where nothing is said
 _ROLES = ("bos_token", "eos_token", *_FURTHER_ROLES)
 _ALWAYS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
+_MARIAN_ROLES = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
 _LARGEST_ID = (1 << 24) - 1
+MARIAN = ("source.spm", "target.spm", "vocab.json")
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 
 
@@ -117,7 +119,7 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     for name in _CONFIGS:
         if (folder / name).is_file():
             config |= _json_object(folder / name)
-    files = ["tokenizer.json", *(a for pair in _PAIRS for a in pair[:1]), *_PIECES, "vocab.txt", "tokenizer.bin"]
+    files = ["tokenizer.json", MARIAN[0], *(pair[0] for pair in _PAIRS), *_PIECES, "vocab.txt", "tokenizer.bin"]
     found = next((folder / name for name in files if (folder / name).is_file()), None)
     if found is None:
         raise IsADirectoryError(f"[tokenizer] {folder} is a folder without any of {', '.join(files)}")
@@ -164,6 +166,8 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     name = path.name
+    if name == MARIAN[0]:
+        return _read_marian(path.parent, config)
     for vocab, merges in _PAIRS:
         if name in (vocab, merges):
             return _read_pair(path.with_name(vocab), path.with_name(merges)), {}
@@ -269,6 +273,32 @@ def _read_pair(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
         return vocabulary.byte_level(tokens, _merges([line.rstrip("\r") for line in lines if line.strip()]), control)
     except Exception as e:
         raise TokenizerError(f"[tokenizer] {merges}: {_line(e)}") from None
+
+
+def _read_marian(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    if absent := [name for name in MARIAN if not (folder / name).is_file()]:
+        raise TokenizerError(f"[tokenizer] {folder / absent[0]} is missing beside {MARIAN[0]}")
+    cutters = []
+    for name in MARIAN[:2]:
+        cutter, _ = _with_roles(folder / name, "a sentencepiece model", read_model)
+        if not isinstance(cutter.model, tokenizers.models.Unigram):
+            raise TokenizerError(f"[tokenizer] {folder / name} must be a unigram model, as all of Marian's are")
+        cutters.append(cutter)
+    tokens = _json_object(folder / MARIAN[2])
+    try:
+        if config.get("separate_vocabs"):
+            raise ValueError("it must be the table of both sides, but tokenizer_config.json has separate_vocabs")
+        _check_ids(tokens)
+        roles = {role: _token(config.get(role) or default) for role, default in _MARIAN_ROLES.items()}
+        if absent := [token for token in roles.values() if token not in tokens]:
+            raise ValueError(f"it must hold the token {absent[0]!r:.80}")
+        backend = vocabulary.table(tokens, roles["unk_token"])
+        for each in (backend, *cutters):
+            vocabulary.add_tokens(each, roles.values())
+    except ValueError as e:
+        raise TokenizerError(f"[tokenizer] {folder / MARIAN[2]}: {_line(e)}") from None
+    eos, files = tokens[roles.pop("eos_token")], {name: _bytes(folder / name) for name in MARIAN}
+    return backend, {"eos_ids": (eos,), "roles": roles, "cutters": cutters, "files": files}
 
 
 def _read_word_piece(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -28,7 +28,9 @@ def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     pieces, scores, types = [], [], []
     training: dict[int, Any] = {}
     form: dict[int, Any] = {}
+    missing = {2, 3}
     for field, value in _fields(memoryview(data)):
+        missing.discard(field)
         if field == 1:
             entry = dict(_fields(_message(value)))
             pieces.append(_text(entry.get(1, b"")))
@@ -40,6 +42,8 @@ def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
             form = dict(_fields(_message(value)))
     if not pieces:
         raise ValueError("it holds no pieces")
+    if missing:
+        raise ValueError("it is truncated: how it was trained and normalises must follow the pieces")
     if "" in pieces:
         raise ValueError("a piece is empty")
     kind = _integer(training.get(3, _UNIGRAM))

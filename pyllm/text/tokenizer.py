@@ -46,8 +46,9 @@ class Tokenizer:
             backend.model.dropout = None
         backend.encode_special_tokens = True
         self._backend = backend
+        self._encoder = backend
         self._special: tokenizers.Tokenizer | None = None
-        self._plain = _without_control(backend)
+        self._plain = without_control(backend)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
         self._divisible = _divisible(backend, vocabulary)
@@ -93,7 +94,7 @@ class Tokenizer:
         _check_text(text)
         backend = self._with_special() if allow_special else self._plain
         pieces = _pieces(text) if self._divisible else [text]
-        ids = [i for e in backend.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+        ids = [i for part in self._encode(backend, pieces) for i in part]
         return self._begin(ids, bos)
 
     def encode_batch(self, texts: Iterable[str], *, allow_special: bool = False,
@@ -103,7 +104,7 @@ class Tokenizer:
         for text in texts:
             _check_text(text)
         backend = self._with_special() if allow_special else self._plain
-        return [self._begin(e.ids, bos) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._begin(ids, bos) for ids in self._encode(backend, texts)]
 
     def encode_framed(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:
         """The ids of a text, or of a pair of texts, in the frame that the checkpoint's tokenizer.json gives it.
@@ -212,10 +213,10 @@ class Tokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            _write(path / "tokenizer.json", self.to_json())
-            _write(path / "tokenizer_config.json", json.dumps(self.config(), ensure_ascii=False, indent=2) + "\n")
+            write_file(path / "tokenizer.json", self.to_json().encode())
+            write_config(path, self.config())
         else:
-            _write(path, self.to_json())
+            write_file(path, self.to_json().encode())
 
     def config(self) -> dict[str, Any]:
         """The contents of tokenizer_config.json, as transformers reads it."""
@@ -236,16 +237,19 @@ class Tokenizer:
 
         Args:
             path: a tokenizer.json; GPT-2's vocab.json and merges.txt, or encoder.json and vocab.bpe, by either's name;
-                WordPiece's vocab.txt; a sentencepiece .model; llama2.c's .bin. Or a folder with one of them: then the
-                files beside it (tokenizer_config.json, special_tokens_map.json, generation_config.json, ...) give
-                `bos_id`, `add_bos`, `eos_ids` and `chat_template`.
+                WordPiece's vocab.txt; a sentencepiece .model; llama2.c's .bin. Or a folder with one of them, or with
+                Marian's source.spm, target.spm and vocab.json, which give a `MarianTokenizer`: then the files beside it
+                (tokenizer_config.json, special_tokens_map.json, generation_config.json, ...) give `bos_id`, `add_bos`,
+                `eos_ids` and `chat_template`.
 
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file, or no tokenizer in the folder.
             TokenizerError, a ValueError: a file is truncated, malformed, or holds no tokenizer.
         """
+        from pyllm.text.marian import MarianTokenizer  # which is one of these
+
         backend, arguments = formats.read(Path(path))
-        return cls(backend, **arguments)
+        return (MarianTokenizer if "cutters" in arguments else cls)(backend, **arguments)
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -274,6 +278,9 @@ class Tokenizer:
         return {"bos_id": self.bos_id, "eos_ids": self.eos_ids, "add_bos": self.add_bos,
                 "chat_template": self.chat_template, "roles": self.roles}  # fmt: skip
 
+    def _encode(self, backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     def _begin(self, ids: list[int], bos: bool | None) -> list[int]:
         if not (self.add_bos if bos is None else bos):
             return ids
@@ -284,7 +291,7 @@ class Tokenizer:
     def _with_special(self) -> tokenizers.Tokenizer:
         # The switch is a property of the library's object, so each setting needs an object of its own.
         if self._special is None:
-            special = tokenizers.Tokenizer.from_str(self.to_json())
+            special = tokenizers.Tokenizer.from_str(self._encoder.to_str())
             special.encode_special_tokens = False
             self._special = special
         return self._special
@@ -410,11 +417,17 @@ def _pieces(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _write(path: Path, text: str) -> None:
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    write_file(folder / "tokenizer_config.json", text.encode())
+
+
+def write_file(path: Path, contents: bytes) -> None:
+    """Whole or, if interrupted, not at all."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -441,7 +454,7 @@ def _check_text(text: str) -> None:
         raise ValueError(f"[tokenizer] text must be valid Unicode, but got {wrong}") from None
 
 
-def _without_control(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def without_control(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A tokenizer for text in which control tokens are spelled out but not meant.
 
     The library does not look for them then, but a model that has them among its pieces may still come upon them.

@@ -117,11 +117,23 @@ def sentence_piece(pieces: Sequence[str], scores: Sequence[float], types: Sequen
     backend.normalizer = normalizers.Sequence(steps)
     if unigram and bytes_:
         part_bytes(backend)
-    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
+    backend.decoder = _joined(prefix)
     control = [p for p, t in zip(pieces, types, strict=True) if t in (UNKNOWN, CONTROL)]
     add_tokens(backend, control, [p for p, t in zip(pieces, types, strict=True) if t == USER_DEFINED])
     return backend
+
+
+def table(vocabulary: dict[str, int], unknown: str) -> tokenizers.Tokenizer:
+    """Of pieces that sentencepiece cut: only their ids."""
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=unknown))
+    backend.decoder = _joined(True)
+    return backend
+
+
+def _joined(prefix: bool) -> decoders.Decoder:
+    """What makes a text of pieces, where a space may have been put before it."""
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
 
 
 def part_bytes(backend: tokenizers.Tokenizer) -> None:

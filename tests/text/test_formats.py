@@ -176,6 +176,7 @@ def test_truncated_files(shared_data, tmp_path):
             path.write_bytes(whole[:size])
             try:
                 Tokenizer.load(path)
+                assert source.suffix == ".bin"
             except ValueError as e:
                 assert str(e).startswith(f"[tokenizer] {path} must be") and "\n" not in str(e)
     path = tmp_path / "x.model"
