@@ -128,6 +128,29 @@ def test_export_and_info(train, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder", "m.gguf"]
 
 
+def test_quantize(train, corpus, tmp_path):
+    trained = train("gpt")
+    done = pyllm("quantize", trained, "--to", "int4-min", "--out", tmp_path / "small", "--skip", "*.down",
+                 "--calibration", corpus, "--data", corpus)  # fmt: skip
+    assert done.returncode == 0 and "4 layers as int4-min" in done.stderr, done.stderr
+    before, after = (line.split("│")[1:5] for line in done.stdout.splitlines() if "before" in line or "after" in line)
+    assert float(before[2]) == 32 > float(after[2])
+    assert float(before[3]) == pytest.approx(float(after[3]), rel=0.05)
+    done = pyllm("evaluate", tmp_path / "small", "--data", corpus)
+    assert f"{float(after[3]):.3f}" in done.stdout
+    done = pyllm("info", tmp_path / "small")
+    assert "int4-min" in done.stdout and "int8" in done.stdout and "bits a weight" in done.stdout
+    done = pyllm("quantize", train("lstm"), "--to", "int8", "--out", tmp_path / "lstm")
+    assert done.returncode == 0 and "perplexity" not in done.stdout
+    new = ["--out", tmp_path / "new"]
+    assert "small is not empty" in fails("quantize", trained, "--to", "int8", "--out", tmp_path / "small")
+    assert "int3" in fails("quantize", trained, "--to", "int3", *new)
+    assert "skip must name layers" in fails("quantize", trained, "--to", "int8", "--skip", "tail", *new)
+    assert "nowhere" in fails("quantize", tmp_path / "nowhere", "--to", "int8", *new)
+    assert "missing.txt" in fails("quantize", trained, "--to", "int8", "--data", tmp_path / "missing.txt", *new)
+    assert sorted(os.listdir(tmp_path)) == ["lstm", "small"]
+
+
 def test_mistakes_are_one_line_and_exit_code_2(train, corpus, tmp_path):
     trained = load_checkpoint(train("gpt")).folder
     empty = tmp_path / "empty.txt"
@@ -172,7 +195,7 @@ def test_info_and_help():
     assert "PYLLM_ISA must be one of" in fails_with_isa("mmx")
     done = pyllm("--help")
     assert done.returncode == 0 and all(
-        c in done.stdout for c in ("train", "generate", "evaluate", "export", "bench", "info")
+        c in done.stdout for c in ("train", "generate", "evaluate", "quantize", "export", "bench", "info")
     )
     assert pyllm("train", "--help").returncode == 0
 

@@ -34,7 +34,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         family: Hugging Face's name of it, if it has one; model: the class; config: the arguments that it is made from.
-        parameters; dtypes: the weights of each; stored: the tensors of each kind in a GGUF file; context: its length.
+        parameters; dtypes: the weights of each, quantised ones by their formats ("int4-min"); context: its length.
+        stored: the tensors of each kind in a GGUF file.
         tokenizer: None, or its kind, vocabulary, bos, eos, add_bos and chat_template (whether there is one).
         disk: the bytes of the weights' files; memory: those of the weights when loaded, which are more where packed
         ones were widened; peak: those held at the most while the checkpoint, tokenizer and all, was loaded.
@@ -79,7 +80,7 @@ def _measured(path: Path) -> dict[str, Any]:
     for parameter in model.parameters():
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     for weight in model.quantized_weights():
-        dtypes[f"int{weight.bits}"] += math.prod(weight.shape)
+        dtypes[weight.format] += math.prod(weight.shape)
     found = {"family": model.family, "model": type(model).__name__, "config": model.config, "dtypes": dict(dtypes),
              "parameters": model.num_parameters(), "context": model.context_length, "tokenizer": None, "stored": None,
              "memory": model.num_bytes(), "peak": peak,

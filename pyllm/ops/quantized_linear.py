@@ -62,6 +62,11 @@ class PackedQuantizedWeight:
     def nbytes(self) -> int:
         return self.panels.nbytes
 
+    @property
+    def format(self) -> str:
+        """As `pyllm.quantize` names it: "int8", "int4" or "int4-min"."""
+        return f"int{self.bits}" + ("-min" if self.has_minimums else "")
+
     def unpack(self) -> QuantizedWeight:
         count, groups, size = self.panels.shape
         dtype = torch.float16 if self.half_scales else torch.float32
