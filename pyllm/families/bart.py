@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 from pyllm.families.family import Family, Weight
 from pyllm.families.gpt2 import both
-from pyllm.families.settings import answer_ids, choice, fixed, flag, to_answer_ids, whole
+from pyllm.families.settings import answer_ids, choice, fixed, flag, fraction, to_answer_ids, whole
 from pyllm.models import EncoderDecoder
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -17,6 +19,10 @@ def read(config: dict) -> dict:
     fixed(config, "tie_word_embeddings", True)
     fixed(config, "normalize_before", False)
     fixed(config, "add_final_layer_norm", False)
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if fraction(config, name, 0.0):
+            warnings.warn(f"config: {name} is {config[name]}, but no layers are left out here: training goes another "
+                          "way than where the checkpoint comes from", stacklevel=2)  # fmt: skip
     vocab, hidden = whole(config, "vocab_size"), whole(config, "d_model")
     return {
         "vocab_size": vocab,
@@ -35,6 +41,9 @@ def read(config: dict) -> dict:
         "bias": True,
         "embedding_scale": hidden**0.5 if flag(config, "scale_embedding", False) else None,
         "head_bias": True,
+        "dropout": fraction(config, "dropout", 0.1),
+        "attention_dropout": fraction(config, "attention_dropout", 0.0),
+        "activation_dropout": fraction(config, "activation_dropout", 0.0),
     } | answer_ids(config, vocab)
 
 
@@ -55,6 +64,9 @@ def write(model: EncoderDecoder) -> dict:
         "max_position_embeddings": c["context_length"],
         "activation_function": _NAMES[c["activation"]],
         "scale_embedding": c["embedding_scale"] is not None,
+        "dropout": c["dropout"],
+        "attention_dropout": c["attention_dropout"],
+        "activation_dropout": c["activation_dropout"],
     } | to_answer_ids(c)
 
 

@@ -64,7 +64,8 @@ def read(config: dict, name: str) -> dict:
     fixed(config, "position_embedding_type", "absolute")
     fixed(config, "pruned_heads", {})
     dropout = fraction(config, "hidden_dropout_prob", 0.1)
-    return task(config, name) | {
+    said = task(config, name)
+    return said | {
         "vocab_size": whole(config, "vocab_size"),
         "hidden_size": whole(config, "hidden_size"),
         "num_layers": whole(config, "num_hidden_layers"),
@@ -77,7 +78,8 @@ def read(config: dict, name: str) -> dict:
         "norm_eps": number(config, "layer_norm_eps", 1e-12),
         "tie_embeddings": flag(config, "tie_word_embeddings", True),
         "dropout": dropout,
-        "head_dropout": fraction(config, "classifier_dropout", dropout),
+        "attention_dropout": fraction(config, "attention_probs_dropout_prob", 0.1),
+        "head_dropout": 0.0 if said["head"] == "span" else fraction(config, "classifier_dropout", dropout),
     }
 
 
@@ -98,8 +100,8 @@ def write(model: Encoder, name: str) -> dict:
         "layer_norm_eps": c["norm_eps"],
         "tie_word_embeddings": c["tie_embeddings"],
         "hidden_dropout_prob": c["dropout"],
-        "attention_probs_dropout_prob": c["dropout"],
-        "classifier_dropout": c["head_dropout"],
+        "attention_probs_dropout_prob": c["attention_dropout"],
+        "classifier_dropout": None if c["head"] == "span" else c["head_dropout"],
     }
 
 

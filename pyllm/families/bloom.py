@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyllm.families.family import Family, Weight
 from pyllm.families.gpt2 import both
-from pyllm.families.settings import fixed, flag, number, whole
+from pyllm.families.settings import fixed, flag, fraction, number, whole
 from pyllm.models import Decoder
 
 _LAYER = "transformer.h.{i}"
@@ -28,6 +28,9 @@ def _config(config: dict) -> dict:
         "qkv_bias": True,
         "bias": True,
         "tie_embeddings": flag(config, "tie_word_embeddings", True),
+        "dropout": fraction(config, "hidden_dropout", 0.0),
+        "embedding_dropout": 0.0,
+        "attention_dropout": fraction(config, "attention_dropout", 0.0),
     }
 
 
@@ -41,6 +44,8 @@ def _to_config(model: Decoder) -> dict:
         "seq_length": c["context_length"],
         "layer_norm_epsilon": c["norm_eps"],
         "tie_word_embeddings": c["tie_embeddings"],
+        "hidden_dropout": c["dropout"],
+        "attention_dropout": c["attention_dropout"],
     }
 
 

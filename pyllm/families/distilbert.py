@@ -30,6 +30,8 @@ def _config(config: dict) -> dict:
         "head_activation": "relu",
         "tie_embeddings": flag(config, "tie_word_embeddings", True),
         "dropout": dropout,
+        "attention_output_dropout": 0.0,
+        "attention_dropout": fraction(config, "attention_dropout", 0.1),
         "head_dropout": fraction(config, *of_head[said["head"]]) if said["head"] in of_head else dropout,
     }
 
@@ -47,7 +49,7 @@ def _to_config(model: Encoder) -> dict:
         "activation": NAMES[c["activation"]],
         "tie_word_embeddings": c["tie_embeddings"],
         "dropout": c["dropout"],
-        "attention_dropout": c["dropout"],
+        "attention_dropout": c["attention_dropout"],
         "seq_classif_dropout": c["head_dropout"],
         "qa_dropout": c["head_dropout"],
     }

@@ -8,6 +8,7 @@ from pyllm.families.settings import (
     choice,
     fixed,
     flag,
+    fraction,
     layer_types,
     number,
     rope,
@@ -49,6 +50,7 @@ def _common(config: dict, every: int) -> dict:
         "mlp_bias": False,
         "embedding_scale": common["hidden_size"] ** 0.5,
         "tie_embeddings": flag(config, "tie_word_embeddings", True),
+        "attention_dropout": fraction(config, "attention_dropout", 0.0),
     }
 
 
@@ -104,6 +106,7 @@ def _to_config(model: Decoder) -> dict:
         "final_logit_softcapping": c["logit_softcap"],
         "rope_parameters": to_rope(c),
         "tie_word_embeddings": c["tie_embeddings"],
+        "attention_dropout": c["attention_dropout"],
     }
 
 

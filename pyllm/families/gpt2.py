@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyllm.families.family import Family, Weight
-from pyllm.families.settings import choice, fixed, flag, number, whole
+from pyllm.families.settings import choice, fixed, flag, fraction, number, whole
 from pyllm.models import Decoder
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -37,6 +37,9 @@ def _config(config: dict) -> dict:
         "qkv_bias": True,
         "bias": True,
         "tie_embeddings": flag(config, "tie_word_embeddings", True),
+        "dropout": fraction(config, "resid_pdrop", 0.1),
+        "embedding_dropout": fraction(config, "embd_pdrop", 0.1),
+        "attention_dropout": fraction(config, "attn_pdrop", 0.1),
     }
 
 
@@ -53,6 +56,9 @@ def _to_config(model: Decoder) -> dict:
         "layer_norm_epsilon": c["norm_eps"],
         "activation_function": NAMES[c["activation"]],
         "tie_word_embeddings": c["tie_embeddings"],
+        "resid_pdrop": c["dropout"],
+        "embd_pdrop": c["embedding_dropout"],
+        "attn_pdrop": c["attention_dropout"],
     }
 
 

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from pyllm.families.family import Family, Weight
-from pyllm.families.settings import choice, fixed, flag, layer_types, number, rope, to_rope, whole, windowed_layers
+from pyllm.families.settings import (
+    choice,
+    fixed,
+    flag,
+    fraction,
+    layer_types,
+    number,
+    rope,
+    to_rope,
+    whole,
+    windowed_layers,
+)
 from pyllm.models import Decoder
 
 _LAYER = "model.layers.{i}"
@@ -55,6 +66,7 @@ def read(config: dict, theta: float = 10000.0) -> dict:
     return sizes(config) | rope(config, theta) | {
         "activation": choice(config, "hidden_act", {"silu": "swiglu", "swish": "swiglu"}, "silu"),
         "tie_embeddings": flag(config, "tie_word_embeddings", False),
+        "attention_dropout": fraction(config, "attention_dropout", 0.0),
     }  # fmt: skip
 
 
@@ -73,6 +85,7 @@ def write(model: Decoder) -> dict:
         "hidden_act": "silu",
         "rope_parameters": to_rope(c),
         "tie_word_embeddings": c["tie_embeddings"],
+        "attention_dropout": c["attention_dropout"],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyllm.families.family import Family, Weight
 from pyllm.families.gpt2 import ACTIVATIONS, NAMES, both
-from pyllm.families.settings import choice, flag, number, rope, rotary_dim, to_rope, whole
+from pyllm.families.settings import choice, flag, fraction, number, rope, rotary_dim, to_rope, whole
 from pyllm.models import Decoder
 
 _LAYER = "gpt_neox.layers.{i}"
@@ -30,6 +30,8 @@ def _config(config: dict) -> dict:
         "bias": bias,
         "mlp_bias": True,
         "tie_embeddings": flag(config, "tie_word_embeddings", False),
+        "dropout": fraction(config, "hidden_dropout", 0.0),
+        "attention_dropout": fraction(config, "attention_dropout", 0.0),
     } | rope(config, base)
 
 
@@ -51,6 +53,8 @@ def _to_config(model: Decoder) -> dict:
         "hidden_act": NAMES[c["activation"]],
         "attention_bias": c["bias"],
         "tie_word_embeddings": c["tie_embeddings"],
+        "hidden_dropout": c["dropout"],
+        "attention_dropout": c["attention_dropout"],
     }
 
 

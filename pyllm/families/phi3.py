@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyllm.families.family import Family
 from pyllm.families.llama import ATTENTION, FEED_FORWARD_NORM, IGNORED, OUTSIDE, linear, read, write
-from pyllm.families.settings import rotary_dim, whole
+from pyllm.families.settings import fraction, rotary_dim, whole
 from pyllm.models import Decoder
 
 
@@ -13,6 +13,8 @@ def _config(config: dict) -> dict:
     return common | {
         "window": whole(config, "sliding_window", optional=True),
         "rotary_dim": rotary_dim(config, common["head_dim"]),
+        "dropout": fraction(config, "resid_pdrop", 0.0),
+        "embedding_dropout": 0.0,  # embd_pdrop is kept by configs, but not used
     }
 
 
@@ -39,6 +41,7 @@ def _to_config(model: Decoder) -> dict:
         "partial_rotary_factor": part,
         "original_max_position_embeddings": original,
         "sliding_window": model.config["window"],
+        "resid_pdrop": model.config["dropout"],
         "pad_token_id": None,  # otherwise it would be 32000, whatever the vocabulary
     }
 

@@ -21,6 +21,7 @@ def _config(config: dict, name: str) -> dict:
     return settings | {
         "padding_id": padding,
         "skip_padding": True,
+        "pooler_dropout": settings["head_dropout"],
         "context_length": settings["context_length"] - padding - 1,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pyllm.families.family import Family, Weight
-from pyllm.families.settings import answer_ids, choice, fixed, flag, number, to_answer_ids, token_id, whole
+from pyllm.families.settings import answer_ids, choice, fixed, flag, fraction, number, to_answer_ids, token_id, whole
 from pyllm.models import EncoderDecoder
 
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "gated-gelu": "geglu_tanh",
@@ -19,7 +19,7 @@ def _config(config: dict) -> dict:
     vocab, hidden, heads = whole(config, "vocab_size"), whole(config, "d_model"), whole(config, "num_heads")
     layers = whole(config, "num_layers")
     pad = token_id(config, "pad_token_id", vocab, 0)
-    tied = flag(config, "tie_word_embeddings", True)
+    tied, dropout = flag(config, "tie_word_embeddings", True), fraction(config, "dropout_rate", 0.1)
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -37,6 +37,9 @@ def _config(config: dict) -> dict:
         "activation": choice(config, "feed_forward_proj", _ACTIVATIONS, "relu"),
         "output_scale": hidden**-0.5 if flag(config, "scale_decoder_outputs", tied) else None,
         "tie_embeddings": tied,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "activation_dropout": dropout,
     } | answer_ids({"pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 1} | config, vocab)
 
 
@@ -63,6 +66,7 @@ def _to_config(model: EncoderDecoder) -> dict:
         "feed_forward_proj": _NAMES[c["activation"]],
         "scale_decoder_outputs": c["output_scale"] is not None,
         "tie_word_embeddings": c["tie_embeddings"],
+        "dropout_rate": c["dropout"],
     } | to_answer_ids(c)
 
 

@@ -34,7 +34,8 @@ class Block(torch.nn.Module):
                                       window=config["window"] if windowed else None,
                                       scale=config["attention_scale"], softcap=config["attention_softcap"],
                                       head_norm=norm if config["head_norm"] else None,
-                                      qkv_bias=config["qkv_bias"], bias=config["bias"])  # fmt: skip
+                                      qkv_bias=config["qkv_bias"], bias=config["bias"],
+                                      dropout=config["attention_dropout"])  # fmt: skip
         self.attention_post_norm = norm(hidden) if config["post_norms"] else None
         self.feed_forward_norm = norm(hidden)
         size, options = (hidden, config["intermediate_size"], config["activation"]), {"bias": config["mlp_bias"]}
@@ -77,6 +78,8 @@ class Decoder(Model):
         bias, qkv_bias, mlp_bias: of the linear layers, of queries, keys and values, of feed-forward layers (as `bias`).
         position: "rope", "learned", or "alibi", a bias of attention's scores.
         embedding_scale, embedding_norm: the embedding of the ids is multiplied, and normalised.
+        dropout, embedding_dropout, attention_dropout: of what layers add, of embeddings (as `dropout`), and of
+            attention's weights.
     """
 
     model_type = "decoder"
@@ -94,7 +97,8 @@ class Decoder(Model):
                  num_experts: int = 0, active_experts: int = 2, normalised_experts: bool = True,
                  qkv_bias: bool = False, bias: bool = False, mlp_bias: bool | None = None,
                  embedding_scale: float | None = None, embedding_norm: bool = False, tie_embeddings: bool = True,
-                 dropout: float = 0.0):  # fmt: skip
+                 dropout: float = 0.0, embedding_dropout: float | None = None,
+                 attention_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if position not in ("rope", "learned", "alibi"):
             raise ValueError(f"position must be 'rope', 'learned' or 'alibi', but got {position!r}")
@@ -118,7 +122,9 @@ class Decoder(Model):
                        "normalised_experts": normalised_experts, "qkv_bias": qkv_bias, "bias": bias,
                        "mlp_bias": bias if mlp_bias is None else mlp_bias,
                        "embedding_scale": embedding_scale, "embedding_norm": embedding_norm,
-                       "tie_embeddings": tie_embeddings, "dropout": dropout}  # fmt: skip
+                       "tie_embeddings": tie_embeddings, "dropout": dropout,
+                       "embedding_dropout": dropout if embedding_dropout is None else embedding_dropout,
+                       "attention_dropout": attention_dropout}  # fmt: skip
         self.context_length, self.embedding_scale = context_length, embedding_scale
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.embedding_norm = NORMS[norm](hidden_size, norm_eps) if embedding_norm else None
@@ -126,7 +132,7 @@ class Decoder(Model):
         self.blocks = torch.nn.ModuleList(Block(self.config, i) for i in range(num_layers))
         self.norm = NORMS[norm](hidden_size, norm_eps)
         self.head = nn.Head(hidden_size, vocab_size, softcap=logit_softcap)
-        self.dropout = torch.nn.Dropout(dropout)
+        self.dropout = torch.nn.Dropout(self.config["embedding_dropout"])
         initialise(self, 2 * num_layers)
         if tie_embeddings:
             self.head.weight = self.embedding.weight

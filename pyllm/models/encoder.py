@@ -20,14 +20,16 @@ class Block(torch.nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         hidden, eps = config["hidden_size"], config["norm_eps"]
-        self.attention = nn.Attention(hidden, config["num_heads"], causal=False, qkv_bias=True, bias=True)
+        self.attention = nn.Attention(hidden, config["num_heads"], causal=False, qkv_bias=True, bias=True,
+                                      dropout=config["attention_dropout"])  # fmt: skip
         self.attention_norm = nn.LayerNorm(hidden, eps)
         self.feed_forward = nn.FeedForward(hidden, config["intermediate_size"], config["activation"], bias=True)
         self.feed_forward_norm = nn.LayerNorm(hidden, eps)
         self.dropout = torch.nn.Dropout(config["dropout"])
+        self.attention_output_dropout = torch.nn.Dropout(config["attention_output_dropout"])
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        x, _ = self.attention_norm(self.dropout(self.attention(x, lengths=lengths)), x)
+        x, _ = self.attention_norm(self.attention_output_dropout(self.attention(x, lengths=lengths)), x)
         x, _ = self.feed_forward_norm(self.dropout(self.feed_forward(x)), x)
         return x
 
@@ -48,7 +50,10 @@ class Encoder(Model):
             the targets tell.
         head_activation: "tanh" or "relu", of the layer between a sequence's vector and its labels.
         head_dropout: in the head; as `dropout` by default.
+        pooler_dropout: of what the layer between a sequence's vector and its labels reads.
         tie_embeddings: the masked-language head's output layer is the embedding of the ids.
+        dropout, attention_output_dropout, attention_dropout: of embeddings and what layers add, of what attention adds
+            (as `dropout`), and of attention's weights.
     """
 
     model_type = "encoder"
@@ -61,7 +66,8 @@ class Encoder(Model):
                  padding_id: int = 0, skip_padding: bool = False, activation: str = "gelu", norm_eps: float = 1e-12,
                  pooler: bool = False, head: str | None = None, labels: Sequence[str] | None = None,
                  problem: str | None = None, head_activation: str = "tanh", head_dropout: float | None = None,
-                 tie_embeddings: bool = True, dropout: float = 0.0):  # fmt: skip
+                 pooler_dropout: float = 0.0, tie_embeddings: bool = True, dropout: float = 0.0,
+                 attention_output_dropout: float | None = None, attention_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         for name, value, known in (("head", head, HEADS), ("problem", problem, PROBLEMS)):
             if value is not None and value not in known:
@@ -78,7 +84,10 @@ class Encoder(Model):
                        "pooler": pooler and head is None, "head": head, "labels": list(labels) if labels else None,
                        "problem": problem, "head_activation": head_activation,
                        "head_dropout": dropout if head_dropout is None else head_dropout,
-                       "tie_embeddings": tie_embeddings, "dropout": dropout}  # fmt: skip
+                       "pooler_dropout": pooler_dropout,
+                       "tie_embeddings": tie_embeddings, "dropout": dropout, "attention_dropout": attention_dropout,
+                       "attention_output_dropout": dropout if attention_output_dropout is None
+                       else attention_output_dropout}  # fmt: skip
         self.context_length = context_length
         places = context_length + (padding_id + 1 if skip_padding else 0)
         self.embedding = nn.Embedding(vocab_size, hidden_size)

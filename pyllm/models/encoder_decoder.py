@@ -40,12 +40,14 @@ class Block(torch.nn.Module):
         hidden, heads, bias = config["hidden_size"], config[f"{side}num_heads"], config["bias"]
         self.post_norm, scale = config["post_norm"], config["attention_scale"]
         self.attention = nn.Attention(hidden, heads, head_dim=config["head_dim"], causal=decoder, scale=scale,
-                                      qkv_bias=bias, bias=bias)  # fmt: skip
+                                      qkv_bias=bias, bias=bias, dropout=config["attention_dropout"])  # fmt: skip
         self.attention_norm = norm(hidden)
         if decoder:
-            self.cross_attention = nn.CrossAttention(hidden, heads, config["head_dim"], scale=scale, bias=bias)
+            self.cross_attention = nn.CrossAttention(hidden, heads, config["head_dim"], scale=scale, bias=bias,
+                                                      dropout=config["attention_dropout"])  # fmt: skip
             self.cross_attention_norm = norm(hidden)
-        self.feed_forward = nn.FeedForward(hidden, config[f"{side}intermediate_size"], config["activation"], bias=bias)
+        self.feed_forward = nn.FeedForward(hidden, config[f"{side}intermediate_size"], config["activation"], bias=bias,
+                                           dropout=config["activation_dropout"])  # fmt: skip
         self.feed_forward_norm = norm(hidden)
         self.dropout = torch.nn.Dropout(config["dropout"])
 
@@ -105,7 +107,7 @@ class Side(torch.nn.Module):
             delta, x = block(delta, x, positions, cache, lengths, bias, source)
         if self.norm is None:
             return x
-        return self.norm(x) if delta is None else self.norm(delta, x)[0]
+        return self.dropout(self.norm(x) if delta is None else self.norm(delta, x)[0])
 
 
 class EncoderDecoder(Model):
@@ -136,6 +138,8 @@ class EncoderDecoder(Model):
         eos_ids: ids that end an answer.
         forced_bos_id, forced_eos_id: ids that generating always begins with, and ends with where it has to stop.
         suppressed_ids: ids that are never generated.
+        dropout, attention_dropout, activation_dropout: of embeddings and what layers add, of attention's weights, and
+            within feed-forward layers.
     """
 
     model_type = "encoder_decoder"
@@ -152,7 +156,8 @@ class EncoderDecoder(Model):
                  output_scale: float | None = None, tie_embeddings: bool = True, head_bias: bool = False,
                  pad_id: int = 0, start_id: int | None = None, eos_ids: Sequence[int] = (),
                  forced_bos_id: int | None = None, forced_eos_id: int | None = None,
-                 suppressed_ids: Sequence[int] = (), dropout: float = 0.0):  # fmt: skip
+                 suppressed_ids: Sequence[int] = (), dropout: float = 0.0, attention_dropout: float = 0.0,
+                 activation_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if position not in ("relative", "learned", "sinusoidal"):
             raise ValueError(f"position must be 'relative', 'learned' or 'sinusoidal', but got {position!r}")
@@ -178,7 +183,8 @@ class EncoderDecoder(Model):
                        "output_scale": output_scale, "tie_embeddings": tie_embeddings, "head_bias": head_bias,
                        "pad_id": pad_id, "start_id": start_id, "eos_ids": list(eos_ids),
                        "forced_bos_id": forced_bos_id, "forced_eos_id": forced_eos_id,
-                       "suppressed_ids": list(suppressed_ids), "dropout": dropout}  # fmt: skip
+                       "suppressed_ids": list(suppressed_ids), "dropout": dropout,
+                       "attention_dropout": attention_dropout, "activation_dropout": activation_dropout}  # fmt: skip
         self.context_length = context_length
         self.stop_ids = frozenset(eos_ids)
         self.silent_ids = frozenset(i for i in (pad_id, start_id, forced_bos_id, *eos_ids) if i is not None)

@@ -36,6 +36,7 @@ class SequenceHead(Head):
     def __init__(self, config: dict[str, Any]):
         super().__init__(config)
         self.labels, self.problem = len(config["labels"]), config["problem"]
+        self.pooler_dropout = torch.nn.Dropout(config["pooler_dropout"])
         self.pooler = nn.Linear(config["hidden_size"], config["hidden_size"])
         self.activation = ACTIVATIONS[config["head_activation"]]
         self.dropout = torch.nn.Dropout(config["head_dropout"])
@@ -43,7 +44,8 @@ class SequenceHead(Head):
 
     def forward(self, h: Tensor, real: Tensor | None) -> Tensor:
         first = h[:, 0] if real is None else h[torch.arange(len(h)), real.int().argmax(1)]
-        return self.classifier(self.dropout(self.activation(self.pooler(first))))
+        first = self.activation(self.pooler(self.pooler_dropout(first)))
+        return self.classifier(self.dropout(first))
 
     def loss(self, h: Tensor, targets: Tensor, real: Tensor | None, label_smoothing: float) -> Tensor:
         """Targets are (B,) labels, for one label a sequence; (B, labels) of zeros and ones, for several; or numbers,

@@ -21,7 +21,8 @@ class Attention(torch.nn.Module):
     With `alibi`, scores rise with the key's position instead (https://arxiv.org/abs/2108.12409).
     With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
     Unless `causal`, each position sees the whole sequence, of which `lengths` (B,) says how much is no padding.
-    A `bias` is added to the scores, as in `ops.attention`.
+    A `bias` is added to the scores, as in `ops.attention`. With `dropout`, weights are left out while training: they
+    are then held, (B, heads, T, T) of them.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
@@ -29,7 +30,7 @@ class Attention(torch.nn.Module):
                  rope_scaling: dict[str, Any] | None = None, alibi: bool = False, causal: bool = True,
                  window: int | None = None, scale: float | None = None, softcap: float | None = None,
                  head_norm: Callable[[int], torch.nn.Module] | None = None, qkv_bias: bool = False,
-                 bias: bool = False):  # fmt: skip
+                 bias: bool = False, dropout: float = 0.0):  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         if head_dim is None and hidden_size % num_heads:
@@ -40,7 +41,7 @@ class Attention(torch.nn.Module):
             raise ValueError("alibi must be with causal=True: its biases are by distance to what came before")
         self.head_dim = head_dim or hidden_size // num_heads
         self.rope_theta, self.window, self.scale, self.softcap = rope_theta, window, scale, softcap
-        self.causal = causal
+        self.causal, self.dropout = causal, dropout
         self.rotary_dim = rotary_dim or self.head_dim
         self.slopes = alibi_slopes(num_heads) if alibi else None
         self.inv_freq, self.rope_scale = None, 1.0
@@ -73,8 +74,8 @@ class Attention(torch.nn.Module):
             k, v = cache.keys[:, :longest], cache.values[:, :longest]
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
             bias = self.slopes[:, None, None] * torch.arange(k.shape[1], dtype=torch.float32)
-        y = ops.attention(q, k, v, causal=self.causal, window=self.window, scale=self.scale, bias=bias,
-                          softcap=self.softcap, key_lengths=lengths)  # fmt: skip
+        y = _attention(q, k, v, self.dropout if self.training else 0.0, causal=self.causal, window=self.window,
+                       scale=self.scale, bias=bias, softcap=self.softcap, key_lengths=lengths)  # fmt: skip
         return self.out(y.flatten(2))
 
     def extra_repr(self) -> str:
@@ -85,16 +86,17 @@ class Attention(torch.nn.Module):
 class CrossAttention(torch.nn.Module):
     """Attention from (B, T, hidden) to a source (B, S, hidden), of which the first `lengths` (B,) count.
 
-    Keys and values are one product, which `keys_and_values` makes once for all that attends to them.
+    Keys and values are one product, which `keys_and_values` makes once for all that attends to them; `dropout` is as in
+    `Attention`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None, *, scale: float | None = None,
-                 bias: bool = False):  # fmt: skip
+                 bias: bool = False, dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads, but got {hidden_size} and {num_heads}")
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim or hidden_size // num_heads, scale
-        size = num_heads * self.head_dim
+        self.dropout, size = dropout, num_heads * self.head_dim
         self.query = Linear(hidden_size, size, bias=bias)
         self.kv = Linear(hidden_size, 2 * size, bias=bias)
         self.out = Linear(size, hidden_size, bias=bias)
@@ -106,7 +108,17 @@ class CrossAttention(torch.nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         q = self.query(x).view(*x.shape[:2], self.num_heads, self.head_dim)
-        return self.out(ops.attention(q, keys, values, scale=self.scale, key_lengths=lengths).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        return self.out(_attention(q, keys, values, dropout, scale=self.scale, key_lengths=lengths).flatten(2))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, **options: Any) -> Tensor:
+    if dropout == 0:
+        return ops.attention(q, k, v, **options)
+    _, weights = ops.attention(q, k, v, **options, return_weights=True)  # (B, H, Tq, Tk)
+    kept = torch.nn.functional.dropout(weights, dropout)
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)  # (B, Tk, H, Dv)
+    return (kept @ values.transpose(1, 2)).transpose(1, 2)

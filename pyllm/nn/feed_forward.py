@@ -28,22 +28,23 @@ class FeedForward(torch.nn.Module):
     """down(activation(up(x))), or, for the gated "swiglu" and "geglu", down(activation(gate(x)) * up(x)).
 
     The gate and up products are one (Shazeer, 2020, https://arxiv.org/abs/2002.05202). "gelu_tanh" and "geglu_tanh" use
-    the approximation by tanh.
+    the approximation by tanh. `dropout` is of what down reads.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu", *, bias: bool = False):
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "swiglu", *, bias: bool = False,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
         if activation not in GATED and activation not in PLAIN:
             raise ValueError(f"activation must be one of {', '.join([*GATED, *PLAIN])}, but got {activation!r}")
         self.activation = activation
         self.up = Linear(hidden_size, intermediate_size * (2 if activation in GATED else 1), bias=bias)
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
+        self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        return self.down(
-            GATED[self.activation](*h.chunk(2, -1)) if self.activation in GATED else PLAIN[self.activation](h)
-        )
+        h = GATED[self.activation](*h.chunk(2, -1)) if self.activation in GATED else PLAIN[self.activation](h)
+        return self.down(self.dropout(h))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -82,6 +82,19 @@ def check_agrees(case, ours, eager, other):
     assert found <= 2 * own and largest <= 2 * largest_own
 
 
+@torch.no_grad()
+def check_leaves_out_the_same(ours, theirs, run_ours, run_theirs):
+    """That while training both drop the same values, drawn in the same order."""
+    before, found = run_ours(), []
+    for model, run in ((ours, run_ours), (theirs, run_theirs)):
+        model.train()
+        torch.manual_seed(7)
+        found.append(run())
+        model.eval()
+    assert difference(before, found[0]) > 1e-2 * before.abs().max().item()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def gradients_under_their_names(model, family):
     """{their name: gradient} of our model: as if the gradients were its weights."""
     weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}

@@ -9,6 +9,7 @@ import transformers
 from families.parity import (
     Reader,
     check_agrees,
+    check_leaves_out_the_same,
     difference,
     gradients_under_their_names,
     load,
@@ -48,34 +49,39 @@ MOE = SHARED | {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe
 CASES = {
     "llama": ("llama", SHARED),
     "llama, all biases, wide heads": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "llama, tied": ("llama", SHARED | {"tie_word_embeddings": True}),
+    "llama, tied": ("llama", SHARED | {"tie_word_embeddings": True, "attention_dropout": 0.3}),
     "llama, linear": ("llama", SHARED | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, **THETA}}),
     "llama, dynamic": ("llama", SHARED | {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}}),
     "llama, llama3": ("llama", SHARED | {"rope_parameters": LLAMA3}),
     "llama, yarn": ("llama", SHARED | {"rope_parameters": YARN}),
     "llama, yarn with mscale": ("llama", SHARED | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4,
                                                                              "truncate": False}}),
-    "mistral": ("mistral", SHARED | {"sliding_window": 7}),
-    "qwen2": ("qwen2", SHARED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    "qwen3": ("qwen3", SHARED | {"head_dim": 12}),
-    "bloom": ("bloom", BLOOM | {"n_head": 4}),
+    "mistral": ("mistral", SHARED | {"sliding_window": 7, "attention_dropout": 0.3}),
+    "qwen2": ("qwen2", SHARED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+                                 "attention_dropout": 0.3}),
+    "qwen3": ("qwen3", SHARED | {"head_dim": 12, "attention_dropout": 0.3}),
+    "bloom": ("bloom", BLOOM | {"n_head": 4, "hidden_dropout": 0.2, "attention_dropout": 0.3}),
     "bloom, six heads": ("bloom", BLOOM | {"hidden_size": 48, "n_head": 6}),
     "gpt2": ("gpt2", GPT2),
-    "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"}),
-    "gpt_neox": ("gpt_neox", SIZES | {"rotary_pct": 0.5}),
-    "gpt_neox, in sequence": ("gpt_neox", SIZES | {"use_parallel_residual": False, "attention_bias": False}),
-    "phi3": ("phi3", SHARED | {"sliding_window": 9}),
+    "gpt2, untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu",
+                                     "embd_pdrop": 0.2, "attn_pdrop": 0.3, "resid_pdrop": 0.0}),
+    "gpt_neox": ("gpt_neox", SIZES | {"rotary_pct": 0.5, "hidden_dropout": 0.2, "attention_dropout": 0.3}),
+    "gpt_neox, in sequence": ("gpt_neox", SIZES | {"use_parallel_residual": False, "attention_bias": False,
+                                                    "hidden_dropout": 0.2, "attention_dropout": 0.3}),
+    "phi3": ("phi3", SHARED | {"sliding_window": 9, "resid_pdrop": 0.2, "embd_pdrop": 0.1, "attention_dropout": 0.3}),
     "phi3, partly turned": ("phi3", SHARED | {"partial_rotary_factor": 0.5}),
     "phi3, longrope": ("phi3", SHARED | {"max_position_embeddings": 256, "original_max_position_embeddings": 64,
                                          "rope_parameters": LONGROPE}),
-    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
-    "gemma3": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+                                  "attention_dropout": 0.3}),
+    "gemma3": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                                       "attention_dropout": 0.3}),
     "gemma3, scaled": ("gemma3_text", GEMMA | {
         "sliding_window_pattern": 2,
         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
                             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
-    "mixtral": ("mixtral", SHARED | {"num_local_experts": 5, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("qwen3_moe", MOE | {"norm_topk_prob": True}),
+    "mixtral": ("mixtral", SHARED | {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_dropout": 0.3}),
+    "qwen3_moe": ("qwen3_moe", MOE | {"norm_topk_prob": True, "attention_dropout": 0.3}),
     "qwen3_moe, weights that are not normalised": ("qwen3_moe", MOE | {"attention_bias": True}),
 }  # fmt: skip
 
@@ -123,6 +129,18 @@ def test_gradients_agree(pair):
     assert compared >= 10
     pair.theirs.zero_grad()
     pair.ours.zero_grad()
+
+
+def test_training_drops_the_same(pair):
+    config = pair.ours.config
+    if not any(value for name, value in config.items() if name.endswith("dropout")):
+        pytest.skip("nothing is dropped")
+    ids = torch.randint(3, 61, (3, 20))
+    check_leaves_out_the_same(pair.ours, pair.theirs, lambda: pair.ours(ids), lambda: pair.theirs(ids).logits)
+    written = pair.theirs.config.to_dict()
+    for name, value in pair.family.to_config(pair.ours).items():
+        if "drop" in name:
+            assert written[name] == value, name
 
 
 @torch.no_grad()

@@ -7,7 +7,14 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from families.parity import check_agrees, difference, gradients_under_their_names, loaded_there, made
+from families.parity import (
+    check_agrees,
+    check_leaves_out_the_same,
+    difference,
+    gradients_under_their_names,
+    loaded_there,
+    made,
+)
 from safetensors.torch import load_file, save_file
 
 import pyllm
@@ -30,7 +37,8 @@ CASES = {
     "t5, gated, untied": ("t5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "t5, gated, tied": ("t5", T5 | {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False}),
     "bart": ("bart", BART),
-    "marian": ("marian", MARIAN | {"scale_embedding": True, "activation_function": "swish", "init_std": 0.1}),
+    "marian": ("marian", MARIAN | {"scale_embedding": True, "activation_function": "swish", "init_std": 0.1,
+                                   "attention_dropout": 0.3, "activation_dropout": 0.2}),
 }  # fmt: skip
 NEVER = {"marian": {"bad_words_ids": [[60]]}}  # all of Marian's own checkpoints say so of their padding
 
@@ -100,6 +108,18 @@ def test_gradients_agree(pair):
         assert difference(found[name], gradient) <= 2e-5 * gradient.abs().max().item() + least, name
     pair.theirs.zero_grad()
     pair.ours.zero_grad()
+
+
+def test_training_drops_the_same(pair):
+    source, mask, lengths, ids = batch()
+    check_leaves_out_the_same(pair.ours, pair.theirs, lambda: pair.ours(Pair(source, ids, lengths)),
+                              lambda: logits_of(pair.theirs, source, mask, ids))  # fmt: skip
+
+
+def test_layers_that_training_would_leave_out_are_warned_of():
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        with pytest.warns(UserWarning, match=f"{name} is 0.1, but no layers are left out"):
+            FAMILIES["bart"].config(BART | {name: 0.1})
 
 
 @torch.no_grad()

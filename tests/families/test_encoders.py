@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families.parity import check_agrees, difference, gradients_under_their_names, load, loaded_there, made
+from families.parity import (
+    check_agrees,
+    check_leaves_out_the_same,
+    difference,
+    gradients_under_their_names,
+    load,
+    loaded_there,
+    made,
+)
 from safetensors.torch import load_file, save_file
 
 import pyllm
@@ -110,6 +118,11 @@ def test_losses_and_gradients_agree(pair):
     assert compared >= 36
     pair.theirs.zero_grad()
     pair.ours.zero_grad()
+
+
+def test_training_drops_the_same(pair):
+    ids = torch.randint(3, 61, (3, 20))
+    check_leaves_out_the_same(pair.ours, pair.theirs, lambda: pair.ours(ids), lambda: output_of(pair.theirs, ids))
 
 
 @torch.no_grad()
