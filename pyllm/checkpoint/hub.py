@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "vocab.bpe"]
+_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.spm", "vocab.bpe"]
 _WEIGHTS = ["model.safetensors", "model-*.safetensors"], ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 

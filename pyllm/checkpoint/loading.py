@@ -21,7 +21,7 @@ from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
 from pyllm.checkpoint.reader import FileReader, MemoryReader
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
 from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
-from pyllm.families.settings import generation_settings
+from pyllm.families.settings import generation_settings, unheeded_settings
 from pyllm.models import MODELS, Model
 from pyllm.nn.linear import QUANTIZED, Linear
 from pyllm.text import Tokenizer
@@ -99,8 +99,11 @@ def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) ->
     except ValueError as e:
         raise CheckpointError(f"{path / 'config.json'}: {e}") from None
     family = _check_family(path, config)
-    if family.model.answers and (path / "generation_config.json").exists():
-        config |= generation_settings(read_json(path / "generation_config.json"))
+    generating = config
+    if (path / "generation_config.json").exists():
+        generating = read_json(path / "generation_config.json")
+        if family.model.answers:
+            config |= generation_settings(generating)
     if any((path / name).exists() for name in (WEIGHTS, INDEX)):
         opened: FileReader | MemoryReader = open_shards(path)
     elif any((path / name).exists() for name in (PICKLED, PICKLED_INDEX)):
@@ -109,6 +112,7 @@ def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) ->
         raise CheckpointError(f"{path} must hold {WEIGHTS}, {INDEX} or {PICKLED}, but has none of them")
     with opened as reader:
         model = _of_config(path, config, reader, dtype, progress)
+    model.unheeded = unheeded_settings(generating, model.config.get("suppressed_ids", ()))
     return model, _tokenizer(path, lambda: Tokenizer.load(path))
 
 

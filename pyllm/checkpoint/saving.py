@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def export(model: Model, path: str | os.PathLike, tokenizer: Tokenizer | None = 
             seal(writing)
         else:
             config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
-            _write_folder(writing, config, export_weights(model, family), tokenizer, dtype, _stage(progress, "writing"))
+            _write_folder(writing, config, export_weights(model, family), tokenizer, model.unheeded, dtype,
+                          _stage(progress, "writing"))  # fmt: skip
         if verify:
             check_same(model, tokenizer, writing, _stage(progress, "verifying"))
         writing.rename(path)
@@ -111,15 +112,16 @@ def _described(model: Model, gguf: bool) -> tuple[Family, dict[str, Any]]:
 
 
 def _write_folder(folder: Path, config: dict[str, Any], weights: Iterator[tuple[str, Tensor]],
-                  tokenizer: Tokenizer | None, dtype: torch.dtype,
+                  tokenizer: Tokenizer | None, unheeded: Mapping[str, Any], dtype: torch.dtype,
                   progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
     folder.mkdir()
     _write_weights(folder, ((name, tensor.to(dtype)) for name, tensor in weights), progress)
-    if tokenizer is not None:
-        config |= write_tokenizer(folder, tokenizer)
-        if config.get("decoder_start_token_id") is not None:  # transformers then looks for it there alone
+    generation = {} if tokenizer is None else write_tokenizer(folder, tokenizer)
+    config |= generation
+    if tokenizer is not None or unheeded:  # a file, in which alone transformers then looks for what is to be generated
+        if config.get("decoder_start_token_id") is not None:
             generation = {key: value for key, value in generation_settings(config).items() if value is not None}
-            write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", {**generation, **unheeded})
     write_json(folder / "config.json", config)
     for file in folder.iterdir():
         seal(file)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -19,7 +20,8 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
     """Continues a batch of sequences of ids, or answers them, each as if it were alone.
 
     Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id, also one
-    of the model's own, or at max_tokens.
+    of the model's own, or at max_tokens. What the model's checkpoint says of how to generate counts for nothing but
+    the ids that begin and end an answer; a warning names what would need another way of generating, such as beams.
 
     Raises:
         ValueError: no prompt, an empty one, or more tokens than the model's context holds.
@@ -35,6 +37,9 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
     if room is not None and max_tokens > room:
         raise ValueError(f"a prompt of {longest} tokens and {max_tokens} more do not fit the model's context of "
                          f"{model.context_length}")  # fmt: skip
+    if model.unheeded:
+        asked = ", ".join(f"{name}={value!r:.80}" for name, value in model.unheeded.items())
+        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here", stacklevel=2)
     return _steps(model, prompts, params or SamplingParams(), max_tokens, model.stop_ids.union(stop_ids))
 
 
@@ -70,9 +75,11 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
              stream: bool = False) -> str | list[str] | Iterator[str]:  # fmt: skip
     """Continues a text, or each of several, or answers it with an encoder-decoder; what is new alone is returned.
 
+    Warns where the model's checkpoint asks for another way of generating, such as beams.
+
     Args:
         max_tokens: how many at most; by default 256, or what fits the model's context.
-        temperature, ..., seed: see `SamplingParams`.
+        temperature, ..., seed: see `SamplingParams`; they are as given here, whatever the model's checkpoint says.
         stop: texts that end it, and that are not part of it. The tokenizer's end-of-text tokens always end it.
         stream: for one prompt, gives an iterator over pieces of the text as they become final.
 

@@ -214,3 +214,23 @@ def generation_settings(config: dict) -> dict[str, Any]:
     forced = {name: config.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id")}
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "bad_words_ids")
     return forced | {name: config[name] for name in names if config.get(name) is not None}
+
+
+# Settings for generating that change what is generated, that are not followed here, and the values that mean nothing.
+_UNHEEDED: dict[str, tuple] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
+    "min_new_tokens": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,), "bad_words_ids": ([],), "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],), "forced_decoder_ids": ([],), "force_words_ids": ([],), "constraints": ([],),
+    "sequence_bias": ([], {}), "exponential_decay_length_penalty": (), "penalty_alpha": (0,), "guidance_scale": (1,),
+    "dola_layers": (), "watermarking_config": (),
+}  # fmt: skip
+
+
+def unheeded_settings(config: dict, suppressed: Sequence[int] = ()) -> dict[str, Any]:
+    """What a generation_config.json, or an older config.json, asks for that generating here does not do; ids that the
+    model never generates anyway are `suppressed`."""
+    found = {name: config[name] for name, idle in _UNHEEDED.items() if config.get(name) not in (None, *idle)}
+    if found.get("bad_words_ids") == [[i] for i in suppressed]:
+        del found["bad_words_ids"]
+    return found

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ class Model(torch.nn.Module):
     config: dict[str, Any]
     context_length: int | None = None  # None: no limit
     family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
+    unheeded: Mapping[str, Any] = {}  # what its checkpoint asks for that generating does not do: beams and the like
     answers: ClassVar[bool] = False  # prompts are sources that get an answer, not texts that are gone on with
     stop_ids: frozenset[int] = frozenset()  # that end what is generated, beside those of the tokenizer
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated

@@ -1,5 +1,6 @@
 """The folders that `pyllm.export` writes are loaded by transformers and by us, and hold the same model."""
 
+import json
 import os
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import pyllm
 from pyllm.checkpoint import saving
+from pyllm.engine import generate_ids
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "intermediate_size": 24}
 
@@ -46,6 +48,28 @@ def test_a_model_of_our_own_comes_back_whole_and_in_shards(tmp_path, monkeypatch
     again, tokenizer = pyllm.load(tmp_path / "empty")
     assert tokenizer is None and same(again, model) and again.family == (family or "llama")
     assert (len(list((tmp_path / "empty").glob("*.safetensors"))) > 1) == (shard == 5000)
+
+
+@pytest.mark.parametrize("kind", [pyllm.Decoder, pyllm.EncoderDecoder])
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_what_generating_does_not_do_is_said_and_kept(kind, where, tmp_path):
+    model = kind(**SMALL, attention_scale=1.0, eos_ids=[3]) if kind.answers else kind(**SMALL)
+    pyllm.export(model, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    asked = {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 0, "bad_words_ids": [[7]], "temperature": 0.5}
+    started = {"decoder_start_token_id": 0} if kind.answers else {}
+    (tmp_path / "plain" / where).write_text(json.dumps((config if where == "config.json" else started) | asked))
+    found, _ = pyllm.load(tmp_path / "plain")
+    unheeded = {"num_beams": 4, "no_repeat_ngram_size": 3, "bad_words_ids": [[7]]}
+    assert found.unheeded == unheeded
+    with pytest.warns(UserWarning, match=r"asks for num_beams=4, no_repeat_ngram_size=3, bad_words_ids=\[\[7\]\] to"):
+        next(generate_ids(found, [[5, 6]], max_tokens=1))
+    pyllm.export(found, tmp_path / "again")
+    assert pyllm.load(tmp_path / "again")[0].unheeded == unheeded
+    kept = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert kept == unheeded | ({"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0} if kind.answers
+                               else {})  # fmt: skip
 
 
 def test_what_is_there_stays(tmp_path):
