@@ -21,7 +21,7 @@ from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
 from pyllm.checkpoint.reader import FileReader, MemoryReader
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
 from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
-from pyllm.families.settings import generation_settings, unheeded_settings
+from pyllm.families.settings import for_long_texts, generation_settings, unheeded_settings
 from pyllm.models import MODELS, Model
 from pyllm.nn.linear import QUANTIZED, Linear
 from pyllm.text import Tokenizer
@@ -34,7 +34,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decode
 
 
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-         progress: Progress | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
+         long: bool = False, progress: Progress | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
     """The model and the tokenizer of a checkpoint; the model is in evaluation mode.
 
     Everything is checked before memory is taken for the weights, and no code from a checkpoint is ever run.
@@ -45,6 +45,10 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
             tokenizer.bin or, say, tok512.bin; or, where there is no such file, "owner/name" on the Hugging Face hub.
         dtype: the weights' own, if None; of a GGUF file, that of most values. Packed weights count as float32.
         device: the CPU, if None.
+        long: of a Hugging Face folder whose config has longrope (Phi-3 with 128k): positions turn by the factors for
+            long texts, which have all of its context then. `transformers` takes them where a text is longer than those
+            of the first training, and the short ones up to there, which are the only ones here if False: each text has
+            the same factors from its first token to its last.
         progress: called with the number of the weights' elements read so far, and of all.
 
     Raises:
@@ -57,8 +61,12 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
     where = Path(path)
     if not where.exists():
         where = download(path)
-    if where.is_dir():
-        model, tokenizer = _ours(where, dtype) if is_ours(where) else _folder(where, dtype, progress)
+    if where.is_dir() and not is_ours(where):
+        model, tokenizer = _folder(where, dtype, long, progress)
+    elif long:
+        raise CheckpointError(f"{where}: long must be False: only Hugging Face folders have factors for long texts")
+    elif where.is_dir():
+        model, tokenizer = _ours(where, dtype)
     else:
         model, tokenizer = _file(where, dtype, progress)
     return model.to(device).eval() if device is not None else model.eval(), tokenizer
@@ -92,7 +100,8 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
     return model if dtype is None else model.to(dtype), saved.tokenizer
 
 
-def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> tuple[Model, Tokenizer | None]:
+def _folder(path: Path, dtype: torch.dtype | None, long: bool,
+            progress: Progress | None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
     config = read_json(path / "config.json")
     try:
         check_plain(config, "config")
@@ -111,7 +120,7 @@ def _folder(path: Path, dtype: torch.dtype | None, progress: Progress | None) ->
     else:
         raise CheckpointError(f"{path} must hold {WEIGHTS}, {INDEX} or {PICKLED}, but has none of them")
     with opened as reader:
-        model = _of_config(path, config, reader, dtype, progress)
+        model = _of_config(path, config, reader, dtype, progress, long)
     model.unheeded = unheeded_settings(generating, model.config.get("suppressed_ids", ()))
     return model, _tokenizer(path, lambda: Tokenizer.load(path))
 
@@ -139,7 +148,7 @@ def _file(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> t
 
 
 def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None,
-               progress: Progress | None) -> Model:  # fmt: skip
+               progress: Progress | None, long: bool = False) -> Model:  # fmt: skip
     """The model of a Hugging Face config."""
     family, names = _check_family(path, config), len(reader.entries())
     if family.complete is not None:
@@ -148,7 +157,12 @@ def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: 
         layers = config.get(key)
         if isinstance(layers, int | float) and not 0 <= layers <= names:
             raise CheckpointError(f"{path}: {key} must be in [0, {names}], the number of weights, but is {layers}")
-    model = _filled(path, family, lambda: family.config(config), reader, dtype, progress)
+
+    def settings() -> dict[str, Any]:
+        found = family.config(config)
+        return for_long_texts(found) if long else found
+
+    model = _filled(path, family, settings, reader, dtype, progress)
     model.family = family.model_type
     return model
 

@@ -174,6 +174,16 @@ def rope(config: dict, theta: float = 10000.0) -> dict[str, Any]:
     return made
 
 
+def for_long_texts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that `rope` gave, but with longrope's long factors, at any length, and the context that they are for."""
+    scaling = settings.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "longrope":
+        raise ValueError("long must be False: it is for longrope, which has factors for long texts, and this has "
+                         f"{scaling.get('rope_type', 'no scaling')}")  # fmt: skip
+    longest = round(scaling["original_max_position_embeddings"] * scaling["factor"])
+    return settings | {"context_length": longest, "rope_scaling": scaling | {"long": True}}
+
+
 def rotary_dim(config: dict, head_dim: int, default: float = 1.0) -> int | None:
     """How many elements of a head turn; None for all."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -145,7 +145,9 @@ class Decoder(Model):
             raise ValueError(f"the model's context is {self.context_length} tokens, but got {time} ids"
                              + ("" if state is None else f" after {int(state.lengths.max())}")
                              + (f": beyond, {scaling} scaling turns the positions before in another way, which what is "
-                                "cached of them would contradict" if scaling in nn.position.BOUND else ""))  # fmt: skip
+                                "cached of them would contradict" if scaling in nn.position.BOUND else "")
+                             + ("; pyllm.load(..., long=True) is for longer texts" if scaling == "longrope" and
+                                not self.config["rope_scaling"].get("long") else ""))  # fmt: skip
         x = self.embedding(ids)  # (B, T, hidden)
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)

@@ -29,8 +29,8 @@ def rope_frequencies(theta: float, rotary_dim: int, scaling: dict[str, Any] | No
             `high_freq_factor`. "yarn" (Peng et al., 2023, https://arxiv.org/abs/2309.00071) passes linearly between
             the dimensions that turn `beta_slow` and `beta_fast` times, and sharpens attention. "dynamic" is the
             unscaled form up to the model's context. "longrope" (Ding et al., 2024, https://arxiv.org/abs/2402.13753)
-            slows each frequency by its own `short_factor`, up to the first training's length; or, for models made for
-            longer texts, which have `long` set, by its `long_factor` at any length. Beyond those lengths both would
+            slows each frequency by its own `short_factor`, up to the first training's length; or, with `long` set,
+            as `pyllm.load(..., long=True)` does, by its `long_factor` at any length. Beyond those lengths both would
             turn a text's first tokens in another way because of those that follow: models refuse to go there.
 
     Raises:

@@ -19,7 +19,9 @@ from families.parity import (
 )
 from safetensors.torch import load_file
 
+import pyllm
 from pyllm import ops
+from pyllm.checkpoint import CheckpointError
 from pyllm.engine import SamplingParams, generate_ids
 from pyllm.families import FAMILIES, WeightsError, check_config, load_weights
 from pyllm.nn.position import rope_frequencies
@@ -283,6 +285,33 @@ def test_longrope_for_longer_texts_is_as_in_transformers():
         assert torch.equal(found[0], frequencies) and found[1] == scale
     with pytest.raises(ValueError, match="short_factor must be a list of 5 numbers"):
         rope_frequencies(5000.0, 10, scaling)
+
+
+@torch.no_grad()
+def test_long_texts_are_read_and_gone_on_with_as_in_transformers(tmp_path):
+    theirs = make("phi3, longrope", tmp_path)
+    short, (ours, _) = load(tmp_path)[0], pyllm.load(tmp_path, long=True)
+    assert short.context_length == 64 and ours.context_length == 256
+    ids = torch.randint(3, 61, (2, 150))
+    with pytest.raises(ValueError, match=r"; pyllm\.load\(..., long=True\) is for longer texts"):
+        short(ids)
+    expected = theirs(ids).logits
+    assert difference(ours(ids), expected) <= 1e-5 * expected.abs().max().item()
+    assert difference(ours(ids[:, :64]), theirs(ids[:, :64]).logits) > 1e-3  # there, the short factors
+    state = ours.new_state(2, 150)
+    assert torch.equal(torch.cat([ours(part, state) for part in ids.split([60, 1, 89], 1)], 1), ours(ids))
+    answer = theirs.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None)
+    steps = list(generate_ids(ours, ids.tolist(), SamplingParams(temperature=0), max_tokens=20))
+    assert answer[:, 150:].tolist() == [list(row) for row in zip(*steps, strict=True)]
+    with pytest.raises(ValueError, match="context is 256 tokens"):
+        ours(torch.randint(3, 61, (1, 257)))
+    make("llama, yarn", tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"long must be False: it is for longrope, .* and this has yarn"):
+        pyllm.load(tmp_path / "other", long=True)
+    pyllm.save(ours, tmp_path / "own")
+    assert torch.equal(pyllm.load(tmp_path / "own")[0](ids), ours(ids))
+    with pytest.raises(CheckpointError, match="only Hugging Face folders"):
+        pyllm.load(tmp_path / "own", long=True)
 
 
 def test_older_names_of_settings_mean_the_same():
