@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops, reference
-from pyllm.benchmarks.timing import DTYPES, Case, modes
+from pyllm.benchmarks.timing import DTYPES, Case, Providers, modes
 
 OPS = ("attention",)
 SIZES = {  # (batch, positions, heads, head size)
@@ -29,6 +29,12 @@ QUERIES = {  # one query over (keys, heads, key/value heads, head size)
     "usual": [(4096, 32, 8, 64)],
     "full": [(4096, 32, 8, 64), (4096, 32, 8, 128)],
 }
+PAGES = {  # (batch, queries, keys, heads, key/value heads, head size), beside the same where keys lie in a row
+    "tiny": [(2, 1, 70, 4, 2, 8)],
+    "small": [(8, 1, 512, 14, 2, 64)],
+    "usual": [(8, 1, 512, 14, 2, 64), (1, 128, 1024, 14, 2, 64)],
+    "full": [(1, 1, 4096, 32, 8, 64), (8, 1, 512, 14, 2, 64), (32, 1, 512, 14, 2, 64), (1, 128, 1024, 14, 2, 64)],
+}
 
 
 def cases(sizes: str) -> Iterator[Case]:
@@ -37,6 +43,8 @@ def cases(sizes: str) -> Iterator[Case]:
             yield from _causal(*size, dtype)
         for size in QUERIES[sizes]:
             yield from _one_query(*size, dtype)
+        for pages in PAGES[sizes]:
+            yield _in_pages(*pages, dtype)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -67,3 +75,21 @@ def _one_query(keys: int, heads: int, kv_heads: int, dim: int, dtype: str) -> It
                      lambda: [torch.randn(shape).to(DTYPES[dtype]) for shape in shapes],
                      flops=4 * keys * heads * dim,
                      bytes=2 * keys * kv_heads * dim * DTYPES[dtype].itemsize)  # fmt: skip
+
+
+def _in_pages(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: str) -> Case:
+    def setup() -> Providers:
+        q = torch.randn(batch, queries, heads, dim).to(DTYPES[dtype])
+        count, lengths = -(-keys // ops.PAGE_TILE), torch.full((batch,), keys)
+        table = torch.randperm(batch * count, dtype=torch.int32).view(batch, count)
+        k, v = (torch.randn(table.numel(), ops.PAGE_TILE, kv_heads, dim).to(DTYPES[dtype]) for _ in range(2))
+        rows = [t[table].flatten(1, 2)[:, :keys].contiguous() for t in (k, v)]
+        return {
+            "pyllm": lambda: ops.attention(q, k, v, causal=True, key_lengths=lengths, page_table=table),
+            "not in pages": lambda: ops.attention(q, *rows, causal=True, key_lengths=lengths),
+            "reference": lambda: reference.attention(q, k, v, causal=True, key_lengths=lengths, page_table=table),
+        }
+
+    label = f"{batch} x {queries}, {keys} keys in pages, {heads} heads of {dim} on {kv_heads} {dtype}"
+    return Case("attention", label, setup, flops=4 * batch * queries * keys * heads * dim,
+                bytes=2 * batch * keys * kv_heads * dim * DTYPES[dtype].itemsize, against="not in pages")  # fmt: skip

@@ -114,6 +114,9 @@ PYBIND11_MODULE(_C, m) {
   def(m, "column_sum", &ops::column_sum);
   def(m, "pack_quantized", &ops::pack_quantized);
   def(m, "quantized_linear", &ops::quantized_linear);
+  def(m, "next_positions", &ops::next_positions);
+  m.def("page_tile", &ops::page_tile);
+  def(m, "write_pages", &ops::write_pages);
   def(m, "recurrent_forward", &ops::recurrent_forward);
   def(m, "recurrent_cell", &ops::recurrent_cell);
   def(m, "recurrent_backward", &ops::recurrent_backward);

@@ -42,6 +42,7 @@ GOOD = {
     "lstm": {"x": torch.randn(2, 3, 5), "params": parameters(4, 4), "lengths": torch.tensor([3, 1])},
     "lstm_cell": {"x": torch.randn(2, 5), "state": (torch.randn(2, 4), torch.randn(2, 4))}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(4, 4), strict=True)),
+    "next_positions": {"lengths": torch.tensor([1, 3]), "count": 2, "capacity": 9},
     "quantized_linear": {"x": rows, "weight": quantized, "bias": torch.randn(5)},
     "relu_squared": {"x": rows},
     "rms_norm": {"x": rows, "weight": torch.randn(8), "residual": rows},
@@ -55,6 +56,12 @@ GOOD = {
     "swiglu": {"gate": rows, "up": rows},
     "tanh": {"x": rows},
     "wkv": dict.fromkeys("rwkvab", heads) | {"state": torch.randn(2, 2, 8, 8), "lengths": torch.tensor([3, 1])},
+    "write_pages": {
+        "pages": torch.randn(4, 64, 2, 8),
+        "rows": heads,
+        "page_table": torch.tensor([[0, 1], [3, 2]], dtype=torch.int32),
+        "positions": ids,
+    },
 }
 OUT_OF_RANGE = {"cross_entropy": "targets", "embedding": "ids", "linear_cross_entropy": "targets"}
 FINE = {  # what is not a mistake after all
@@ -68,8 +75,10 @@ FINE = {  # what is not a mistake after all
     ("gelu", "x", "rank"),
     ("gelu", "x", "size"),
     ("linear", "x", "rank"),
+    ("next_positions", "lengths", "size"),
     ("quantized_linear", "x", "rank"),
     ("sample", "logits", "size"),
+    ("write_pages", "page_table", "size"),
     *((name, "x", spoil) for name in ("relu_squared", "sigmoid", "silu", "tanh") for spoil in ("rank", "size")),
 }
 OPS = sorted(

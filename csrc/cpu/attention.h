@@ -4,8 +4,12 @@
 
 namespace pyllm {
 
+constexpr int64_t kKeyTile = 64;  // keys that are walked together; a page holds whole tiles
+
 // Steps are in elements. q (batch, queries, heads, dim), k (batch, keys, kv_heads, dim), v (..., value_dim): the last
-// dimension has step 1, the others are those of q_step: batch, position, head.
+// dimension has step 1, the others are those of q_step: batch, position, head. With a page_table (batch, pages of a
+// sequence), k and v are (pages, page_size, kv_heads, ...), and key j of a sequence lies in the page that its row names
+// at j / page_size; `keys` is how many a row has room for.
 struct AttentionArgs {
   int64_t batch, queries, keys, heads, kv_heads, dim, value_dim;
   DType dtype;
@@ -19,6 +23,8 @@ struct AttentionArgs {
   int64_t bias_step[4];
   const char* key_lengths;  // (batch,), or null
   DType length_dtype;
+  const int32_t* page_table;  // or null
+  int64_t table_step, page_size;
   const char *query_segments, *key_segments;  // (batch, position), or both null
   DType segment_dtype;
   int64_t query_segment_step[2], key_segment_step[2];

@@ -30,10 +30,35 @@ void copy_steps(const TensorView& t, int64_t* step) {
   for (int i = 0; i < 3; i++) step[i] = t.step(i);
 }
 
+void set_pages(const char* op, const TensorView& k, const TensorView& key_lengths, const TensorView& page_table,
+               AttentionArgs& a) {
+  check_dtype(op, "page_table", page_table, DType::i32);
+  check_ndim(op, "page_table", page_table, 2);
+  check_shape(op, "page_table", page_table, a.batch, page_table.size(1));
+  check_inner_stride(op, "page_table", page_table);
+  check(k.size(1) > 0 && k.size(1) % kKeyTile == 0, "[", op, "] a page of k must have a multiple of ", kKeyTile,
+        " positions, but got ", k.size(1));
+  if (!key_lengths.present()) fail(Error::type, "[", op, "] key_lengths must be given with a page_table");
+  a.page_table = page_table.as<int32_t>();
+  a.table_step = page_table.step(0);
+  a.page_size = k.size(1);
+  a.keys = page_table.size(1) * k.size(1);
+}
+
+// Of the keys that count, the entries beyond are never read.
+void check_pages(const char* op, const AttentionArgs& a, int64_t batch, int64_t length, int64_t pages) {
+  for (int64_t i = 0; i * a.page_size < length; i++) {
+    const int32_t page = a.page_table[batch * a.table_step + i];
+    if (page < 0 || page >= pages)
+      fail(Error::index, "[", op, "] page_table[", batch, ", ", i, "] must be in [0, ", pages, "), but got ", page);
+  }
+}
+
 // Everything that forward and backward are given alike.
 AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& bias, const TensorView& key_lengths, const TensorView& query_segments,
-                     const TensorView& key_segments, bool causal, int64_t window, double scale, double softcap) {
+                     const TensorView& key_segments, const TensorView& page_table, bool causal, int64_t window,
+                     double scale, double softcap) {
   const TensorView* const qkv[] = {&q, &k, &v};
   const char* const names[] = {"q", "k", "v"};
   for (int i = 0; i < 3; i++) {
@@ -44,8 +69,9 @@ AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, c
   AttentionArgs a{};
   a.batch = q.size(0), a.queries = q.size(1), a.heads = q.size(2), a.dim = q.size(3);
   a.keys = k.size(1), a.kv_heads = k.size(2), a.value_dim = v.size(3);
-  check_shape(op, "k", k, a.batch, a.keys, a.kv_heads, a.dim);
-  check_shape(op, "v", v, a.batch, a.keys, a.kv_heads, a.value_dim);
+  if (page_table.present()) set_pages(op, k, key_lengths, page_table, a);
+  check_shape(op, "k", k, page_table.present() ? k.size(0) : a.batch, k.size(1), a.kv_heads, a.dim);
+  check_shape(op, "v", v, k.size(0), k.size(1), a.kv_heads, a.value_dim);
   for (const TensorView* t : {&q, &v})
     check(t->size(3) >= 1 && t->size(3) <= kMaxDim, "[", op, "] ", t == &q ? "q" : "v",
           " must have a head size of 1 to ", kMaxDim, ", but got ", t->size(3));
@@ -59,20 +85,7 @@ AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, c
   a.causal = causal;
   a.window = std::min(window, a.keys + a.queries);
   a.scale = static_cast<float>(scale), a.softcap = static_cast<float>(softcap);
-  if (bias.present()) {
-    check_float(op, "bias", bias);
-    const int64_t full[] = {a.batch, a.heads, a.queries, a.keys};
-    bool fits = bias.ndim <= 4;
-    for (int i = 0; fits && i < bias.ndim; i++) {
-      const int64_t n = bias.size(i), to = full[4 - bias.ndim + i];
-      fits = n == to || n == 1;
-      a.bias_step[4 - bias.ndim + i] = n == 1 ? 0 : bias.step(i);
-    }
-    check(fits, "[", op, "] bias must broadcast to (", a.batch, ", ", a.heads, ", ", a.queries, ", ", a.keys,
-          "), but got ", bias.shape_text());
-    a.bias = bias.data;
-    a.bias_dtype = bias.dtype;
-  }
+  int64_t longest = key_lengths.present() ? 0 : a.keys;
   if (key_lengths.present()) {
     check_integer(op, "key_lengths", key_lengths);
     check_shape(op, "key_lengths", key_lengths, a.batch);
@@ -80,9 +93,26 @@ AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, c
     for (int64_t i = 0; i < a.batch; i++) {
       const int64_t n = integer_at(key_lengths, i);
       check(n >= 0 && n <= a.keys, "[", op, "] key_lengths must be 0 to ", a.keys, ", but got ", n, " at ", i);
+      if (a.page_table) check_pages(op, a, i, n, k.size(0));
+      longest = std::max(longest, n);
     }
     a.key_lengths = key_lengths.data;
     a.length_dtype = key_lengths.dtype;
+  }
+  if (bias.present()) {
+    check_float(op, "bias", bias);
+    const int64_t full[] = {a.batch, a.heads, a.queries, a.keys};  // in pages, the keys that count are enough
+    const int64_t least = a.page_table ? longest : a.keys;
+    bool fits = bias.ndim <= 4;
+    for (int i = 0; fits && i < bias.ndim; i++) {
+      const int64_t n = bias.size(i), to = full[4 - bias.ndim + i];
+      fits = n == to || n == 1 || (4 - bias.ndim + i == 3 && least <= n && n <= to);
+      a.bias_step[4 - bias.ndim + i] = n == 1 ? 0 : bias.step(i);
+    }
+    check(fits, "[", op, "] bias must broadcast to (", a.batch, ", ", a.heads, ", ", a.queries, ", ", least,
+          "), but got ", bias.shape_text());
+    a.bias = bias.data;
+    a.bias_dtype = bias.dtype;
   }
   if (query_segments.present() || key_segments.present()) {
     check_integer(op, "segment_ids of the queries", query_segments);
@@ -129,11 +159,11 @@ void check_gradient(const char* op, const char* name, const TensorView& t, const
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias,
                        const TensorView& key_lengths, const TensorView& query_segments, const TensorView& key_segments,
-                       const TensorView& out, const TensorView& lse, const TensorView& weights, bool causal,
-                       int64_t window, double scale, double softcap) {
+                       const TensorView& page_table, const TensorView& out, const TensorView& lse,
+                       const TensorView& weights, bool causal, int64_t window, double scale, double softcap) {
   const char* op = "attention";
   const AttentionArgs a =
-      inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, causal, window, scale, softcap);
+      inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, page_table, causal, window, scale, softcap);
   check_result(op, "out", out, a);
   check_output(op, "out", out);
   if (lse.present() || weights.present()) check_rows(op, lse, a);
@@ -150,8 +180,8 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
                         const TensorView& dweights, const TensorView& dq, const TensorView& dk, const TensorView& dv,
                         const TensorView& dbias, bool causal, int64_t window, double scale, double softcap) {
   const char* op = "attention backward";
-  const AttentionArgs a =
-      inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, causal, window, scale, softcap);
+  const AttentionArgs a = inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, TensorView::absent(),
+                                 causal, window, scale, softcap);
   check_result(op, "out", out, a);
   check_contiguous(op, "out", out);
   check_result(op, "dout", dout, a);

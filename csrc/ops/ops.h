@@ -7,8 +7,9 @@ namespace pyllm::ops {
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias_or_none,
                        const TensorView& key_lengths_or_none, const TensorView& query_segments_or_none,
-                       const TensorView& key_segments_or_none, const TensorView& out, const TensorView& lse_or_none,
-                       const TensorView& weights_or_none, bool causal, int64_t window, double scale, double softcap);
+                       const TensorView& key_segments_or_none, const TensorView& page_table_or_none,
+                       const TensorView& out, const TensorView& lse_or_none, const TensorView& weights_or_none,
+                       bool causal, int64_t window, double scale, double softcap);
 void attention_backward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias_or_none,
                         const TensorView& key_lengths_or_none, const TensorView& query_segments_or_none,
                         const TensorView& key_segments_or_none, const TensorView& out, const TensorView& lse,
@@ -73,6 +74,10 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& dw_ih_or_none, const TensorView& dw_hh_or_none,
                         const TensorView& db_ih_or_none, const TensorView& db_hh_or_none, const TensorView& dh0_or_none,
                         const TensorView& dc0_or_none);
+void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals, int64_t capacity);
+int64_t page_tile();  // a page holds a multiple of so many positions
+void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
+                 const TensorView& positions);
 void rope(const TensorView& x, const TensorView& positions, const TensorView& inv_freq, const TensorView& out,
           int64_t rotary_dim, bool interleaved, double scale, bool inverse);
 void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,

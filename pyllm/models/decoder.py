@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -46,11 +46,12 @@ class Block(torch.nn.Module):
         self.feed_forward_post_norm = norm(hidden) if config["post_norms"] else None
         self.dropout = torch.nn.Dropout(config["dropout"])
 
-    def forward(self, delta: Tensor | None, x: Tensor, positions: Tensor,
-                cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x: the stream so far, and delta what is still to be added to it; returns the next such pair."""
+    def forward(self, delta: Tensor | None, x: Tensor, positions: Tensor, cache: KeyValueCache | None,
+                lengths: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x: the stream so far, and delta what is still to be added to it; returns the next such pair. The rest is as
+        in `nn.Attention`."""
         y, x = (self.attention_norm(x), x) if delta is None else self.attention_norm(delta, x)
-        y = self.attention(y, positions, cache)
+        y = self.attention(y, positions, cache, lengths)
         y = self.dropout(y if self.attention_post_norm is None else self.attention_post_norm(y))
         if self.parallel:
             return y + self.dropout(self.feed_forward(self.feed_forward_norm(x))), x
@@ -139,15 +140,9 @@ class Decoder(Model):
 
     def hidden(self, ids: Tensor, state: AttentionState | None = None, lengths: Tensor | None = None) -> Tensor:
         time = ids.shape[1]
-        positions = torch.arange(time) if state is None else state.positions(time)
-        if self.context_length < (time if state is None else int(state.lengths.max()) + time):
-            scaling = (self.config["rope_scaling"] or {}).get("rope_type")
-            raise ValueError(f"the model's context is {self.context_length} tokens, but got {time} ids"
-                             + ("" if state is None else f" after {int(state.lengths.max())}")
-                             + (f": beyond, {scaling} scaling turns the positions before in another way, which what is "
-                                "cached of them would contradict" if scaling in nn.position.BOUND else "")
-                             + ("; pyllm.load(..., long=True) is for longer texts" if scaling == "longrope" and
-                                not self.config["rope_scaling"].get("long") else ""))  # fmt: skip
+        if time > self.context_length:
+            raise ValueError(f"{self._context()}, but got {time} ids{self._beyond()}")
+        positions, total = (torch.arange(time), None) if state is None else state.positions(time)
         x = self.embedding(ids)  # (B, T, hidden)
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
@@ -157,13 +152,26 @@ class Decoder(Model):
             x = x + self.position_embedding(positions)
         x, delta = self.dropout(x), None
         for i, block in enumerate(self.blocks):
-            delta, x = block(delta, x, positions, None if state is None else state.caches[i])
+            delta, x = block(delta, x, positions, None if state is None else state.caches[i], total)
         if state is not None:
             state.advance(time if lengths is None else lengths)
         return self.norm(x) if delta is None else self.norm(delta, x)[0]
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
-        attention, dtype = cast(Block, self.blocks[0]).attention, self.dtype
         capacity = self.context_length if max_length is None else min(max_length, self.context_length)
-        return AttentionState([KeyValueCache(batch_size, capacity, attention.num_kv_heads, attention.head_dim, dtype)
-                               for _ in self.blocks])  # fmt: skip
+        table, blocks = nn.own_pages(batch_size, capacity), cast(Iterable[Block], self.blocks)
+        caches = [block.attention.new_cache(table, table.numel(), self.dtype) for block in blocks]
+        if capacity < self.context_length:
+            return AttentionState(caches, capacity)
+        return AttentionState(caches, capacity, self._context() + self._beyond())
+
+    def _context(self) -> str:
+        return f"the model's context is {self.context_length} tokens"
+
+    def _beyond(self) -> str:
+        scaling = self.config["rope_scaling"] or {}
+        kind = scaling.get("rope_type")
+        return (f": beyond, {kind} scaling turns the positions before in another way, which what is cached of them "
+                "would contradict" if kind in nn.position.BOUND else "") + (
+                "; pyllm.load(..., long=True) is for longer texts" if kind == "longrope" and not scaling.get("long")
+                else "")  # fmt: skip

@@ -222,18 +222,18 @@ class EncoderDecoder(Model):
 
     def hidden(self, ids: Tensor | Pair, state: SourceState | None = None, lengths: Tensor | None = None) -> Tensor:
         """As in `Model.hidden`: ids alone continue a state, which has the source; without one they come in a `Pair`."""
+        self._check_fits((ids.ids if isinstance(ids, Pair) else ids).shape[1])
         if isinstance(ids, Pair) and state is None:
             memory = self.encode(ids.source, ids.lengths)
             ids, sources, source_lengths = ids.ids, self._sources(memory), memory.lengths
-            positions, seen = torch.arange(ids.shape[1]), 0
+            positions, total = torch.arange(ids.shape[1]), None
         elif isinstance(ids, Tensor) and state is not None:
             sources, source_lengths = state.sources, state.source_lengths
-            positions, seen = state.positions(ids.shape[1]), int(state.lengths.max())
+            positions, total = state.positions(ids.shape[1])
         else:
             wanted = "a Pair of source and ids" if state is None else "ids alone, as the state has the source"
             raise TypeError(f"an encoder-decoder must get {wanted}, but got a {type(ids).__name__}")
-        self._check_fits(ids.shape[1], seen)
-        h = self.decoder(self._embedded(ids), positions, None, None if state is None else state.caches,
+        h = self.decoder(self._embedded(ids), positions, total, None if state is None else state.caches,
                          [(k, v, source_lengths) for k, v in sources])  # fmt: skip
         if state is not None:
             state.advance(ids.shape[1] if lengths is None else lengths)
@@ -249,9 +249,9 @@ class EncoderDecoder(Model):
         if not limits:
             raise ValueError("max_length must be given, as the model's context has no limit")
         blocks = cast(Iterable[Block], self.decoder.blocks)
-        caches = [KeyValueCache(batch_size, min(limits), block.attention.num_kv_heads, block.attention.head_dim,
-                                self.dtype) for block in blocks]  # fmt: skip
-        return SourceState(caches, self._sources(memory), memory.lengths)
+        table = nn.own_pages(batch_size, min(limits))
+        caches = [block.attention.new_cache(table, table.numel(), self.dtype) for block in blocks]
+        return SourceState(caches, min(limits), self._sources(memory), memory.lengths)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[SourceState, Tensor, Tensor]:
         first = torch.full((len(ids), 1), self.config["start_id"], dtype=torch.int64)
@@ -277,7 +277,6 @@ class EncoderDecoder(Model):
         blocks = cast(Iterable[Block], self.decoder.blocks)
         return [block.cross_attention.keys_and_values(memory.hidden) for block in blocks]
 
-    def _check_fits(self, count: int, seen: int = 0) -> None:
-        if self.context_length is not None and self.context_length < seen + count:
-            raise ValueError(f"the model's context is {self.context_length} tokens, but got {count} ids"
-                             + (f" after {seen}" if seen else ""))  # fmt: skip
+    def _check_fits(self, count: int) -> None:
+        if self.context_length is not None and self.context_length < count:
+            raise ValueError(f"the model's context is {self.context_length} tokens, but got {count} ids")

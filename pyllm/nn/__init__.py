@@ -8,7 +8,7 @@ from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.position import RelativeBias, SinusoidalEmbedding, rope_frequencies
 from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from pyllm.nn.rwkv import ChannelMix, TimeMix
-from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState, SourceState
+from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState, SourceState, own_pages
 
 __all__ = [
     "GRU",
@@ -34,5 +34,6 @@ __all__ = [
     "SinusoidalEmbedding",
     "SourceState",
     "TimeMix",
+    "own_pages",
     "rope_frequencies",
 ]

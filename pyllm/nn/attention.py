@@ -9,7 +9,7 @@ from torch import Tensor
 from pyllm import ops
 from pyllm.nn.linear import Linear
 from pyllm.nn.position import alibi_slopes, rope_frequencies
-from pyllm.nn.state import KeyValueCache
+from pyllm.nn.state import PAGE_SIZE, KeyValueCache
 
 
 class Attention(torch.nn.Module):
@@ -19,10 +19,11 @@ class Attention(torch.nn.Module):
     (https://arxiv.org/abs/2104.09864), after `head_norm` (a norm of a head's size) where that is given; `rotary_dim`
     and `rope_scaling` are those of `ops.rope` and `rope_frequencies`, `scale` and `softcap` those of `ops.attention`.
     With `alibi`, scores rise with the key's position instead (https://arxiv.org/abs/2108.12409).
-    With a cache, keys and values are written at `positions` (B, T) and attention is over all of the sequence so far.
+    With a cache, keys and values are written at `positions` (B, T), and attention is over all of the sequence so far,
+    which then has `lengths` (B,) keys: both come from `AttentionState.positions`.
     Unless `causal`, each position sees the whole sequence, of which `lengths` (B,) says how much is no padding.
-    A `bias` is added to the scores, as in `ops.attention`. With `dropout`, weights are left out while training: they
-    are then held, (B, heads, T, T) of them.
+    A `bias` is added to the scores, as in `ops.attention`. With `dropout`, weights are left out while training
+    without a cache: they are then held, (B, heads, T, T) of them.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None,
@@ -57,26 +58,37 @@ class Attention(torch.nn.Module):
                 lengths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # fmt: skip
         if positions is None and (self.rope_theta is not None or cache is not None):
             raise TypeError("Attention with rope_theta or a cache needs positions")
+        if cache is not None and lengths is None:
+            raise TypeError("Attention with a cache needs lengths")
         batch, time, _ = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         count = (self.num_heads, self.num_kv_heads)
         qk, v = heads.split((sum(count), self.num_kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split(count, 2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        if self.rope_theta is not None and positions is not None:
-            qk = ops.rope(qk, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
-        q, k = qk.split(count, 2)
+            q, k = self._turned(self.q_norm(q), positions), self._turned(self.k_norm(k), positions)
+        else:
+            q, k = self._turned(qk, positions).split(count, 2)
+        keys, page_table = time, None
         if cache is not None and positions is not None:
             cache.write(positions, k, v)
-            lengths = positions[:, -1] + 1
-            longest = int(lengths.max())
-            k, v = cache.keys[:, :longest], cache.values[:, :longest]
+            k, v, page_table = cache.keys, cache.values, cache.page_table
+            keys = page_table.shape[1] * PAGE_SIZE
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
-            bias = self.slopes[:, None, None] * torch.arange(k.shape[1], dtype=torch.float32)
-        y = _attention(q, k, v, self.dropout if self.training else 0.0, causal=self.causal, window=self.window,
-                       scale=self.scale, bias=bias, softcap=self.softcap, key_lengths=lengths)  # fmt: skip
+            bias = self.slopes[:, None, None] * torch.arange(keys, dtype=torch.float32)
+        dropout = self.dropout if self.training and cache is None else 0.0
+        y = _attention(q, k, v, dropout, causal=self.causal, window=self.window, scale=self.scale, bias=bias,
+                       softcap=self.softcap, key_lengths=lengths, page_table=page_table)  # fmt: skip
         return self.out(y.flatten(2))
+
+    def _turned(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if self.rope_theta is None or positions is None:
+            return x
+        return ops.rope(x, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
+
+    def new_cache(self, page_table: Tensor, num_pages: int, dtype: torch.dtype) -> KeyValueCache:
+        shape = (num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim)
+        return KeyValueCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), page_table)
 
     def extra_repr(self) -> str:
         return (f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "

@@ -4,8 +4,13 @@ in a model changes as it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from pyllm import ops
 
 
 class RecurrentState:
@@ -41,47 +46,59 @@ class RecurrentState:
         self.lengths = tensors["lengths"]
 
 
-class KeyValueCache:
-    """One attention layer's keys and values, (B, capacity, kv heads, head size) each."""
+PAGE_SIZE = ops.PAGE_TILE  # positions of a page
 
-    def __init__(self, batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
-        self.keys = torch.zeros(batch_size, capacity, num_kv_heads, head_dim, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+
+@dataclass
+class KeyValueCache:
+    """One attention layer's keys and values in pages, (pages, PAGE_SIZE, kv heads, head size) each, and the table
+    (B, P), int32, of the pages in which the positions of each sequence are; see `ops.attention`. A model's layers
+    share a table."""
+
+    keys: Tensor
+    values: Tensor
+    page_table: Tensor
 
     def write(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v: (B, T, kv heads, head size) to positions (B, T)."""
-        rows = torch.arange(len(positions))[:, None]
-        self.keys[rows, positions] = k
-        self.values[rows, positions] = v
+        ops.write_pages(self.keys, k, self.page_table, positions)
+        ops.write_pages(self.values, v, self.page_table, positions)
+
+
+def own_pages(batch_size: int, capacity: int) -> Tensor:
+    """The table of a batch in which each sequence has pages of its own for `capacity` positions."""
+    count = -(-capacity // PAGE_SIZE)
+    return torch.arange(batch_size * count, dtype=torch.int32).view(batch_size, count)
 
 
 class AttentionState:
-    """The caches of an attention model's layers. Sequences of a batch may be of different lengths."""
+    """The caches of an attention model's layers, for inference. Sequences of a batch may be of different lengths.
 
-    def __init__(self, caches: list[KeyValueCache]):
-        self.caches = caches
-        self.capacity = caches[0].keys.shape[1]
-        self.lengths = torch.zeros(len(caches[0].keys), dtype=torch.int64)
+    Args:
+        capacity: how many positions a sequence may have, and `reason` what to do or know where it would have more.
+    """
 
-    def positions(self, count: int) -> Tensor:
-        """Those of the next `count` tokens of each sequence, (B, count)."""
-        longest = int(self.lengths.max())
-        if longest + count > self.capacity:
-            raise ValueError(
-                f"the state holds {self.capacity} positions, but got {count} tokens after {longest}: "
-                "make it longer with new_state(batch_size, max_length)"
-            )
-        return self.lengths[:, None] + torch.arange(count)
+    def __init__(self, caches: Sequence[KeyValueCache], capacity: int,
+                 reason: str = "make it longer with new_state(batch_size, max_length)"):  # fmt: skip
+        self.caches, self.capacity, self.reason = caches, capacity, reason
+        self.lengths = torch.zeros(len(caches[0].page_table), dtype=torch.int64)
+
+    def positions(self, count: int) -> tuple[Tensor, Tensor]:
+        """Those of the next `count` tokens of each sequence, (B, count), and how many keys each then has, (B,)."""
+        try:
+            return ops.next_positions(self.lengths, count, self.capacity)
+        except ValueError as error:
+            raise ValueError(f"{error}: {self.reason}") from None
 
     def advance(self, count: Tensor | int) -> None:
-        self.lengths = self.lengths + count
+        self.lengths += count
 
 
 class SourceState(AttentionState):
     """The state of a decoder that also attends to a source: `sources` are each layer's keys and values of that,
     (B, S, heads, head size) each, of which the first `source_lengths` (B,), or all, count."""
 
-    def __init__(self, caches: list[KeyValueCache], sources: list[tuple[Tensor, Tensor]],
+    def __init__(self, caches: Sequence[KeyValueCache], capacity: int, sources: list[tuple[Tensor, Tensor]],
                  source_lengths: Tensor | None):  # fmt: skip
-        super().__init__(caches)
+        super().__init__(caches, capacity)
         self.sources, self.source_lengths = sources, source_lengths

@@ -13,6 +13,7 @@ from pyllm.ops.elementwise import elementwise
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
+from pyllm.ops.paging import PAGE_TILE, next_positions, write_pages
 from pyllm.ops.quantized_linear import PackedQuantizedWeight, QuantizedWeight, pack_quantized, quantized_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
@@ -20,6 +21,7 @@ from pyllm.ops.sample import Sample, sample
 from pyllm.ops.wkv import wkv
 
 __all__ = [
+    "PAGE_TILE",
     "PackedLinear",
     "PackedQuantizedWeight",
     "QuantizedWeight",
@@ -37,6 +39,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "next_positions",
     "pack_linear",
     "pack_quantized",
     "quantized_linear",
@@ -51,6 +54,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "wkv",
+    "write_pages",
 ]
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

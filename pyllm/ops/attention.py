@@ -13,16 +13,18 @@ from pyllm import _C
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: int | None = ...,
               scale: float | None = ..., bias: Tensor | None = ..., softcap: float | None = ...,
               key_lengths: Tensor | None = ..., segment_ids: Tensor | tuple[Tensor, Tensor] | None = ...,
-              return_weights: Literal[False] = ...) -> Tensor: ...  # fmt: skip
+              page_table: Tensor | None = ..., return_weights: Literal[False] = ...) -> Tensor: ...  # fmt: skip
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: int | None = ...,
               scale: float | None = ..., bias: Tensor | None = ..., softcap: float | None = ...,
               key_lengths: Tensor | None = ..., segment_ids: Tensor | tuple[Tensor, Tensor] | None = ...,
-              return_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+              page_table: Tensor | None = ..., return_weights: bool,
+              ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
               scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
               key_lengths: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-              return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+              page_table: Tensor | None = None, return_weights: bool = False,
+              ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Scaled dot-product attention: softmax(q k' * scale + bias) v.
 
     Computed tile by tile with an online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867; Dao et
@@ -44,13 +46,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
         key_lengths: (B,), int64 or int32: how many keys of each sequence count.
         segment_ids: (B, T), int64 or int32, for queries and keys alike, or a pair (B, Tq), (B, Tk): a query sees only
             the keys of its own segment.
+        page_table: (B, P), int32: k and v are pages, (pages, page size, Hkv, D), the page size a multiple of 64, and
+            key j of sequence b is key j % page size of page page_table[b, j // page size]. The bits are those of keys
+            that lie next to each other. It needs key_lengths, in which Tk is P * page size; entries beyond those are
+            not read, and a bias may end where they do. For inference: no gradients.
         return_weights: also returns the softmax's result, (B, H, Tq, Tk) in q's dtype.
 
     Returns:
         (B, Tq, H, Dv) in q's dtype; with `return_weights`, that and the weights. A query that sees no key gets zeros.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or length that does not fit.
+        ValueError, TypeError: a shape, dtype or length that does not fit; a gradient of keys in pages.
+        IndexError: an entry of the page table that names no page.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
@@ -67,10 +74,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if page_table is not None:
+            raise ValueError("[attention] page_table is for inference: q, k, v and bias must not require a gradient "
+                             "(call within torch.no_grad())")  # fmt: skip
         out, weights = _Attention.apply(q, k, v, bias, masks, options, return_weights)
     else:
         out, _, weights = _forward(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach(), masks,
-                                   options, return_weights, return_weights)  # fmt: skip
+                                   page_table, options, return_weights, return_weights)  # fmt: skip
     return (out, weights) if return_weights else out
 
 
@@ -78,12 +88,15 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _forward(q, k, v, bias, masks, options, keep_lse, return_weights):
+def _forward(q, k, v, bias, masks, page_table, options, keep_lse, return_weights):
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     out = torch.empty(batch, queries, heads, v.shape[3], dtype=q.dtype)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32) if keep_lse else None
-    weights = torch.empty(batch, heads, queries, keys, dtype=q.dtype) if return_weights else None
-    _C.attention_forward(_rows(q), _rows(k), _rows(v), bias, *masks, out, lse, weights, *options)
+    weights = None
+    if return_weights:
+        pages = 1 if page_table is None else page_table.shape[-1]
+        weights = torch.empty(batch, heads, queries, pages * keys, dtype=q.dtype)
+    _C.attention_forward(_rows(q), _rows(k), _rows(v), bias, *masks, page_table, out, lse, weights, *options)
     return out, lse, weights
 
 
@@ -92,7 +105,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, masks, options, return_weights):
         q, k, v = (_rows(t.detach()) for t in (q, k, v))
         bias = None if bias is None else bias.detach()
-        out, lse, weights = _forward(q, k, v, bias, masks, options, True, return_weights)
+        out, lse, weights = _forward(q, k, v, bias, masks, None, options, True, return_weights)
         ctx.save_for_backward(q, k, v, bias, out, lse, weights, *masks)
         ctx.options = options
         ctx.set_materialize_grads(False)

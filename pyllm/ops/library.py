@@ -57,7 +57,8 @@ def _loss(a, like):
 
 
 def _attention(a):
-    weights = a.q.new_empty(a.q.shape[0], a.q.shape[2], a.q.shape[1], a.k.shape[1])
+    keys = a.k.shape[1] * (1 if a.page_table is None else a.page_table.shape[1])
+    weights = a.q.new_empty(a.q.shape[0], a.q.shape[2], a.q.shape[1], keys)
     return [_like(a.q), weights] if a.return_weights else [_like(a.q)]
 
 
@@ -92,6 +93,7 @@ SHAPES: dict[str, Callable] = {
     "linear_cross_entropy": lambda a: _loss(a, a.x),
     "lstm": lambda a: _recurrent(a, states=2),
     "lstm_cell": lambda a: [_like(a.state[0]), _like(a.state[1])],
+    "next_positions": lambda a: [a.lengths.new_empty(*a.lengths.shape, a.count), _like(a.lengths)],
     "relu_squared": lambda a: [_like(a.x)],
     "rms_norm": _norm,
     "rnn": _recurrent,
@@ -107,7 +109,7 @@ SHAPES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-EAGER = {"elementwise", "quantized_linear"}  # take what no schema has: they break a traced graph in two
+EAGER = {"elementwise", "quantized_linear", "write_pages"}  # have no schema here: they break a traced graph in two
 
 
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:

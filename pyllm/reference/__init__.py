@@ -11,6 +11,7 @@ from pyllm.reference.elementwise import elementwise
 from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
 from pyllm.reference.linear import linear, pack_linear
+from pyllm.reference.paging import next_positions, write_pages
 from pyllm.reference.quantized_linear import pack_quantized, quantized_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
@@ -32,6 +33,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
+    "next_positions",
     "pack_linear",
     "pack_quantized",
     "quantized_linear",
@@ -46,4 +48,5 @@ __all__ = [
     "swiglu",
     "tanh",
     "wkv",
+    "write_pages",
 ]

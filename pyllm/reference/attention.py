@@ -7,7 +7,15 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
               scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
               key_lengths: Tensor | None = None, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-              return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+              page_table: Tensor | None = None, return_weights: bool = False,
+              ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    if page_table is not None:
+        assert key_lengths is not None
+        first = torch.arange(page_table.shape[1]) * k.shape[1]
+        reached = page_table.where(first < key_lengths[:, None], torch.zeros_like(page_table))
+        k, v = (t[reached].flatten(1, 2) for t in (k, v))  # (B, P * page size, ...)
+        if bias is not None and 1 < bias.shape[-1] < k.shape[1]:
+            bias = torch.nn.functional.pad(bias, (0, k.shape[1] - bias.shape[-1]))
     (batch, queries, heads, dim), keys, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
     group = heads // k.shape[2]
     qs, ks, vs = q.to(wide).transpose(1, 2), *(t.to(wide).transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))

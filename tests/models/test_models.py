@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import pyllm
+from pyllm.engine.recording import Recording
 from pyllm.models import MODELS
 
 
@@ -65,6 +66,29 @@ def test_a_sequence_does_not_depend_on_its_batch_or_padding(model, threads):
             assert torch.equal(found, model(torch.cat((row, s))[None])[0, -1:])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position": "learned", "norm": "layer_norm", "bias": True}, {"position": "alibi", "embedding_norm": True},
+     {"head_norm": True, "window": 9, "attention_softcap": 5.0, "logit_softcap": 3.0, "embedding_scale": 3.0}],
+)  # fmt: skip
+def test_a_decoders_step_is_recorded_and_reads_lengths_from_memory(options):
+    model = pyllm.Decoder(31, 24, 2, 4, num_kv_heads=2, context_length=150, **options).eval()
+    prompt, ids = torch.randint(31, (3, 61)), torch.randint(31, (3, 1))
+    with torch.no_grad():
+        states = [model.new_state(3, 66) for _ in range(2)]
+        for state in states:
+            model(prompt, state, torch.tensor([61, 1, 60]))
+        with Recording() as program:
+            logits = model(ids, states[0])
+        for _ in range(5):
+            ids.random_(31)
+            program.run()
+            assert torch.equal(logits, model(ids, states[1]))
+        assert torch.equal(states[0].lengths, states[1].lengths)
+        with pytest.raises(ValueError, match="holds 66 positions, but got 1 tokens after 66, in row 0"):
+            program.run()
+
+
 def test_loss_is_the_cross_entropy_of_the_logits(model):
     ids = torch.randint(31, (3, 8))
     targets = torch.randint(31, (3, 8))
@@ -96,9 +120,16 @@ def test_errors():
     model = MAKERS["gpt"]()
     with pytest.raises(ValueError, match="context is 40 tokens, but got 41 ids"):
         model(torch.zeros(1, 41, dtype=torch.int64))
-    state = model.new_state(1, 5)
-    model(torch.zeros(1, 4, dtype=torch.int64), state)
-    with pytest.raises(ValueError, match="holds 5 positions, but got 2 tokens after 4"):
-        model(torch.zeros(1, 2, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match=r"has no gradients.*torch.no_grad"):
+        model(torch.zeros(1, 4, dtype=torch.int64), model.new_state(1))
+    with torch.no_grad():
+        for capacity, reason in ((5, r"make it longer with new_state"), (40, "the model's context is 40 tokens")):
+            state = model.new_state(1, capacity)
+            model(torch.zeros(1, capacity - 1, dtype=torch.int64), state)
+            with pytest.raises(
+                ValueError, match=f"{capacity} positions, but got 2 tokens after {capacity - 1}.*{reason}"
+            ):
+                model(torch.zeros(1, 2, dtype=torch.int64), state)
+            assert state.lengths.tolist() == [capacity - 1]
     with pytest.raises(IndexError, match="31"):
         model(torch.full((1, 1), 31))

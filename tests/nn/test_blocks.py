@@ -91,11 +91,12 @@ def test_feed_forward(activation):
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"rope_theta": 100.0}, {"window": 3}, {"head_dim": 5}])
 def test_attention_with_a_cache_equals_attention_without(options):
-    block, x = nn.Attention(16, 4, **options), torch.randn(2, 7, 16)
+    block, x = nn.Attention(16, 4, **options), torch.randn(2, 80, 16)
     with torch.no_grad():
-        whole = block(x, torch.arange(7))
-        cache = nn.KeyValueCache(2, 9, block.num_kv_heads, block.head_dim, torch.float32)
-        parts = [block(x[:, a:b], torch.arange(a, b).expand(2, -1), cache) for a, b in ((0, 3), (3, 4), (4, 7))]
+        whole = block(x, torch.arange(80))
+        cache = block.new_cache(torch.tensor([[2, 1], [4, 0]], dtype=torch.int32), 5, torch.float32)
+        parts = [block(x[:, a:b], torch.arange(a, b).expand(2, -1), cache, torch.tensor([b, b]))
+                 for a, b in ((0, 70), (70, 71), (71, 80))]  # fmt: skip
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
@@ -106,6 +107,12 @@ def test_attention_checks_its_sizes():
         nn.Attention(16, 4, 3)
     with pytest.raises(TypeError, match="rope_theta or a cache needs positions"):
         nn.Attention(16, 4, rope_theta=100.0)(torch.randn(1, 2, 16))
+    block = nn.Attention(16, 4)
+    cache = block.new_cache(nn.own_pages(1, 5), 1, torch.float32)
+    with pytest.raises(TypeError, match="a cache needs lengths"):
+        block(torch.randn(1, 2, 16), torch.tensor([[0, 1]]), cache)
+    with pytest.raises(ValueError, match=r"has no gradients.*torch.no_grad"):
+        block(torch.randn(1, 2, 16), torch.tensor([[0, 1]]), cache, torch.tensor([2]))
 
 
 def test_settings_that_are_refused():

@@ -229,6 +229,80 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(shape, isa, threads):
     assert all(torch.equal(a[0], b[last]) for a, b in zip(grads, results[0][2:5], strict=True))
 
 
+def in_pages(t, table, count, page_size=64):
+    """t (B, T, H, D) as `count` pages; what no sequence fills is not a number."""
+    pages = torch.full((count, page_size, *t.shape[2:]), float("nan"), dtype=t.dtype)
+    for row, entries in zip(t, table, strict=True):
+        for part, page in zip(row.split(page_size), entries, strict=False):
+            if page >= 0:
+                pages[page, : len(part)] = part
+    return pages
+
+
+LENGTHS = torch.tensor([530, 70, 0])
+TABLE = torch.full((3, 9), -7, dtype=torch.int32)  # entries that no length reaches name no page
+TABLE[0], TABLE[1, :2] = torch.tensor([3, 10, 0, 7, 2, 9, 1, 6, 4]), torch.tensor([5, 8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_keys_in_pages_give_the_bits_of_keys_in_a_row(queries, options, dtype, isa, threads):
+    q, k, v = qkv(3, queries, 576, 4, 2, 20, dtype, value_dim=13).values()
+    pages = [in_pages(t, TABLE, 11) for t in (k[:, :530], v[:, :530])]
+    for n in (1, 2):
+        threads(n)
+        for lengths in (LENGTHS, LENGTHS.int()):
+            expected = ops.attention(q, k, v, key_lengths=lengths, return_weights=True, **OPTIONS[options])
+            found = ops.attention(q, *pages, key_lengths=lengths, page_table=TABLE, return_weights=True,
+                                  **OPTIONS[options])  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_keys_in_pages_of_another_size_with_bias_and_segments(queries, isa):
+    q, k, v = qkv(2, queries, 384, 4, 2, 16).values()
+    lengths, table = torch.tensor([300, 129]), torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32)[:, :3]
+    pages = [in_pages(t, table, 6, page_size=128) for t in (k, v)]
+    ids = (torch.arange(queries)[None] % 3).repeat(2, 1), (torch.arange(384)[None] % 3).repeat(2, 1)
+    for keys in (300, 384, 1):
+        options = {"bias": torch.randn(4, queries, keys), "segment_ids": ids, "key_lengths": lengths, "causal": True}
+        full = options | {"bias": torch.nn.functional.pad(options["bias"], (0, (384 - keys) * (keys > 1)))}
+        assert torch.equal(ops.attention(q, *pages, page_table=table, **options), ops.attention(q, k, v, **full))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_pages_equal_their_twin(queries, dtype, isa):
+    q, k, v = qkv(3, queries, 530, 4, 2, 16, dtype).values()
+    inputs = {"q": q, "k": in_pages(k, TABLE, 11).nan_to_num(), "v": in_pages(v, TABLE, 11).nan_to_num()}
+    for options in ({"causal": True}, {"window": 9, "bias": torch.randn(4, 1, 530)}, {"return_weights": True}):
+        check(inputs, key_lengths=LENGTHS, page_table=TABLE, **options)
+
+
+def test_pages_are_checked():
+    q, pages = torch.randn(2, 3, 4, 8), torch.randn(5, 64, 2, 8)
+    table, lengths = torch.tensor([[0, 1], [4, 2]], dtype=torch.int32), torch.tensor([64, 65])
+    good = {"q": q, "k": pages, "v": pages, "page_table": table, "key_lengths": lengths}
+    ops.attention(**good)
+    for error, message, arguments in (
+        (IndexError, r"page_table\[1, 0\] must be in \[0, 5\), but got 5", {"page_table": table + (table == 4).int()}),
+        (IndexError, r"page_table\[0, 0\] must be in \[0, 5\), but got -1", {"page_table": table - 1}),
+        (TypeError, "key_lengths must be given with a page_table", {"key_lengths": None}),
+        (ValueError, "key_lengths must be 0 to 128, but got 129 at 0", {"key_lengths": lengths + 65}),
+        (ValueError, r"page_table must have shape \(2, 2\), but got \(1, 2\)", {"page_table": table[:1]}),
+        (ValueError, r"page_table must have 2 dimension\(s\), but got shape \(2,\)", {"page_table": table[0]}),
+        (TypeError, "page_table must be int32, but got int64", {"page_table": table.long()}),
+        (ValueError, "a page of k must have a multiple of 64 positions, but got 63", {"k": pages[:, :63]}),
+        (ValueError, r"v must have shape \(5, 64, 2, 8\), but got \(4, 64, 2, 8\)", {"v": pages[:4]}),
+        (ValueError, r"bias must broadcast to \(2, 4, 3, 65\), but got \(64,\)", {"bias": torch.zeros(64)}),
+        (ValueError, "page_table is for inference", {"q": q.clone().requires_grad_()}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            ops.attention(**(good | arguments))
+
+
 def test_errors_name_the_argument():
     q, k, v = qkv(2, 5, 7, 4, 2, 8).values()
     for error, message, arguments in (

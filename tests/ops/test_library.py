@@ -30,6 +30,14 @@ CALLS = {
             {"bias": randn(2, 3, 3), "key_lengths": torch.tensor([2, 3]), "segment_ids": ids},
         ),
         lambda: ((randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8)), {"segment_ids": (ids, ids), "window": 2}),
+        lambda: (
+            (torch.randn(2, 3, 2, 8), torch.randn(3, 64, 1, 8), torch.randn(3, 64, 1, 8)),
+            {
+                "page_table": torch.tensor([[2, 0], [1, 1]]).int(),
+                "key_lengths": torch.tensor([70, 9]),
+                "return_weights": True,
+            },
+        ),
     ],
     "cross_entropy": [
         lambda: ((randn(6, 5), ids.flatten()), {}),
@@ -51,6 +59,7 @@ CALLS = {
         lambda: ((randn(2, 3, 5), parameters(4, 4), (randn(1, 3, 4), randn(1, 3, 4))), {"batch_first": False}),
     ],
     "lstm_cell": [lambda: ((randn(2, 5), (randn(2, 4), randn(2, 4)), *parameters(4, 4)), {})],
+    "next_positions": [lambda: ((torch.tensor([3, 5]), 2, 9), {})],
     "relu_squared": [lambda: ((randn(3, 8),), {})],
     "rms_norm": [lambda: ((randn(3, 8), randn(8)), {"eps": 1e-5})],
     "rnn": [

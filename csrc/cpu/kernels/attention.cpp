@@ -3,7 +3,8 @@
 //
 // Keys are cut into splits of kSplit, each walked from an empty state, and the states are merged in order. That is so
 // in every call, whether one thread takes all splits of a tile of queries or, where there are few queries, each thread
-// some of them; so a row has the same bits in a full pass, in any chunk of it, and alone over the keys so far.
+// some of them; so a row has the same bits in a full pass, in any chunk of it, and alone over the keys so far. A page
+// of keys holds whole blocks: where the blocks lie changes no bit.
 //
 // Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
 // query of a group of heads): keys lie across the lanes for the scores, transposed in registers on their way from
@@ -77,10 +78,9 @@ void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, 
       const Range live = live_keys(a, p, block);
       if (live.lo == live.hi) continue;
       if (!loaded) {
-        copy_rows(row_at<T>(a.k, a.k_step, rows.batch, first, rows.kv_head), a.k_step[1], block.count, a.dim, 1.0f,
-                  w.keys, a.dim);
-        finite = copy_rows(row_at<T>(a.v, a.v_step, rows.batch, first, rows.kv_head), a.v_step[1], block.count,
-                           a.value_dim, 1.0f, w.values, a.value_dim);
+        copy_rows(block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], block.count, a.dim, 1.0f, w.keys, a.dim);
+        finite = copy_rows(block_at<T>(a, a.v, a.v_step, rows, first), a.v_step[1], block.count, a.value_dim, 1.0f,
+                           w.values, a.value_dim);
         loaded = true;
       }
       const bool mark =
@@ -181,8 +181,7 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
     const Range live = live_keys(a, p, block);
     if (live.lo == live.hi) continue;
     alignas(64) float x[R][2 * kKeys];
-    score_rows<R>(queries + r0 * a.dim, row_at<T>(a.k, a.k_step, rows.batch, first, rows.kv_head), a.k_step[1], a.dim,
-                  live, &x[0][0]);
+    score_rows<R>(queries + r0 * a.dim, block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], a.dim, live, &x[0][0]);
     const bool mixed = a.bias || a.key_segments || p.tightest_lo > first + live.lo || p.tightest_hi < first + live.hi;
     float factor[R];
     for (int r = 0; r < R; r++) {
@@ -219,7 +218,7 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
       }
       s.total[row] *= factor[r];
     }
-    const T* v = row_at<T>(a.v, a.v_step, rows.batch, first, rows.kv_head);
+    const T* v = block_at<T>(a, a.v, a.v_step, rows, first);
     const int64_t step = a.v_step[1];
     float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
     if (mixed) {
@@ -294,7 +293,9 @@ struct Forward {
     while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
     tiles_per_head = count();
     tiles = heads * tiles_per_head;
-    splits = std::max<int64_t>(1, (a.keys + kSplit - 1) / kSplit);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < a.batch; b++) longest = std::max(longest, length_of(a, b));
+    splits = std::max<int64_t>(1, (longest + kSplit - 1) / kSplit);
   }
 
   // In floats, of whole panels.
@@ -462,8 +463,7 @@ struct Forward {
         for (int64_t k = 0; k < rows.length; k += kKeys) {
           Block block;
           set_block(a, rows, k, block);
-          copy_rows(row_at<T>(a.k, a.k_step, batch, k, rows.kv_head), a.k_step[1], block.count, a.dim, 1.0f, keys,
-                    a.dim);
+          copy_rows(block_at<T>(a, a.k, a.k_step, rows, k), a.k_step[1], block.count, a.dim, 1.0f, keys, a.dim);
           for (int64_t r = 0; r < rows.count; r += kLanes) {
             const Panel& p = panels[r / kLanes];
             const Range live = live_keys(a, p, block);

@@ -19,9 +19,9 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int64_t kKeys = 64;      // keys of a block; blocks are counted from key 0
-constexpr int64_t kLanes = 2 * W;  // rows of a panel
-constexpr int64_t kMaxRows = 128;  // rows of a tile: some panels that share each block of keys
+constexpr int64_t kKeys = kKeyTile;  // keys of a block; blocks are counted from key 0
+constexpr int64_t kLanes = 2 * W;    // rows of a panel
+constexpr int64_t kMaxRows = 128;    // rows of a tile: some panels that share each block of keys
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 #if ISA_AVX512
 constexpr int64_t kHigh = 12;  // rows of a register tile
@@ -310,6 +310,14 @@ bool score_panel(const AttentionArgs& a, const Rows& rows, const Panel& p, const
 template <class T>
 const T* row_at(const char* data, const int64_t* step, int64_t batch, int64_t position, int64_t head) {
   return reinterpret_cast<const T*>(data) + batch * step[0] + position * step[1] + head * step[2];
+}
+
+// Key `first` of k, or value of v; the rest of its block follows, in the same page where there are pages.
+template <class T>
+const T* block_at(const AttentionArgs& a, const char* data, const int64_t* step, const Rows& rows, int64_t first) {
+  if (!a.page_table) return row_at<T>(data, step, rows.batch, first, rows.kv_head);
+  const int64_t page = a.page_table[rows.batch * a.table_step + first / a.page_size];
+  return row_at<T>(data, step, page, first % a.page_size, rows.kv_head);
 }
 
 }  // namespace

@@ -1,0 +1,77 @@
+#include "cpu/paging.h"
+
+#include "cpu/attention.h"
+#include "ops/ops.h"
+
+namespace pyllm::ops {
+
+int64_t page_tile() { return kKeyTile; }
+
+void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals,
+                    int64_t capacity) {
+  const char* op = "next_positions";
+  check_dtype(op, "lengths", lengths, DType::i64);
+  check_ndim(op, "lengths", lengths, 1);
+  check_contiguous(op, "lengths", lengths);
+  check_dtype(op, "positions", positions, DType::i64);
+  check_ndim(op, "positions", positions, 2);
+  const int64_t batch = lengths.size(0), count = positions.size(1);
+  check_shape(op, "positions", positions, batch, count);
+  check_dtype(op, "totals", totals, DType::i64);
+  check_shape(op, "totals", totals, batch);
+  for (const TensorView* t : {&positions, &totals}) {
+    check_contiguous(op, t == &totals ? "totals" : "positions", *t);
+    check_writable(op, t == &totals ? "totals" : "positions", *t);
+  }
+  for (int64_t b = 0; b < batch; b++) {
+    const int64_t length = lengths.as<int64_t>()[b];
+    check(length >= 0, "[", op, "] lengths must be 0 or more, but got ", length, " at ", b);
+    check(length <= capacity && count <= capacity - length, "[", op, "] the state holds ", capacity,
+          " positions, but got ", count, " tokens after ", length, ", in row ", b);
+  }
+  for (int64_t b = 0; b < batch; b++) {
+    const int64_t length = lengths.as<int64_t>()[b];
+    for (int64_t t = 0; t < count; t++) positions.as<int64_t>()[b * count + t] = length + t;
+    totals.as<int64_t>()[b] = length + count;
+  }
+}
+
+void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
+                 const TensorView& positions) {
+  const char* op = "write_pages";
+  check_float(op, "pages", pages);
+  check_ndim(op, "pages", pages, 4);
+  check_contiguous(op, "pages", pages);
+  check_writable(op, "pages", pages);
+  check_dtype(op, "rows", rows, pages.dtype);
+  check_ndim(op, "rows", rows, 4);
+  check_inner_stride(op, "rows", rows);
+  const int64_t batch = rows.size(0), time = rows.size(1), page_size = pages.size(1);
+  check_shape(op, "rows", rows, batch, time, pages.size(2), pages.size(3));
+  check_dtype(op, "page_table", page_table, DType::i32);
+  check_ndim(op, "page_table", page_table, 2);
+  check_inner_stride(op, "page_table", page_table);
+  check_shape(op, "page_table", page_table, batch, page_table.size(1));
+  check_cpu(op, "positions", positions);
+  if (positions.dtype != DType::i64 && positions.dtype != DType::i32)
+    fail(Error::type, "[", op, "] positions must be int64 or int32, but got ", name_of(positions.dtype));
+  check_shape(op, "positions", positions, batch, time);
+  check_ids(op, "positions", positions, page_table.size(1) * page_size);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t t = 0; t < time; t++) {
+      const int64_t i = b * time + t;
+      const int64_t at =
+          (positions.dtype == DType::i64 ? positions.as<int64_t>()[i] : positions.as<int32_t>()[i]) / page_size;
+      const int32_t page = page_table.as<int32_t>()[b * page_table.step(0) + at];
+      if (page < 0 || page >= pages.size(0))
+        fail(Error::index, "[", op, "] page_table[", b, ", ", at, "] must be in [0, ", pages.size(0), "), but got ",
+             page);
+    }
+  if (rows.numel() == 0) return;
+  const int64_t size = size_of(pages.dtype);
+  pyllm::write_pages({batch, time, pages.size(2), pages.size(3) * size, rows.data, rows.step(0) * size,
+                      rows.step(1) * size, rows.step(2) * size, pages.data, pages.step(0) * size, pages.step(1) * size,
+                      page_size, page_table.as<int32_t>(), page_table.step(0), positions.data, positions.dtype});
+}
+
+}  // namespace pyllm::ops
