@@ -46,9 +46,11 @@ format: .venv/ready
 	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# The operations' tests under a sanitizer. Python itself is not instrumented: its leaks are its own, and the address and
-# thread run-times must be loaded before it, with the C++ library whose exceptions they watch. `-S` leaves out the editable install, so that build/SANITIZER is what runs;
-# our own pool runs too, since OpenMP's library hides its synchronisation from the thread sanitizer.
+# The operations' tests under a sanitizer, and those of the one thing that compiled code does with data from files: all
+# readers are in Python, but quantised weights are packed. Python itself is not instrumented: its leaks are its own, and
+# the address and thread run-times must be loaded before it, with the C++ library whose exceptions they watch. `-S` leaves
+# out the editable install, so that build/SANITIZER is what runs; our own pool runs too, since OpenMP's library hides its
+# synchronisation from the thread sanitizer.
 sanitize: sanitize-address sanitize-undefined
 
 preload = LD_PRELOAD="$$(c++ -print-file-name=$(1)) $$(c++ -print-file-name=libstdc++.so.6)"
@@ -61,7 +63,8 @@ sanitize-address sanitize-undefined sanitize-thread: sanitize-%: .venv/ready
 	PYTHONPATH=$(CURDIR)/build/$*/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:suppressions=tests/thread_sanitizer.txt \
-	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/ops
+	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider --capture=sys \
+	  tests/ops tests/checkpoint/test_malformed_quantized.py
 
 clean:
 	rm -rf .venv build dist

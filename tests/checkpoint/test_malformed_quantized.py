@@ -1,0 +1,70 @@
+"""Wrong quantised weights in checkpoints of our own: what compiled code does with data from files is to pack these, so
+that these tests run under the sanitizers too. All readers of files are in Python."""
+
+import pytest
+import torch
+
+import pyllm
+from pyllm.checkpoint import CheckpointError
+from pyllm.quantization import FORMATS
+
+
+def quantised(weights):
+    """The config and the weights of a model."""
+    torch.manual_seed(1)
+    model = pyllm.Decoder(50, 64, 2, 4, num_kv_heads=2, context_length=64, intermediate_size=80)
+    pyllm.quantize(model, weights)
+    return model.config, dict(model.state_dict())
+
+
+SPOILT = {
+    "values cut": lambda w: w.update({"head.weight.values": w["head.weight.values"][:, 1:].contiguous()}),
+    "scales cut": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][1:].contiguous()}),
+    "values of another type": lambda w: w.update({"head.weight.values": w["head.weight.values"].long()}),
+    "scales of no group": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][:, :0].contiguous()}),
+    "scales missing": lambda w: w.pop("head.weight.scales"),
+    "values missing": lambda w: w.pop("head.weight.values"),
+    "minimums of another type": lambda w: w.update({"head.weight.minimums": w["head.weight.scales"].float()}),
+    "a layer that is not there": lambda w: w.update({"tail.weight.values": w["head.weight.values"]}),
+    "a part of one dimension": lambda w: w.update({"head.weight.scales": w["head.weight.scales"].flatten()}),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_spoilt_quantised_weights_are_refused(spoil, tmp_path):
+    config, weights = quantised("int8")
+    SPOILT[spoil](weights)
+    pyllm.checkpoint.save_checkpoint(tmp_path, model_type="decoder", config=config, weights=weights)
+    with pytest.raises(CheckpointError):
+        pyllm.load(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", FORMATS)
+def test_any_bytes_of_quantised_weights_are_refused_or_harmless(weights, tmp_path):
+    config, right = quantised(weights)
+    names = [name for name in right if ".weight." in name]
+    refused = 0
+    for case in range(20):
+        name, wrong = names[torch.randint(len(names), ()).item()], dict(right)
+        found = wrong[name]
+        change = case % 4
+        if change == 0:  # any bytes
+            found = torch.randint(256, (found.nbytes,), dtype=torch.uint8).view(found.dtype).view(found.shape)
+        elif change == 1:  # of another dtype
+            found = found.view(torch.uint8 if found.dtype != torch.uint8 else torch.int8)
+        elif change == 2:  # rows, or columns, more or less
+            more = torch.randint(1, 70, (2,)).tolist()
+            found = found.repeat(3, 3)[: more[0], : more[1]].contiguous()
+        else:  # another layer's
+            found = wrong[names[torch.randint(len(names), ()).item()]]
+        wrong[name] = found
+        pyllm.checkpoint.save_checkpoint(tmp_path, model_type="decoder", config=config, weights=wrong)
+        try:
+            model, _ = pyllm.load(tmp_path)
+            assert found.shape == right[name].shape and found.dtype == right[name].dtype
+            assert model(torch.randint(50, (2, 9))).shape == (2, 9, 50)
+        except CheckpointError as e:
+            assert change and name.rpartition(".")[0] in str(e)
+            refused += 1
+    assert 8 <= refused < 20
