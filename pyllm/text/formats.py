@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from pyllm.text import vocabulary
+from pyllm.text import layouts, vocabulary
 from pyllm.text.charsmap import check as check_charsmap
 from pyllm.text.sentencepiece import read_llama2c, read_model
 from pyllm.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
@@ -123,12 +124,16 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     found = next((folder / name for name in files if (folder / name).is_file()), None)
     if found is None:
         raise IsADirectoryError(f"[tokenizer] {folder} is a folder without any of {', '.join(files)}")
-    backend, arguments = _read_file(found, config)
+    whole = found.name in ("tokenizer.json", MARIAN[0])  # says itself how texts are framed
+    model = _json_object(folder / "config.json") if not whole and (folder / "config.json").is_file() else {}
+    kind = "" if whole else layouts.kind_of(config, model)
+    backend, arguments = _read_file(found, config, kind)
     where = folder / "tokenizer_config.json"
     try:
         if found.name != "tokenizer.json":
             _add_from_config(backend, config)
-        tokens = {role: _token(config[role]) for role in _ROLES if config.get(role) is not None}
+        tokens = layouts.frame(backend, kind)
+        tokens |= {role: _token(config[role]) for role in _ROLES if config.get(role) is not None}
         ids = {role: backend.token_to_id(token) for role, token in tokens.items()}
         further = {role: tokens[role] for role in _FURTHER_ROLES if ids.get(role) is not None}
         arguments["roles"] = arguments.get("roles", {}) | further
@@ -148,12 +153,9 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         arguments["bos_id"] = bos = bos if bos is not None and 0 <= bos < size else None
         add = config.get("add_bos_token")
         if not isinstance(add, bool):
-            if found.name == "tokenizer.json":
-                add = _begins_with(backend, bos)
-            else:
-                add = config.get("tokenizer_class") in _ALWAYS_BOS
+            add = _begins_with(backend, bos) or (not whole and config.get("tokenizer_class") in _ALWAYS_BOS)
         arguments["add_bos"] = add and bos is not None
-        if bos is not None and arguments["add_bos"] and found.name != "tokenizer.json":
+        if bos is not None and arguments["add_bos"] and not _begins_with(backend, bos):
             vocabulary.begin_with(backend, bos)
         where = folder / "tokenizer_config.json"
         arguments["chat_template"] = _chat_template(folder, config)
@@ -164,7 +166,7 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     return backend, arguments
 
 
-def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _read_file(path: Path, config: dict[str, Any], kind: str = "") -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     name = path.name
     if name == MARIAN[0]:
         return _read_marian(path.parent, config)
@@ -172,7 +174,8 @@ def _read_file(path: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
         if name in (vocab, merges):
             return _read_pair(path.with_name(vocab), path.with_name(merges)), {}
     if name.endswith((".model", ".spm")):
-        return _with_roles(path, "a sentencepiece model", read_model)
+        arrange = functools.partial(layouts.arranged, kind, further=config.get("extra_ids", 100))
+        return _with_roles(path, "a sentencepiece model", functools.partial(read_model, arrange=arrange))
     if name.endswith(".bin"):
         backend, arguments = _with_roles(path, "a llama2.c tokenizer", read_llama2c)
         return backend, arguments | {"add_bos": True}  # as run.c does

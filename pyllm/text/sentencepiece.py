@@ -7,25 +7,29 @@ beside the file are its pieces.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tokenizers
 
 from pyllm.text import vocabulary
+from pyllm.text.layouts import Piece
 from pyllm.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN
 
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "\u2581"
 
 
-def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+def read_model(data: bytes, arrange: Callable[[list[Piece]], list[Piece]] = list,
+               ) -> tuple[tokenizers.Tokenizer, dict[str, int]]:  # fmt: skip
     """The tokenizer of a .model file's contents, and its control tokens' ids by role ("bos", "eos", "unk", "pad").
+
+    `arrange` makes of its pieces those that there are to be, in order of their ids.
 
     Raises:
         ValueError: the contents are truncated or no .model, or ask for what no other program would do alike.
     """
-    pieces, scores, types = [], [], []
+    pieces: list[Piece] = []
     training: dict[int, Any] = {}
     form: dict[int, Any] = {}
     missing = {2, 3}
@@ -33,9 +37,8 @@ def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
         missing.discard(field)
         if field == 1:
             entry = dict(_fields(_message(value)))
-            pieces.append(_text(entry.get(1, b"")))
-            scores.append(_float(entry.get(2, b"\0\0\0\0")))
-            types.append(_integer(entry.get(3, NORMAL)))
+            score, kind = _float(entry.get(2, b"\0\0\0\0")), _integer(entry.get(3, NORMAL))
+            pieces.append((_text(entry.get(1, b"")), score, kind))
         elif field == 2:
             training = dict(_fields(_message(value)))
         elif field == 3:
@@ -44,22 +47,23 @@ def read_model(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
         raise ValueError("it holds no pieces")
     if missing:
         raise ValueError("it is truncated: how it was trained and normalises must follow the pieces")
-    if "" in pieces:
+    if any(not text for text, *_ in pieces):
         raise ValueError("a piece is empty")
     kind = _integer(training.get(3, _UNIGRAM))
     if kind not in (_UNIGRAM, _BPE):
         raise ValueError(f"its model type must be 1 (unigram) or 2 (bpe), but it is {kind}")
     if _integer(training.get(24, 0)) or not _integer(form.get(5, 1)):
         raise ValueError("spaces must be at the beginning of words and spelled U+2581, but it asks for another way")
-    backend = vocabulary.sentence_piece(pieces, scores, types, unigram=kind == _UNIGRAM,
+    texts, scores, types = zip(*arrange(pieces), strict=True)
+    backend = vocabulary.sentence_piece(texts, scores, types, unigram=kind == _UNIGRAM,
                                         prefix=bool(_integer(form.get(3, 1))), squeeze=bool(_integer(form.get(4, 1))),
                                         charsmap=bytes(_message(form.get(2, memoryview(b"")))))  # fmt: skip
     roles = {}
     for role, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
         id = _integer(training.get(field, default))
         id = id - (1 << 64) if id >= 1 << 63 else id
-        if 0 <= id < len(pieces):
-            roles[role] = id
+        if 0 <= id < len(pieces) and pieces[id][0] in texts:
+            roles[role] = texts.index(pieces[id][0])
     return backend, roles
 
 

@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from gguf import GGUFReader
 
-from pyllm.text import Tokenizer
+from pyllm.text import Tokenizer, TokenizerError
 
 # What llama.cpp's files hold between two texts.
 BORDER = "\n__ggml_vocab_test__\n"
@@ -288,3 +288,61 @@ def test_the_frame_of_an_encoder(tmp_path):
     likely = unigram(["<unk>", "<s>", "</s>"])
     likely.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
     assert Tokenizer(likely).encode_framed("a</s>")[0] == [1, 3, 8, 4, 7, 5, 6, 2]
+
+
+FRAMED = {
+    "T5Tokenizer": ("spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+    "XLMRobertaTokenizer": ("sentencepiece.bpe.model", {}),
+    "CamembertTokenizer": ("sentencepiece.bpe.model", {}),
+    "RobertaTokenizer": ("vocab.json", {}),
+    "BartTokenizer": ("vocab.json", {}),
+}
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_what_only_the_kind_of_a_checkpoint_says(name, tmp_path):
+    file, options = FRAMED[name]
+    text = "The quick brown fox jumps over the lazy dog. \u56fd\u7834 caf\u00e9 it's 1,024\n"
+    (tmp_path / "text").write_text(text * 20, "utf-8")
+    if file == "vocab.json":
+        trained = Tokenizer.train("bpe:290", text * 20)
+        contents = json.loads(trained.to_json())["model"]
+        tokens = ["<s>", "<pad>", "</s>", "<unk>", *contents["vocab"], "<mask>"]
+        (tmp_path / file).write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in contents["merges"]))
+    else:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=90, hard_vocab_limit=False,
+            minloglevel=2, num_threads=1, **options,
+        )  # fmt: skip
+        (tmp_path / "m.model").rename(tmp_path / file)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    kind = {"T5": "t5", "XLMRoberta": "xlm-roberta", "Bart": "bart"}.get(name.removesuffix("Tokenizer"))
+    if kind is not None:  # also where only the model's config says it
+        (tmp_path / "tokenizer_config.json").unlink()
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert Tokenizer.load(tmp_path).encode_framed(text) == ours.encode_framed(text)
+    for texts in ((text,), ("the quick fox",), ("",), ("fox \u4e00 dog", "a lazy dog"), ("  two  spaces ",)):
+        ids, segments = ours.encode_framed(*texts)
+        assert ids == theirs(*texts)["input_ids"] and not any(segments), texts
+    assert ours.vocab_size == len(theirs)
+    assert [ours.token(i) for i in range(len(theirs))] == theirs.convert_ids_to_tokens(list(range(len(theirs))))
+    assert ours.unknown_id == (None if file == "vocab.json" else theirs.unk_token_id)  # bytes spell any text
+    assert ours.eos_ids[:1] == (theirs.eos_token_id,)
+    assert ours.roles.get("mask_token") == theirs.mask_token and ours.roles["pad_token"] == theirs.pad_token
+    ours.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode_framed(text, text) == ours.encode_framed(text, text)
+
+
+def test_pieces_that_are_not_those_of_their_kind(tmp_path, stories):
+    contents = (stories / "tok512.model").read_bytes()
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(contents[2 + contents[1] :])  # without the first
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    with pytest.raises(TokenizerError, match="the first pieces for xlmroberta must be <unk>, <s>, </s>"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "sentencepiece.bpe.model").rename(tmp_path / "spiece.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": -1}))
+    with pytest.raises(TokenizerError, match="extra_ids must be from 0 to 10000, but got -1"):
+        Tokenizer.load(tmp_path)
