@@ -140,39 +140,52 @@ Gomp gomp() {
   return forked ? Gomp{} : found;
 }
 
-// A team that has been called together for many jobs: its members spin until the leader has the next one.
+// A team that has been called together for many jobs: its members spin until the leader has the next one. A job that
+// needs not everyone does not wait for a member that has lost its core to someone else: the leader closes it once there is
+// nothing left to take, and then waits for those alone who have come to work on it.
 struct Vigil {
   void (*body)(void*);
   void* context;
   pthread_t leader = pthread_self();
   std::atomic<int> members{0};  // that serve
-  alignas(64) std::atomic<uint32_t> generation{0};
+  // The job's number, whether it is open, and how many members are at it.
+  static constexpr uint64_t kOpen = 1 << 16, kNumber = kOpen << 1, kAtWork = kOpen - 1;
+  alignas(64) std::atomic<uint64_t> ticket{0};
   void (*work)(void*) = nullptr;
   void* job = nullptr;
-  bool over = false;
-  alignas(64) std::atomic<int> busy{0};
+  std::atomic<bool> over{false};
+  alignas(64) std::atomic<int> finished{0};
 
-  void run(void (*w)(void*), void* j) {
+  void run(void (*w)(void*), void* j, bool everyone) {
     work = w, job = j;
-    busy.store(members.load(std::memory_order_relaxed), std::memory_order_relaxed);
-    generation.fetch_add(1, std::memory_order_release);
+    finished.store(0, std::memory_order_relaxed);
+    const uint64_t number = ticket.load(std::memory_order_relaxed) / kNumber + 1;
+    ticket.store(number * kNumber + kOpen, std::memory_order_release);
     work(job);
-    for (int spins = 0; busy.load(std::memory_order_acquire) != 0; spins++)
-      spins < 4096 ? pause() : std::this_thread::yield();
+    const auto waiting = [&] {
+      return (ticket.load(std::memory_order_acquire) & kAtWork) != 0 ||
+             (everyone && finished.load(std::memory_order_acquire) < members.load(std::memory_order_relaxed));
+    };
+    if (!everyone) ticket.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; waiting(); spins++) spins < 4096 ? pause() : std::this_thread::yield();
   }
 
   void enter(int threads);
 
   void serve() {
-    uint32_t seen = 0;
+    uint64_t seen = 0;
     members.fetch_add(1);
-    for (;;) {
-      for (int spins = 0; generation.load(std::memory_order_acquire) == seen; spins++)
-        spins < 20000 ? pause() : std::this_thread::yield();
-      seen++;
-      if (over) return;
+    for (int spins = 0; !over.load(std::memory_order_acquire);) {
+      uint64_t t = ticket.load(std::memory_order_acquire);
+      if (!(t & kOpen) || t / kNumber == seen || !ticket.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel)) {
+        spins++ < 20000 ? pause() : std::this_thread::yield();
+        continue;
+      }
+      seen = t / kNumber;
       work(job);
-      busy.fetch_sub(1, std::memory_order_release);
+      finished.fetch_add(1, std::memory_order_release);
+      ticket.fetch_sub(1, std::memory_order_release);
+      spins = 0;
     }
   }
 };
@@ -185,14 +198,13 @@ void Vigil::enter(int threads) {
   vigil = this;
   body(context);
   vigil = nullptr;
-  over = true;
-  generation.fetch_add(1, std::memory_order_release);
+  over.store(true, std::memory_order_release);
 }
 
-// work(job) on every thread of the team; false where there is none to be had.
-bool run_on_all(void (*work)(void*), void* job) {
+// work(job) on every thread of the team, or, unless it takes everyone, on those at hand; false where there is no team.
+bool run_on_all(void (*work)(void*), void* job, bool everyone) {
   if (vigil) {
-    vigil->run(work, job);
+    vigil->run(work, job, everyone);
     return true;
   }
   if (const Gomp team = gomp()) {
@@ -238,7 +250,7 @@ void run_parallel(int64_t n, int64_t grain, Task task, const void* context) {
   const int threads = static_cast<int>(pieces < num_threads() ? pieces : num_threads());
   if (threads <= 1 || inside) return task(context, 0, n);
   Job job{{0}, n, grain, task, context};
-  if (!run_on_all(work_on<Job>, &job)) task(context, 0, n);
+  if (!run_on_all(work_on<Job>, &job, false)) task(context, 0, n);
 }
 
 struct TeamJob {
@@ -259,7 +271,7 @@ struct TeamJob {
 
 void run_team(int most, Member member, const void* context) {
   TeamJob job{most, member, context};
-  if (most > 1 && num_threads() > 1 && !inside && run_on_all(work_on<TeamJob>, &job)) return;
+  if (most > 1 && num_threads() > 1 && !inside && run_on_all(work_on<TeamJob>, &job, true)) return;
   member(context, job.team, 0);
 }
 
@@ -273,7 +285,7 @@ struct VigilJob {
 
 void keep_awake(void (*body)(void*), void* context) {
   VigilJob job{{body, context}};
-  if (num_threads() > 1 && !inside && !vigil && run_on_all(work_on<VigilJob>, &job)) return;
+  if (num_threads() > 1 && !inside && !vigil && run_on_all(work_on<VigilJob>, &job, true)) return;
   body(context);
 }
 

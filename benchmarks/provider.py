@@ -1,0 +1,88 @@
+"""pyllm's own part in the race against its peers (benchmarks/peers): one JSON object on the last line.
+
+Usage: python benchmarks/provider.py FOLDER BITS [--batch 8,32]
+
+What is timed is said at the top of peers/providers.py. 8 and 4 bits are the folder's own weights quantised once, to a
+checkpoint beside them, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import pyllm
+from pyllm.engine import generate_ids
+
+THREADS = 2
+FORMATS = {"8": "int8", "4": "int4"}
+DTYPES = {"32": torch.float32, "16": torch.bfloat16}
+GREEDY = pyllm.SamplingParams(temperature=0)
+SEEDS = itertools.count()
+
+
+def prompts(vocab_size: int, rows: int, columns: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(next(SEEDS))
+    return torch.randint(3, vocab_size, (rows, columns), generator=generator).tolist()
+
+
+def prefill(model: pyllm.models.Model) -> float:
+    ids = prompts(model.vocab_size, 1, 512)
+    began = time.perf_counter()
+    list(generate_ids(model, ids, GREEDY, max_tokens=1))
+    return 512 / (time.perf_counter() - began)
+
+
+def decode(model: pyllm.models.Model, rows: int, count: int) -> float:
+    steps = generate_ids(model, prompts(model.vocab_size, rows, 8), GREEDY, max_tokens=count + 1)
+    next(steps)
+    began = time.perf_counter()
+    assert sum(1 for _ in steps) == count
+    return rows * count / (time.perf_counter() - began)
+
+
+def quantised(folder: Path, bits: str) -> Path:
+    """The folder's weights in so many bits; made if they are not there yet."""
+    out = folder / f"pyllm-{FORMATS[bits]}"
+    if not out.exists():
+        code = ("import sys, pyllm; model, tokenizer = pyllm.load(sys.argv[1]); model.quantize(sys.argv[2]); "
+                "pyllm.save(model, sys.argv[3], tokenizer)")  # fmt: skip
+        subprocess.run([sys.executable, "-c", code, folder, FORMATS[bits], out], check=True)
+    return out
+
+
+def measure(folder: Path, bits: str, batches: list[int]) -> dict[str, float]:
+    path = quantised(folder, bits) if bits in FORMATS else folder
+    torch.set_num_threads(THREADS)
+    pyllm.set_num_threads(THREADS)
+    began = time.perf_counter()
+    model = pyllm.load(path, dtype=DTYPES.get(bits))[0]
+    result = {"load_s": round(time.perf_counter() - began, 3)}
+    measures = {"prefill": lambda: prefill(model), "decode": lambda: decode(model, 1, 64)}
+    measures |= {f"decode{rows}": lambda rows=rows: decode(model, rows, 24) for rows in batches}
+    for name, one in measures.items():
+        one()
+        result[name] = round(statistics.median(one() for _ in range(3)), 2)
+    return result | {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("bits", choices=[*DTYPES, *FORMATS])
+    parser.add_argument("--batch", default="", help="sequences decoded together, as 8,32")
+    given = parser.parse_args()
+    print(json.dumps(measure(given.folder, given.bits, [int(b) for b in given.batch.split(",") if b])))
+
+
+if __name__ == "__main__":
+    main()
