@@ -1,16 +1,20 @@
 #include "cpu/elementwise.h"
 
+#include <iterator>
+
 #include "ops/ops.h"
 
 namespace pyllm::ops {
 namespace {
 
-constexpr const char* kNames[] = {"copy", "add", "subtract", "multiply", "divide", "relu"};
+constexpr const char* kNames[] = {"copy", "add", "subtract", "multiply", "divide", "relu", "minimum", "maximum"};
 
 Elementwise kind_of(const std::string& name) {
-  for (int i = 0; i < 6; i++)
+  for (size_t i = 0; i < std::size(kNames); i++)
     if (name == kNames[i]) return static_cast<Elementwise>(i);
-  fail(Error::value, "[elementwise] kind must be 'copy', 'add', 'subtract', 'multiply', 'divide' or 'relu', but got '",
+  fail(Error::value,
+       "[elementwise] kind must be 'copy', 'add', 'subtract', 'multiply', 'divide', 'relu', 'minimum' or 'maximum', "
+       "but got '",
        name, "'");
 }
 
@@ -39,14 +43,17 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
   if (binary != b.present()) fail(Error::type, "[", op, "] ", kind_name, binary ? " needs b" : " takes no b");
   if (binary) check_cpu(op, "b", b);
   const DType b_dtype = binary ? b.dtype : a.dtype;
-  const bool numbers = floating(a.dtype) && floating(b_dtype) && floating(out.dtype);
+  const bool ordering = kind == Elementwise::minimum || kind == Elementwise::maximum;
+  const bool numbers = !ordering && floating(a.dtype) && floating(b_dtype) && floating(out.dtype);
   const bool integers = binary && kind != Elementwise::divide && a.dtype == DType::i64 && b_dtype == DType::i64 &&
                         out.dtype == DType::i64;
   const bool copied = kind == Elementwise::copy && a.dtype == out.dtype;
   if (!numbers && !integers && !copied)
-    fail(Error::type, "[", op, "] ", kind_name, " must be of float32, bfloat16 and float16",
-         kind == Elementwise::copy ? ", or to the same dtype" : ", or of int64 alone", ", but got ", name_of(a.dtype),
-         ", ", name_of(b_dtype), " and ", name_of(out.dtype));
+    fail(Error::type, "[", op, "] ", kind_name, " must be of ",
+         ordering                    ? "int64 alone"
+         : kind == Elementwise::copy ? "float32, bfloat16 and float16, or to the same dtype"
+                                     : "float32, bfloat16 and float16, or of int64 alone",
+         ", but got ", name_of(a.dtype), ", ", name_of(b_dtype), " and ", name_of(out.dtype));
   ElementwiseArgs args{kind,    a.dtype, b_dtype, out.dtype, 0, {}, {}, {}, {}, a.data, binary ? b.data : nullptr,
                        out.data};
   int64_t a_step[kMaxDims] = {}, b_step[kMaxDims] = {};

@@ -115,6 +115,15 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return out
 
 
+def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    if x.dtype != torch.int64:
+        raise NotRecordable(f"clamp of {x.dtype} cannot be recorded")
+    for kind, bound in (("maximum", min), ("minimum", max)):
+        if bound is not None:
+            x = ops.elementwise(kind, x, _operand(bound, x))
+    return x
+
+
 def _constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What makes a new tensor with the same values at each step: a copy, as the step may write to it."""
     return lambda *args, **kwargs: _clone(make(*args, **kwargs))
@@ -129,7 +138,10 @@ RECORDED: dict[Any, Callable[..., Tensor]] = {
     aten.div.Tensor: functools.partial(_binary, "divide"),
     aten.mul.Tensor: functools.partial(_binary, "multiply"),
     aten.mul_.Tensor: functools.partial(_in_place, "multiply"),
+    aten.clamp.default: _clamp,
+    aten.neg.default: lambda x: _binary("multiply", x, -1),
     aten.relu.default: lambda x: ops.elementwise("relu", x),
+    aten.stack.default: lambda tensors, dim=0: _cat([t.unsqueeze(dim) for t in tensors], dim),
     aten.sub.Tensor: functools.partial(_binary, "subtract"),
     aten._to_copy.default: _to_copy,
 } | {make: _constant(make) for make in (

@@ -83,7 +83,7 @@ class Side(torch.nn.Module):
         if position == "learned":
             self.position_embedding = nn.Embedding(config["context_length"] + self.offset, hidden)
         elif position == "sinusoidal":
-            self.position_embedding = nn.SinusoidalEmbedding(hidden)
+            self.position_embedding = nn.SinusoidalEmbedding(config["context_length"] + self.offset, hidden)
         else:
             self.relative_bias = nn.RelativeBias(config[f"{side}num_heads"], config["num_buckets"],
                                                  config["max_distance"], causal=decoder)  # fmt: skip
@@ -100,7 +100,8 @@ class Side(torch.nn.Module):
             x = x + self.position_embedding(positions + self.offset).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        bias = None if self.relative_bias is None else self.relative_bias(positions)
+        keys = None if caches is None else caches[0].capacity
+        bias = None if self.relative_bias is None else self.relative_bias(positions, keys)
         x, delta = self.dropout(x), None
         for i, block in enumerate(self.blocks):
             cache, source = (None if each is None else each[i] for each in (caches, sources))

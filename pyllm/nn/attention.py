@@ -73,7 +73,7 @@ class Attention(torch.nn.Module):
         if cache is not None and positions is not None:
             cache.write(positions, k, v)
             k, v, page_table = cache.keys, cache.values, cache.page_table
-            keys = page_table.shape[1] * PAGE_SIZE
+            keys = cache.capacity
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
             bias = self.slopes[:, None, None] * torch.arange(keys, dtype=torch.float32)
         dropout = self.dropout if self.training and cache is None else 0.0

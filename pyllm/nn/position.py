@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllm import ops
 from pyllm.nn.embedding import Embedding
 
 SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
@@ -77,7 +78,8 @@ class RelativeBias(Embedding):
     Near distances have a bucket each, farther ones share buckets that widen up to `max_distance`, and all beyond are in
     the last. Unless it is causal, half of the buckets are for keys that come after the query.
 
-    The queries' positions, (T,) or (B, T) -> (1 or B, num_heads, T, K), for keys at 0 to the last query's position.
+    The queries' positions, (T,) or (B, T) -> (1 or B, num_heads, T, keys), for keys at 0 to keys - 1, by default up to the
+    last query's position.
     """
 
     def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, *, causal: bool):
@@ -91,36 +93,32 @@ class RelativeBias(Embedding):
         after = torch.zeros_like(before) if causal else before + one_side
         self.buckets = torch.cat((before.flip(0), after[1:]))  # of the distances -max_distance to max_distance
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, keys: int | None = None) -> Tensor:
         positions = positions.view(-1, positions.shape[-1])
-        if (positions == positions[:1]).all():
-            positions = positions[:1]
-        distances = torch.arange(int(positions.max()) + 1) - positions[..., None]  # (1 or B, T, K)
-        buckets = self.buckets[distances.clamp(-self.max_distance, self.max_distance) + self.max_distance]
-        return super().forward(buckets).permute(0, 3, 1, 2).contiguous()
+        if keys is None:
+            keys = int(positions.max()) + 1
+        distances = torch.arange(keys) - positions[..., None]  # (1 or B, T, keys)
+        of_distance = super().forward(self.buckets)  # (2 max_distance + 1, heads)
+        clamped = distances.clamp(-self.max_distance, self.max_distance) + self.max_distance
+        return ops.embedding(clamped, of_distance).permute(0, 3, 1, 2).contiguous()
 
 
 class SinusoidalEmbedding(torch.nn.Module):
-    """Positions (...) -> (..., hidden_size): sines, then cosines, of ever lower frequencies (Vaswani et al., 2017,
-    https://arxiv.org/abs/1706.03762). Nothing is learned, and no position is too far."""
+    """Positions (...), below num_positions, -> (..., hidden_size): sines, then cosines, of ever lower frequencies
+    (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762). Nothing is learned."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, num_positions: int, hidden_size: int):
         super().__init__()
-        self.hidden_size = hidden_size
-        self.rows = torch.empty(0, hidden_size, device="cpu")
+        places = torch.arange(num_positions, dtype=torch.float64, device="cpu")[:, None]
+        halves = torch.arange(0, hidden_size, 2, dtype=torch.float64, device="cpu") / hidden_size
+        angles = places / 10000.0**halves
+        self.rows = torch.cat((angles.sin(), angles.cos()[:, : hidden_size // 2]), 1).float()
 
     def forward(self, positions: Tensor) -> Tensor:
-        known, needed = len(self.rows), int(positions.max()) + 1
-        if needed > known:
-            new = torch.arange(known, -(-needed // 64) * 64, dtype=torch.float64)[:, None]
-            halves = torch.arange(0, self.hidden_size, 2, dtype=torch.float64) / self.hidden_size
-            angles = new / 10000.0**halves
-            rows = torch.cat((angles.sin(), angles.cos()[:, : self.hidden_size // 2]), 1)
-            self.rows = torch.cat((self.rows, rows.float()))
-        return self.rows[positions]
+        return ops.embedding(positions, self.rows)
 
     def extra_repr(self) -> str:
-        return f"{self.hidden_size}"
+        return f"{self.rows.shape[0]}, {self.rows.shape[1]}"
 
 
 def _distance_buckets(count: int, max_distance: int) -> Tensor:

@@ -103,7 +103,7 @@ class TimeMix(torch.nn.Module):
         r, w, k, v, rate, removal = (t.unflatten(-1, (-1, self.head_dim)) for t in (r, w, k, v, rate, removal))
         removal = ops.rms_norm(removal, eps=1e-24 / self.head_dim) * self.head_dim**-0.5  # to length 1
         y, state = ops.wkv(r, w, k, v, -removal, removal * rate, state, lengths=lengths)
-        y = self.norm(y) + (r * k * self.bonus).sum(-1, keepdim=True) * v
+        y = self.norm(y) + ops.linear(r * k * self.bonus, r.new_ones(1, self.head_dim)) * v
         return self.out(y.flatten(2) * gate), first_value, last, state
 
     def extra_repr(self) -> str:

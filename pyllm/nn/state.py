@@ -59,6 +59,11 @@ class KeyValueCache:
     values: Tensor
     page_table: Tensor
 
+    @property
+    def capacity(self) -> int:
+        """The positions of a sequence that the table has room for."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
     def write(self, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v: (B, T, kv heads, head size) to positions (B, T)."""
         ops.write_pages(self.keys, k, self.page_table, positions)

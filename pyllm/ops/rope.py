@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyllm import _C
 
@@ -50,7 +51,7 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
 def _frequencies(theta: float, rotary: int) -> Tensor:
     if not theta > 0:
         raise ValueError(f"[rope] theta must be more than 0, but got {theta}")
-    with torch.inference_mode(False):  # a cached tensor must do for training too
+    with torch.inference_mode(False), _disable_current_modes():  # a cached tensor must do for training too
         return 1 / theta ** (torch.arange(0, max(rotary, 0), 2, dtype=torch.float32, device="cpu") / rotary)
 
 

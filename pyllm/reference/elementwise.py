@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_BINARY: dict[str, Callable] = {"add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "divide": torch.div}
+_BINARY: dict[str, Callable] = {"add": torch.add, "subtract": torch.sub, "multiply": torch.mul, "divide": torch.div,
+           "minimum": torch.minimum, "maximum": torch.maximum}  # fmt: skip
 
 
 def elementwise(kind: str, a: Tensor, b: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

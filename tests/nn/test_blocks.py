@@ -196,10 +196,10 @@ def test_relative_bias_has_the_buckets_of_t5(causal):
 
 def test_sinusoidal_embedding():
     for size in (8, 7):
-        block = nn.SinusoidalEmbedding(size)
+        block = nn.SinusoidalEmbedding(300, size)
         first, later = block(torch.arange(5)), block(torch.tensor([[200, 3]]))
         assert torch.equal(later[0, 1], first[3]) and torch.equal(
-            nn.SinusoidalEmbedding(size)(torch.tensor(200)), later[0, 0]
+            nn.SinusoidalEmbedding(201, size)(torch.tensor(200)), later[0, 0]
         )
         for i in range(size):
             j = i if i < (size + 1) // 2 else i - (size + 1) // 2

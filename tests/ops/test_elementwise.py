@@ -56,7 +56,7 @@ def test_any_dtype_is_copied_to_its_own(dtype, isa):
     assert torch.equal(out, x.permute(2, 1, 0))
 
 
-@pytest.mark.parametrize("kind", BINARY[:3])
+@pytest.mark.parametrize("kind", [*BINARY[:3], "minimum", "maximum"])
 def test_integers(kind, isa):
     a, b = torch.randint(-(2**62), 2**62, (5, 1)), torch.randint(-9, 9, (3,))
     assert torch.equal(ops.elementwise(kind, a, b), reference.elementwise(kind, a, b))  # overflow wraps as torch's
@@ -98,6 +98,7 @@ def test_errors():
         ("add", x, torch.randn(4), None, ValueError, "must broadcast"),
         ("add", x, x, torch.empty(3), ValueError, r"a must broadcast to \(3,\), but got \(2, 3\)"),
         ("add", i, torch.randn(3), None, TypeError, "of int64 alone"),
+        ("minimum", x, x, None, TypeError, "minimum must be of int64 alone"),
         ("divide", i, i, None, TypeError, "must be of float32"),
         ("copy", i, None, torch.empty(3), TypeError, "to the same dtype"),
     ):

@@ -77,9 +77,16 @@ template <Elementwise kKind>
 void int_row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int64_t begin, int64_t end) {
   const int last = a.ndim - 1;
   for (int64_t i = begin; i < end; i++) {
-    const auto p = reinterpret_cast<const uint64_t*>(x)[i * a.a_step[last]];  // unsigned: overflow wraps, as in torch
-    const auto q = reinterpret_cast<const uint64_t*>(y)[i * a.b_step[last]];
-    reinterpret_cast<uint64_t*>(out)[i * a.out_step[last]] = compute<kKind>(p, q);
+    const int64_t p = reinterpret_cast<const int64_t*>(x)[i * a.a_step[last]];
+    const int64_t q = reinterpret_cast<const int64_t*>(y)[i * a.b_step[last]];
+    int64_t r;
+    if constexpr (kKind == Elementwise::minimum)
+      r = std::min(p, q);
+    else if constexpr (kKind == Elementwise::maximum)
+      r = std::max(p, q);
+    else  // unsigned: overflow wraps, as in torch
+      r = static_cast<int64_t>(compute<kKind>(static_cast<uint64_t>(p), static_cast<uint64_t>(q)));
+    reinterpret_cast<int64_t*>(out)[i * a.out_step[last]] = r;
   }
 }
 
@@ -96,7 +103,9 @@ void row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int6
         default:
           return copy_row<uint8_t>(a, x, out, begin, end);
       }
-  if constexpr (kKind == Elementwise::add || kKind == Elementwise::subtract || kKind == Elementwise::multiply)
+  if constexpr (kKind == Elementwise::minimum || kKind == Elementwise::maximum)
+    return int_row<kKind>(a, x, y, out, begin, end);
+  else if constexpr (kKind == Elementwise::add || kKind == Elementwise::subtract || kKind == Elementwise::multiply)
     if (!floating(a.a_dtype)) return int_row<kKind>(a, x, y, out, begin, end);
   float_row<kKind>(a, x, y, out, begin, end);
 }
@@ -138,6 +147,10 @@ void elementwise(const ElementwiseArgs& a) {
       return walk<Elementwise::divide>(a);
     case Elementwise::relu:
       return walk<Elementwise::relu>(a);
+    case Elementwise::minimum:
+      return walk<Elementwise::minimum>(a);
+    case Elementwise::maximum:
+      return walk<Elementwise::maximum>(a);
   }
 }
 
