@@ -1,7 +1,8 @@
 """Running models: sampling settings, the generation loop, and the check that a model keeps the numerics contract."""
 
 from pyllm.engine.check import Difference, check
+from pyllm.engine.decoding import why_unrecorded
 from pyllm.engine.generation import generate, generate_ids
 from pyllm.engine.sampling import SamplingParams
 
-__all__ = ["Difference", "SamplingParams", "check", "generate", "generate_ids"]
+__all__ = ["Difference", "SamplingParams", "check", "generate", "generate_ids", "why_unrecorded"]

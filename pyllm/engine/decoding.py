@@ -70,3 +70,20 @@ def _many_at_once(program, sample, ids: Tensor, ended: Tensor, steps: int, stop_
             raise error
         steps -= program.steps_done
         count = max(1, min(2 * count, int(AT_ONCE / max(took, 1e-6))))
+
+
+@torch.no_grad()
+def why_unrecorded(model: Model) -> str | None:
+    """What keeps the model's step from being recorded, so that it decodes more slowly; None if nothing does."""
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        state, _, _ = model.begin(ids, torch.ones(1, dtype=torch.int64), 1)
+        with Recording():
+            model.head(model.hidden(ids, state)[:, 0])
+    except NotRecordable as reason:
+        return str(reason)
+    finally:
+        model.train(was_training)
+    return None

@@ -78,8 +78,8 @@ class RelativeBias(Embedding):
     Near distances have a bucket each, farther ones share buckets that widen up to `max_distance`, and all beyond are in
     the last. Unless it is causal, half of the buckets are for keys that come after the query.
 
-    The queries' positions, (T,) or (B, T) -> (1 or B, num_heads, T, keys), for keys at 0 to keys - 1, by default up to the
-    last query's position.
+    The queries' positions, (T,) or (B, T) -> (1 or B, num_heads, T, keys), for keys at 0 to keys - 1, by default
+    up to the last query's position.
     """
 
     def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, *, causal: bool):

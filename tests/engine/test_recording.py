@@ -3,7 +3,7 @@ import torch
 
 import pyllm
 from pyllm import ops
-from pyllm.engine import generate_ids
+from pyllm.engine import generate_ids, why_unrecorded
 from pyllm.engine.recording import NotRecordable, Recording
 
 
@@ -119,28 +119,108 @@ def test_generate_stops_where_each_row_has_and_keeps_what_came_before_an_error()
             program.generate(*bad, [])
 
 
-@pytest.fixture(params=["rnn", "gru", "lstm"])
+def decoder(**options):
+    return pyllm.Decoder(40, 32, 2, 4, num_kv_heads=2, context_length=80, **options)
+
+
+def encoder_decoder(**options):
+    return pyllm.EncoderDecoder(40, 32, 2, 4, context_length=80, **options)
+
+
+GPT2 = {"position": "learned", "norm": "layer_norm", "activation": "gelu", "bias": True, "qkv_bias": True}
+GEMMA = {"norm": "one_plus_rms_norm", "post_norms": True, "attention_softcap": 5.0, "logit_softcap": 3.0, "window": 8,
+         "window_layers": [0], "embedding_scale": 2.0, "activation": "geglu_tanh"}  # fmt: skip
+MODELS = {
+    "rnn": lambda: pyllm.LanguageModel(40, 16, 2, cell="rnn"),
+    "gru": lambda: pyllm.LanguageModel(40, 16, 2, cell="gru"),
+    "lstm": lambda: pyllm.LanguageModel(40, 16, 2, cell="lstm"),
+    "llama": decoder,
+    "llama in bfloat16": lambda: decoder().bfloat16(),
+    "llama in 8 bits": lambda: quantised("int8"),
+    "llama in 4 bits": lambda: quantised("int4"),
+    "gpt2": lambda: decoder(**GPT2),
+    "gemma2": lambda: decoder(**GEMMA),
+    "qwen3": lambda: decoder(head_norm=True),
+    "bloom": lambda: decoder(position="alibi", embedding_norm=True),
+    "neox": lambda: decoder(parallel_residual=True),
+    "rwkv": lambda: pyllm.RWKV(40, 32, 2, head_dim=16),
+    "t5": encoder_decoder,
+    "bart": lambda: encoder_decoder(position="learned", post_norm=True, embedding_norm=True, bias=True),
+    "marian": lambda: encoder_decoder(position="sinusoidal", forced_eos_id=3, suppressed_ids=[0]),
+}
+
+
+def quantised(weights):
+    model = decoder()
+    model.quantize(weights)
+    return model
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(request):
-    return pyllm.LanguageModel(40, 16, 2, cell=request.param).eval()
+    return request.param().eval()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0}, {"top_p": 0.8, "min_p": 0.01}, {"repetition_penalty": 1.3}]
-)
-def test_recorded_and_unrecorded_generation_draw_the_same(model, options, monkeypatch):
-    params = pyllm.SamplingParams(seed=5, **options)
+OPTIONS = [{}, {"temperature": 0}, {"top_p": 0.8, "min_p": 0.01}, {"repetition_penalty": 1.3}]
+
+
+def test_recorded_and_unrecorded_generation_draw_the_same(model, monkeypatch):
+    assert why_unrecorded(model) is None
     prompts = [[1, 2, 3], [4], [5, 6]]
 
-    def drawn():
-        return list(generate_ids(model, prompts, params, max_tokens=40, stop_ids=[7]))
-
-    replayed = []
-    monkeypatch.setattr("pyllm.engine.decoding.Recording", lambda: replayed.append(1) or Recording())
-    by_replay = drawn()
-    assert replayed
+    def drawn(options, threads=2):
+        before = pyllm.num_threads()
+        pyllm.set_num_threads(threads)
+        try:
+            params = pyllm.SamplingParams(seed=5, **options)
+            return list(generate_ids(model, prompts, params, max_tokens=70, stop_ids=[7]))
+        finally:
+            pyllm.set_num_threads(before)
 
     def refuse():
         raise NotRecordable("not now")
 
-    monkeypatch.setattr("pyllm.engine.decoding.Recording", refuse)
-    assert by_replay == drawn()
+    for options in OPTIONS:
+        by_replay = drawn(options)
+        assert by_replay == drawn(options, threads=1)
+        with monkeypatch.context() as patch:
+            patch.setattr("pyllm.engine.decoding.Recording", refuse)
+            assert by_replay == drawn(options)
+
+
+def test_logits_of_replays_are_those_of_the_whole_sequence(model):
+    """What is drawn might hide a difference in bits."""
+    ids = torch.randint(40, (2, 70))
+    source, lengths = torch.randint(1, 40, (2, 5)), torch.tensor([5, 5])
+    with torch.no_grad():
+        whole = model(pyllm.models.Pair(source, ids) if model.answers else ids)
+        state, _, _ = model.begin(source, lengths, 70)
+        now = ids[:, :1].clone()
+        with Recording() as program:
+            logits = model.head(model.hidden(now, state)[:, 0])
+        for step in range(70):
+            now.copy_(ids[:, step : step + 1])
+            program.run()
+            assert torch.equal(logits, whole[:, step]), step
+
+
+def test_a_model_with_foreign_operations_runs_unrecorded_and_says_why():
+    model = decoder(num_experts=4).train()
+    assert "_softmax cannot be recorded" in why_unrecorded(model)
+    assert model.training
+    ids = [i for (i,) in generate_ids(model, [[1, 2]], pyllm.SamplingParams(temperature=0), max_tokens=9)]
+    assert ids[0] == int(model.eval()(torch.tensor([[1, 2]]))[0, -1].argmax()) and len(ids) == 9
+
+
+def test_a_row_that_is_not_finite_ends_generation_with_what_came_before():
+    model = pyllm.LanguageModel(40, 16, 1, cell="gru").eval()
+    params = pyllm.SamplingParams(temperature=0)
+    expected = [i for (i,) in generate_ids(model, [[1]], params, max_tokens=30)]
+    poisoned = expected[-1]
+    first = expected.index(poisoned)
+    model.embedding.weight.data[poisoned] = float("nan")
+    steps, drawn = generate_ids(model, [[1]], params, max_tokens=30), []
+    with pytest.raises(ValueError, match=r"\[sample\]"):
+        for (i,) in steps:
+            drawn.append(i)
+    assert drawn == expected[: first + 1]
