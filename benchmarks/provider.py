@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,8 +68,8 @@ def measure(folder: Path, bits: str, batches: list[int]) -> dict[str, float]:
     began = time.perf_counter()
     model = pyllm.load(path, dtype=DTYPES.get(bits))[0]
     result = {"load_s": round(time.perf_counter() - began, 3)}
-    measures = {"prefill": lambda: prefill(model), "decode": lambda: decode(model, 1, 64)}
-    measures |= {f"decode{rows}": lambda rows=rows: decode(model, rows, 24) for rows in batches}
+    measures = {"prefill": partial(prefill, model), "decode": partial(decode, model, 1, 64)}
+    measures |= {f"decode{rows}": partial(decode, model, rows, 24) for rows in batches}
     for name, one in measures.items():
         one()
         result[name] = round(statistics.median(one() for _ in range(3)), 2)
