@@ -5,7 +5,7 @@
 namespace pyllm::cpu {
 
 void prefer_large_pages(void* p, int64_t bytes) {
-  constexpr int64_t kLeast = 32 << 20;
+  constexpr int64_t kLeast = 4 << 20;
   constexpr uintptr_t kPage = 2 << 20;
   if (bytes < kLeast) return;
 #ifdef MADV_HUGEPAGE

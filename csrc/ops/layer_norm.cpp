@@ -1,5 +1,6 @@
 #include "cpu/layer_norm.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -51,6 +52,8 @@ void norm_forward(const TensorView& x, const TensorView& residual, const TensorV
   if (mean.present()) check_statistic(op, "mean", mean, x);
   if (rstd.present()) check_statistic(op, "rstd", rstd, x);
   check(eps >= 0, "[", op, "] eps must be 0 or more, but got ", eps);
+  cpu::prefer_large_pages(y.data, y.numel() * size_of(y.dtype));
+  if (sum.present()) cpu::prefer_large_pages(sum.data, sum.numel() * size_of(sum.dtype));
   pyllm::norm_forward({centred, x.size(0), x.size(1), static_cast<float>(eps), x.dtype, weight.dtype, x.data,
                        residual.data, weight.data, bias.data, x.step(0), residual.present() ? residual.step(0) : 0,
                        y.data, sum.data, mean.as<float>(), rstd.as<float>()});
@@ -75,6 +78,7 @@ void norm_backward(const TensorView& dy, const TensorView& dsum, const TensorVie
     check_dtype(op, d == &dweight ? "dweight" : "dbias", *d, weight.dtype);
     check_writable(op, d == &dweight ? "dweight" : "dbias", *d);
   }
+  if (dh.present()) cpu::prefer_large_pages(dh.data, dh.numel() * size_of(dh.dtype));
   pyllm::norm_backward({centred, h.size(0), h.size(1), h.dtype, weight.dtype, dy.data, dsum.data, h.data, weight.data,
                         dy.step(0), dsum.present() ? dsum.step(0) : 0, h.step(0), mean.as<float>(), rstd.as<float>(),
                         dh.data, dweight.data, dbias.data});

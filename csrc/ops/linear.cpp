@@ -1,5 +1,6 @@
 #include "cpu/linear.h"
 
+#include "cpu/pages.h"
 #include "ops/ops.h"
 
 namespace pyllm::ops {
@@ -31,6 +32,7 @@ void linear(const TensorView& x, const TensorView& weight, const TensorView& bia
   check(y.numel() == rows.count * n, "[linear] y must have ", rows.count, " rows, but got shape ", y.shape_text());
   check_contiguous(op, "y", y);
   check_writable(op, "y", y);
+  cpu::prefer_large_pages(y.data, y.numel() * size_of(y.dtype));
   pyllm::matmul({rows.count, n, k, x.data, weight.data, bias.data, y.data, x.dtype, x.dtype, x.dtype, x.dtype,
                  rows.step[0], x.step(-1), packed ? 0 : weight.step(1), packed ? 0 : weight.step(0), packed});
 }
@@ -62,6 +64,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, co
     check_shape(op, "bias", bias, b.size(1));
     check_contiguous(op, "bias", bias);
   }
+  cpu::prefer_large_pages(c.data, c.numel() * size_of(c.dtype));
   pyllm::matmul({a.size(0), b.size(1), a.size(1), a.data, b.data, bias.data, c.data, a.dtype, b.dtype, bias.dtype,
                  c.dtype, a.step(0), a.step(1), b.step(0), b.step(1)});
 }

@@ -25,10 +25,9 @@ template <Activation kKind>
 VEC V activate(V x, V* slope) {
   if constexpr (kKind == Activation::gelu) {
     V bell;
-    const V tail = normal_tail(abs(x), bell);
-    const V below = x < 0.0f ? tail : 1.0f - tail;
-    if (slope) *slope = fma(x * 0.39894228040143268f, bell, below);
-    return x * below;
+    const V a = min(set(14.0f), abs(x)), tail = normal_tail(a, bell);  // beyond, the tail is 0
+    if (slope) *slope = fma(x * 0.39894228040143268f, bell, x < 0.0f ? tail : 1.0f - tail);
+    return fma(-a, tail, max(V{}, x));
   } else if constexpr (kKind == Activation::gelu_tanh) {
     constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;  // 2 sqrt(2 / pi)
     const V c = within(x, 13.0f), z = c * c;                          // beyond, the sigmoid is 0 or 1

@@ -8,6 +8,8 @@
 namespace pyllm::ISA {
 namespace {
 
+constexpr int64_t kGroup = 4;  // panels packed together
+
 // A W x W block of a matrix whose columns lie along memory, `column_step` apart: rows[l] is its row l.
 template <class T>
 VEC void load_transposed(const T* p, int64_t column_step, V* rows) {
@@ -20,24 +22,9 @@ VEC void load_transposed(const T* p, int64_t column_step, int64_t height, int64_
   transpose(rows);
 }
 
-// Rows k0..k0+count of one panel, columns from `column` on (those beyond n are zeros), to out[count][kPanel]. The same of
-// the panel `ahead` columns on is fetched meanwhile.
+// `count` rows of a panel of columns that do not lie side by side; the columns `next` elements on are fetched meanwhile.
 template <class T>
-void pack_panel(const Matrix& b, int64_t n, int64_t column, int64_t k0, int64_t count, float* out,
-                int64_t ahead = kPanel) {
-  const T* source = static_cast<const T*>(b.data) + k0 * b.row_step + column * b.column_step;
-  const int64_t columns = std::min(kPanel, n - column);
-  const int64_t next = ahead * b.column_step;
-  if (b.column_step == 1) {
-    for (int64_t k = 0; k < count; k++, source += b.row_step, out += kPanel) {
-      __builtin_prefetch(source + next);
-      for (int64_t j = 0; j < kPanel; j += W) {
-        const int64_t left = columns - j;
-        store(out + j, left >= W ? load(source + j) : left > 0 ? load_n(source + j, left) : V{});
-      }
-    }
-    return;
-  }
+void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t next, int64_t count, float* out) {
   for (int64_t j = 0; j < kPanel; j += W) {
     const int64_t live = std::clamp<int64_t>(columns - j, 0, W);
     const T* corner = source + j * b.column_step;
@@ -64,13 +51,38 @@ void pack_panel(const Matrix& b, int64_t n, int64_t column, int64_t k0, int64_t 
   }
 }
 
+// Rows k0..k0+count of the panels of columns column..end (those beyond n are zeros), each to [count][kPanel], panel_step
+// apart. Rows that lie along memory are read whole, a few of them ahead; of columns, the next panels' are fetched.
+template <class T>
+void pack_panels(const Matrix& b, int64_t n, int64_t column, int64_t end, int64_t k0, int64_t count, float* out,
+                 int64_t panel_step) {
+  const T* source = static_cast<const T*>(b.data) + k0 * b.row_step + column * b.column_step;
+  const int64_t next = (end - column) * b.column_step;
+  if (b.column_step == 1) {
+    constexpr int64_t kAhead = 8;
+    for (int64_t k = 0; k < count; k++, source += b.row_step, out += kPanel) {
+      const T* from = source;
+      float* to = out;
+      for (int64_t left = n - column; left > n - end; left -= kPanel, from += kPanel, to += panel_step) {
+        __builtin_prefetch(from + kAhead * b.row_step);
+        for (int64_t j = 0; j < kPanel; j += W)
+          store(to + j, left - j >= W ? load(from + j) : left > j ? load_n(from + j, left - j) : V{});
+      }
+    }
+    return;
+  }
+  for (; column < end; column += kPanel, source += kPanel * b.column_step, out += panel_step)
+    pack_panel_down(b, source, std::min(kPanel, n - column), next, count, out);
+}
+
 }  // namespace
 
 void pack(const Matrix& b, int64_t n, int64_t k, float* out) {
-  parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+  parallel_for((n + kPanel - 1) / kPanel, kGroup, [&](int64_t begin, int64_t end) {
     with_dtype(b.dtype, [&](auto* tag) {
-      for (int64_t p = begin; p < end; p++)
-        pack_panel<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, 0, k, out + p * kPanel * k);
+      for (int64_t p = begin; p < end; p += kGroup)
+        pack_panels<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, std::min(p + kGroup, end) * kPanel, 0, k,
+                                                          out + p * kPanel * k, kPanel * k);
     });
   });
 }
@@ -82,7 +94,7 @@ void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
       for (int64_t p = begin; p < end; p++)
         for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
           const int64_t count = std::min(kBlockK, k - k0);
-          pack_panel<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, k0, count, wide);
+          pack_panels<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, (p + 1) * kPanel, k0, count, wide, 0);
           for (int64_t i = 0; i < count * kPanel; i += W)
             store(static_cast<decltype(tag)>(out) + (p * k + k0) * kPanel + i, load(wide + i));
         }
@@ -318,8 +330,10 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   });
 }
 
+// Rows of A that are short enough are as good as a copy.
+bool reads_in_place(const Product& p) { return p.a.column_step == 1 && p.a.dtype == DType::f32 && p.a.row_step < 1000; }
+
 constexpr int64_t kRowFloats = 3 << 16;                             // of A's copy: a share of the second-level cache
-constexpr int64_t kGroup = 4;                                       // panels packed together
 constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A that go past one panel
 
 }  // namespace
@@ -331,8 +345,7 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
   const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
   const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);
-  // Rows of A that are short enough are as good as a copy.
-  const bool in_place = rows_apart && p.a.dtype == DType::f32 && p.a.row_step < 1000;
+  const bool in_place = reads_in_place(p);
   const int64_t a_row = in_place ? p.a.row_step : kBlockK;
   const int64_t deep = in_place ? blocks : std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
   const int64_t copied = in_place ? 0 : deep * max_tiles * kTileFloats;
@@ -375,14 +388,11 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
             const int64_t end = std::min(group + kGroup * kPanel, right);
             if (!p.packed)
               with_dtype(p.b.dtype, [&](auto* tag) {
-                for (int64_t j = group; j < end; j += kPanel) {
-                  float* panel = panels + (j - group) * kBlockK;
-                  if (p.packed_narrow)
-                    as_floats(static_cast<decltype(tag)>(const_cast<void*>(p.packed_narrow)) + j * p.k + k0 * kPanel,
-                              p.b.dtype, count * kPanel, panel);
-                  else
-                    pack_panel<std::remove_pointer_t<decltype(tag)>>(p.b, p.n, j, k0, count, panel, kGroup * kPanel);
-                }
+                using T = std::remove_pointer_t<decltype(tag)>;
+                const T* narrow = static_cast<const T*>(p.packed_narrow);
+                if (!narrow) pack_panels<T>(p.b, p.n, group, end, k0, count, panels, kPanel * kBlockK);
+                for (int64_t j = group; narrow && j < end; j += kPanel)
+                  as_floats(narrow + j * p.k + k0 * kPanel, p.b.dtype, count * kPanel, panels + (j - group) * kBlockK);
               });
             for (int64_t j = group; j < end; j += kPanel) {
               const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - group) * kBlockK;
@@ -405,7 +415,8 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   }
 }
 
-// Equal pieces for the threads, of the shape that packs least.
+// Equal pieces for the threads, of the shape that packs least: the more pieces the sooner a thread that was late is helped,
+// but each copies its share of A and B anew.
 void product(const Product& p) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t threads = p.m * p.n * p.k < 1 << 15 ? 1 : cpu::num_threads();
@@ -415,7 +426,8 @@ void product(const Product& p) {
       const int64_t across = count / down;
       const int64_t h = round_up((p.m + down - 1) / down, kTile), w = round_up((p.n + across - 1) / across, kPanel);
       const int64_t pieces = ((p.m + h - 1) / h) * ((p.n + w - 1) / w), rounds = (pieces + threads - 1) / threads;
-      const int64_t cost = (8 * rounds + 1) * (std::min(h, p.m) * std::min(w, p.n) + 8 * w + 4 * h + 512);
+      const int64_t packed = 12 * w * ((h + kMaxRows - 1) / kMaxRows) + (reads_in_place(p) ? 4 : 12) * h;
+      const int64_t cost = (32 * rounds + 1) * (std::min(h, p.m) * std::min(w, p.n) + packed + 512);
       if (cost < best) best = cost, height = h, width = w;
     }
   const int64_t across = (p.n + width - 1) / width, pieces = (p.m + height - 1) / height * across;

@@ -1,7 +1,8 @@
 // Layer norm and rms norm, one kernel. A row is small enough to stay in the first-level cache, so its mean, its variance
-// about that mean (two passes, no cancellation) and its output are three walks over it, and memory sees it once. Threads
-// take rows. The weights are widened to float once a call. Gradients of the weights are summed by fixed blocks of rows,
-// then over blocks in order, so that they do not depend on the number of threads.
+// about that mean (two passes, no cancellation) and its output are three walks over it, and memory sees it once: with
+// AVX2 that is as fast as the third-level cache gives and takes rows. Threads take rows. The weights are widened to float
+// once a call. Gradients of the weights are summed by fixed blocks of rows, then over blocks in order, so that they do
+// not depend on the number of threads.
 #include "cpu/layer_norm.h"
 
 #include <type_traits>
@@ -11,24 +12,21 @@
 namespace pyllm::ISA {
 namespace {
 
-// sum over i of f(i, lanes), in four interleaved partial sums: the order depends on `cols` alone.
-template <class F>
-float reduce(int64_t cols, const F& f) {
-  V s0{}, s1{}, s2{}, s3{};
+// The mean over i of each row's f(row, sum, i, lanes), in four interleaved partial sums: the order depends on `cols` alone.
+template <int R, class F>
+VEC void means(int64_t cols, float* out, const F& f) {
+  V s[R][4] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= cols; i += 4 * W) {
-    s0 = f(s0, i, W);
-    s1 = f(s1, i + W, W);
-    s2 = f(s2, i + 2 * W, W);
-    s3 = f(s3, i + 3 * W, W);
-  }
-  for (; i + W <= cols; i += W) s0 = f(s0, i, W);
-  if (i < cols) s1 = f(s1, i, cols - i);
-  return sum((s0 + s1) + (s2 + s3));
+  for (; i + 4 * W <= cols; i += 4 * W)
+    UNROLL for (int part = 0; part < 4; part++) UNROLL for (int r = 0; r < R; r++) s[r][part] =
+        f(r, s[r][part], i + part * W, W);
+  for (; i + W <= cols; i += W) UNROLL for (int r = 0; r < R; r++) s[r][0] = f(r, s[r][0], i, W);
+  if (i < cols) UNROLL for (int r = 0; r < R; r++) s[r][1] = f(r, s[r][1], i, cols - i);
+  UNROLL for (int r = 0; r < R; r++) out[r] = sum((s[r][0] + s[r][1]) + (s[r][2] + s[r][3])) / cols;
 }
 
 template <class F>
-void each(int64_t cols, const F& f) {
+VEC void each(int64_t cols, const F& f) {
   int64_t i = 0;
   for (; i + W <= cols; i += W) f(i, W);
   if (i < cols) f(i, cols - i);
@@ -36,73 +34,108 @@ void each(int64_t cols, const F& f) {
 
 int64_t grain_for(int64_t cols) { return cols >= 16384 ? 1 : 16384 / (cols + 1) + 1; }
 
-template <bool kCentred, class T>
-void forward_row(const NormArgs& a, const float* weight, const float* bias, int64_t row) {
+// R rows from `row` on: two at a time where both stay in the first-level cache, so that one's sums need not wait for the
+// other's, and the weights (backward: their gradients) cross the registers once for both.
+template <bool kCentred, class T, int R>
+void forward_rows(const NormArgs& a, const float* weight, const float* bias, int64_t row) {
   const int64_t cols = a.cols;
-  const T* h = reinterpret_cast<const T*>(a.x) + row * a.x_stride;
-  if (a.residual) {
-    const T* r = reinterpret_cast<const T*>(a.residual) + row * a.residual_stride;
-    T* s = reinterpret_cast<T*>(a.sum) + row * cols;
-    each(cols, [&](int64_t i, int64_t n) { write(s + i, get(h + i, n) + get(r + i, n), n); });
-    h = s;
+  const T* h[R];
+  T* y[R];
+  for (int r = 0; r < R; r++) {
+    h[r] = reinterpret_cast<const T*>(a.x) + (row + r) * a.x_stride;
+    y[r] = reinterpret_cast<T*>(a.y) + (row + r) * cols;
+    if (!a.residual) continue;
+    const T* other = reinterpret_cast<const T*>(a.residual) + (row + r) * a.residual_stride;
+    T* s = reinterpret_cast<T*>(a.sum) + (row + r) * cols;
+    each(cols, [&](int64_t i, int64_t n) { write(s + i, get(h[r] + i, n) + get(other + i, n), n); });
+    h[r] = s;
   }
-  float mean = 0;
-  if (kCentred) mean = reduce(cols, [&](V s, int64_t i, int64_t n) { return s + get(h + i, n); }) / cols;
-  const V m = set(mean);
-  const float variance = reduce(cols,
-                                [&](V s, int64_t i, int64_t n) {
-                                  V d = get(h + i, n) - m;
-                                  if (n != W) d = keep(d, n, 0);
-                                  return fma(d, d, s);
-                                }) /
-                         cols;
-  const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
-  if (a.rstd) a.rstd[row] = rstd;
-  if (kCentred && a.mean) a.mean[row] = mean;
-  const V r = set(rstd);
-  T* y = reinterpret_cast<T*>(a.y) + row * cols;
-  each(cols, [&](int64_t i, int64_t n) {
-    V v = (get(h + i, n) - m) * r;
-    if (weight) v = v * get(weight + i, n);
-    if (bias) v = v + get(bias + i, n);
-    write(y + i, v, n);
+  float mean[R] = {}, variance[R];
+  if (kCentred)
+    means<R>(cols, mean,
+             [&](int r, V s, int64_t i, int64_t n) __attribute__((always_inline)) { return s + get(h[r] + i, n); });
+  V m[R], scale[R];
+  UNROLL for (int r = 0; r < R; r++) m[r] = set(mean[r]);
+  means<R>(cols, variance, [&](int r, V s, int64_t i, int64_t n) __attribute__((always_inline)) {
+    V d = get(h[r] + i, n) - m[r];
+    if (n != W) d = keep(d, n, 0);
+    return fma(d, d, s);
+  });
+  UNROLL for (int r = 0; r < R; r++) {
+    const float rstd = 1.0f / __builtin_sqrtf(variance[r] + a.eps);
+    scale[r] = set(rstd);
+    if (a.rstd) a.rstd[row + r] = rstd;
+    if (kCentred && a.mean) a.mean[row + r] = mean[r];
+  }
+  each(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const V w = weight ? get(weight + i, n) : V{}, b = bias ? get(bias + i, n) : V{};
+    UNROLL for (int r = 0; r < R; r++) {
+      V v = (get(h[r] + i, n) - m[r]) * scale[r];
+      if (weight) v = v * w;
+      if (bias) v = v + b;
+      write(y[r] + i, v, n);
+    }
   });
 }
 
-template <bool kCentred, class T>
-void backward_row(const NormBackwardArgs& a, const float* weight, int64_t row, float* dweight, float* dbias) {
+template <bool kCentred, class T, int R>
+void backward_rows(const NormBackwardArgs& a, const float* weight, int64_t row, float* dweight, float* dbias) {
   const int64_t cols = a.cols;
-  const T* dy = reinterpret_cast<const T*>(a.dy) + row * a.dy_stride;
-  const T* h = reinterpret_cast<const T*>(a.h) + row * a.h_stride;
-  const V m = set(kCentred ? a.mean[row] : 0.0f), r = set(a.rstd[row]);
-  const auto weighted = [&](int64_t i, int64_t n) {
-    const V g = get(dy + i, n);
-    return weight ? g * get(weight + i, n) : g;
-  };
-  // One walk for all the sums over this row and for this row's share of the weights' gradients, one for the result.
-  V along_sums[4] = {}, level_sums[4] = {};
-  const auto add = [&](int part, int64_t i, int64_t n) {
-    const V g = get(dy + i, n), x = (get(h + i, n) - m) * r, w = weight ? g * get(weight + i, n) : g;
-    along_sums[part] = fma(w, x, along_sums[part]);
-    if (kCentred) level_sums[part] = level_sums[part] + w;
-    if (dweight) write(dweight + i, fma(g, x, get(dweight + i, n)), n);
-    if (dbias) write(dbias + i, g + get(dbias + i, n), n);
+  const T *dy[R], *h[R];
+  V m[R], scale[R];
+  UNROLL for (int r = 0; r < R; r++) {
+    dy[r] = reinterpret_cast<const T*>(a.dy) + (row + r) * a.dy_stride;
+    h[r] = reinterpret_cast<const T*>(a.h) + (row + r) * a.h_stride;
+    m[r] = set(kCentred ? a.mean[row + r] : 0.0f);
+    scale[r] = set(a.rstd[row + r]);
+  }
+  // One walk for all the sums over these rows and for their share of the weights' gradients, one for the result.
+  V along_sums[R][2] = {}, level_sums[R][2] = {};
+  const auto add = [&](int part, int64_t i, int64_t n) __attribute__((always_inline)) {
+    const V w = weight ? get(weight + i, n) : V{};
+    V dw = dweight ? get(dweight + i, n) : V{}, db = dbias ? get(dbias + i, n) : V{};
+    UNROLL for (int r = 0; r < R; r++) {
+      const V g = get(dy[r] + i, n), x = (get(h[r] + i, n) - m[r]) * scale[r], weighted = weight ? g * w : g;
+      along_sums[r][part] = fma(weighted, x, along_sums[r][part]);
+      if (kCentred) level_sums[r][part] = level_sums[r][part] + weighted;
+      dw = fma(g, x, dw);
+      db = db + g;
+    }
+    if (dweight) write(dweight + i, dw, n);
+    if (dbias) write(dbias + i, db, n);
   };
   int64_t i = 0;
-  for (; i + 4 * W <= cols; i += 4 * W) UNROLL for (int part = 0; part < 4; part++) add(part, i + part * W, W);
-  for (; i + W <= cols; i += W) add(0, i, W);
+  for (; i + 2 * W <= cols; i += 2 * W) UNROLL for (int part = 0; part < 2; part++) add(part, i + part * W, W);
+  if (i + W <= cols) add(0, i, W), i += W;
   if (i < cols) add(1, i, cols - i);
   if (!a.dh) return;
-  const auto mean_of = [&](const V* s) { return sum((s[0] + s[1]) + (s[2] + s[3])) / cols; };
-  const float along = mean_of(along_sums), level = kCentred ? mean_of(level_sums) : 0.0f;
-  const V c = set(along), l = set(level);
-  const T* dsum = a.dsum ? reinterpret_cast<const T*>(a.dsum) + row * a.dsum_stride : nullptr;
-  T* dh = reinterpret_cast<T*>(a.dh) + row * cols;
-  each(cols, [&](int64_t i, int64_t n) {
-    V g = (weighted(i, n) - fma((get(h + i, n) - m) * r, c, l)) * r;
-    if (dsum) g = g + get(dsum + i, n);
-    write(dh + i, g, n);
+  V along[R], level[R];
+  const T* dsum[R];
+  T* dh[R];
+  UNROLL for (int r = 0; r < R; r++) {
+    along[r] = set(sum(along_sums[r][0] + along_sums[r][1]) / cols);
+    level[r] = set(kCentred ? sum(level_sums[r][0] + level_sums[r][1]) / cols : 0.0f);
+    dsum[r] = reinterpret_cast<const T*>(a.dsum) + (a.dsum ? (row + r) * a.dsum_stride : 0);
+    dh[r] = reinterpret_cast<T*>(a.dh) + (row + r) * cols;
+  }
+  each(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const V w = weight ? get(weight + i, n) : V{};
+    UNROLL for (int r = 0; r < R; r++) {
+      const V g = get(dy[r] + i, n), x = (get(h[r] + i, n) - m[r]) * scale[r], weighted = weight ? g * w : g;
+      V d = (weighted - fma(x, along[r], level[r])) * scale[r];
+      if (a.dsum) d = d + get(dsum[r] + i, n);
+      write(dh[r] + i, d, n);
+    }
   });
+}
+
+// rows(row, R) over begin..end.
+template <class T, class F>
+VEC void by_twos(int64_t begin, int64_t end, int64_t cols, const F& rows) {
+  int64_t row = begin;
+  if (cols * sizeof(T) <= 4096)
+    for (; row + 2 <= end; row += 2) rows(row, std::integral_constant<int, 2>());
+  for (; row < end; row++) rows(row, std::integral_constant<int, 1>());
 }
 
 template <bool kCentred, class T>
@@ -111,7 +144,8 @@ void forward(const NormArgs& a) {
   const float* weight = a.weight ? as_floats(a.weight, a.weight_dtype, a.cols, buffer) : nullptr;
   const float* bias = a.bias ? as_floats(a.bias, a.weight_dtype, a.cols, buffer + a.cols) : nullptr;
   parallel_for(a.rows, grain_for(a.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) forward_row<kCentred, T>(a, weight, bias, row);
+    by_twos<T>(begin, end, a.cols,
+               [&](int64_t row, auto count) { forward_rows<kCentred, T, count>(a, weight, bias, row); });
   });
 }
 
@@ -130,8 +164,8 @@ void backward(const NormBackwardArgs& a) {
       if (dweight) std::memset(dweight, 0, cols * sizeof(float));
       if (dbias) std::memset(dbias, 0, cols * sizeof(float));
       const int64_t last = (block + 1) * per_block < a.rows ? (block + 1) * per_block : a.rows;
-      for (int64_t row = block * per_block; row < last; row++)
-        backward_row<kCentred, T>(a, weight, row, dweight, dbias);
+      by_twos<T>(block * per_block, last, cols,
+                 [&](int64_t row, auto count) { backward_rows<kCentred, T, count>(a, weight, row, dweight, dbias); });
     }
   });
   const auto total = [&](const float* partial, char* out) {

@@ -29,10 +29,11 @@ void pack_weight(const PackWeightArgs& a) {
     pack_narrow(b, a.n, a.k, a.panels);
 }
 
-// Threads take strips of columns; a column is summed by blocks of 64 rows, then over the blocks, in order.
+// Threads take strips of columns, whose rows lie too far apart for the processor to foresee. A column is summed by blocks
+// of 64 rows, then over the blocks, in order.
 void column_sum(const ColumnSumArgs& a) {
-  constexpr int kVectors = 4;
-  constexpr int64_t kStrip = kVectors * W;
+  constexpr int kVectors = W == 16 ? 4 : 8;
+  constexpr int64_t kStrip = kVectors * W, kAhead = 16;
   with_dtype(a.dtype, [&](auto* tag) {
     const auto* source = reinterpret_cast<decltype(tag)>(const_cast<char*>(a.a));
     parallel_for((a.n + kStrip - 1) / kStrip, std::max<int64_t>(1, 8192 / (a.m + 1)), [&](int64_t begin, int64_t end) {
@@ -41,9 +42,12 @@ void column_sum(const ColumnSumArgs& a) {
           V total[kCount] = {};
           for (int64_t i0 = 0; i0 < a.m; i0 += 64) {
             V s[kCount] = {};
-            for (int64_t i = i0; i < std::min(i0 + 64, a.m); i++)
+            for (int64_t i = i0; i < std::min(i0 + 64, a.m); i++) {
+              for (int v = 0; v < kCount; v += 64 / sizeof(*source) / W)
+                __builtin_prefetch(source + (i + kAhead) * a.a_row + at + v * W);
               UNROLL for (int v = 0; v < kCount; v++) s[v] =
                   s[v] + get(source + i * a.a_row + at + v * W, kCount == 1 ? n : W);
+            }
             UNROLL for (int v = 0; v < kCount; v++) total[v] = total[v] + s[v];
           }
           with_dtype(a.sums_dtype, [&](auto* out) {

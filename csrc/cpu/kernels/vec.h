@@ -72,8 +72,28 @@ VEC V fma(V a, V b, V c) {  // a * b + c, rounded once where the instruction set
   return a * b + c;
 #endif
 }
-VEC V max(V a, V b) { return a > b ? a : b; }  // b where either is NaN
-VEC V min(V a, V b) { return a < b ? a : b; }
+VEC V max(V a, V b) {  // a > b ? a : b, so b where either is NaN: the compiler would compare and blend
+#if __AVX512F__
+  return _mm512_max_ps(a, b);
+#elif __AVX2__ && ISA_AVX2
+  return _mm256_max_ps(a, b);
+#elif __SSE2__ && !ISA_AVX512
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+VEC V min(V a, V b) {
+#if __AVX512F__
+  return _mm512_min_ps(a, b);
+#elif __AVX2__ && ISA_AVX2
+  return _mm256_min_ps(a, b);
+#elif __SSE2__ && !ISA_AVX512
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 VEC V abs(V x) { return as_float(as_int(x) & 0x7fffffff); }
 VEC V copysign(V x, V sign) { return as_float((as_int(x) & 0x7fffffff) | (as_int(sign) & INT32_MIN)); }
 VEC V sqrt(V x) {
@@ -299,13 +319,14 @@ VEC void put(T* p, float x) {
   store_n(p, set(x), 1);
 }
 
-// exp(x) = p * 2^n for x in [-104, 89]: p, with n in `power`.
-VEC V exp_parts(V x, VI& power) {
+// x less `power` times log(2), the nearest such multiple, for x in [-104, 89].
+VEC V less_powers(V x, VI& power) {
   const V shifted = fma(x, set(1.44269504088896341f), set(12582912.0f));  // the nearest integer sits in the low bits
   power = as_int(shifted) - as_int(set(12582912.0f));
   const V k = shifted - 12582912.0f;
-  V r = fma(k, set(-0.693145751953125f), x);
-  r = fma(k, set(-1.42860682030941723212e-6f), r);
+  return fma(k, set(-1.42860682030941723212e-6f), fma(k, set(-0.693145751953125f), x));
+}
+VEC V exp_near_zero(V r) {  // |r| at most about log(2) / 2
   V p = set(1.9875691500e-4f);
   p = fma(p, r, set(1.3981999507e-3f));
   p = fma(p, r, set(8.3334519073e-3f));
@@ -314,6 +335,8 @@ VEC V exp_parts(V x, VI& power) {
   p = fma(p, r, set(5.0000001201e-1f));
   return fma(p, r * r, r) + 1.0f;
 }
+// exp(x) = p * 2^n: p, with n in `power`.
+VEC V exp_parts(V x, VI& power) { return exp_near_zero(less_powers(x, power)); }
 
 // exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
 VEC V exp(V x) {
@@ -396,13 +419,14 @@ VEC void sincos(VD angle, V& sine, V& cosine) {
   cosine = as_float(as_int(select(swapped, s, c)) ^ (((quarter + 1) & 2) << 30));
 }
 
-// The standard normal distribution's mass beyond a >= 0, and bell = exp(-a^2 / 2). The tail is the bell times a
+// The standard normal distribution's mass beyond a, 0 <= a <= 14, and bell = exp(-a^2 / 2). The tail is the bell times a
 // polynomial in 1 / (1 + c a), fitted for the least largest relative error: it keeps its digits until it is 0.
 VEC V normal_tail(V a, V& bell) {
-  a = min(set(14.0f), a);
   const V square = a * a, rest = fma(a, a, -square);  // what rounding the square lost would cost the bell digits
-  bell = exp_nonpositive(-0.5f * square);
-  bell = fma(bell, -0.5f * rest, bell);
+  VI n;
+  bell = exp_near_zero(fma(rest, set(-0.5f), less_powers(-0.5f * square, n)));
+  n = n + 127;
+  bell = bell * as_float((n > 0 ? n : VI{}) << 23);
   const V t = 1.0f / fma(a, set(0.35355339f), set(1.0f));
   V p = set(-0.0295343697f);
   p = fma(p, t, set(0.1422870177f));
