@@ -1,6 +1,5 @@
 """Checkpoint folders: written whole or not at all, checked before they are believed."""
 
-from pyllm.checkpoint.description import describe
 from pyllm.checkpoint.files import CheckpointError
 from pyllm.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint
 from pyllm.checkpoint.loading import load, save
@@ -13,7 +12,6 @@ Model.exporter = export  # for Model.save
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "describe",
     "export",
     "load",
     "load_checkpoint",

@@ -17,12 +17,20 @@ def bench(
     csv: Annotated[Path | None, Option(help="Put the figures into this file.")] = None,
     picture: Annotated[Path | None, Option(help="Draw the ratios as a PNG.")] = None,
     table: Annotated[Path | None, Option(help="Measure nothing; print this CSV file's figures in Markdown.")] = None,
+    batch: Annotated[list[int] | None, Option(help="generate: sequences decoded together, too.", min=1)] = None,
     seconds: Annotated[float | None, Option(help="For each case. Default: 0.4, or 1 with --full.", min=0)] = None,
     threads: Threads = None,
 ):
-    """Time each compiled operation beside torch."""
+    """Time each compiled operation beside torch; or, by `generate`, whole models beside other engines."""
     from pyllm import benchmarks
+    from pyllm.benchmarks import generation
 
+    if ops == ["generate"]:
+        if table is not None:
+            sys.stdout.write(generation.markdown(generation.load(table)))
+        else:
+            generation.run(only=only, batches=batch or (), csv=csv)
+        return
     if table is not None:
         sys.stdout.write(benchmarks.markdown(benchmarks.load(table), benchmarks.cases(ops or [], only=only)))
         return

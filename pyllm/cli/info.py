@@ -8,8 +8,8 @@ from rich.table import Table
 from typer import Argument
 
 import pyllm
-from pyllm.checkpoint import describe
 from pyllm.cli.app import app, out
+from pyllm.engine import describe
 
 
 @app.command()
@@ -53,6 +53,7 @@ def _description(facts: dict[str, Any]) -> Table:
         "stored as": ", ".join(f"{kind} ({count})" for kind, count in (facts["stored"] or {}).items()),
         "context": "no limit" if facts["context"] is None else f"{facts['context']:,}",
         "tokenizer": text,
+        "each step": f"runs in Python: {facts['unrecorded']}" if facts["unrecorded"] else "",
         "on disk": decimal(facts["disk"]),
         "in memory": decimal(facts["memory"]),
         "peak while loading": f"{decimal(facts['peak'])}, {facts['peak'] / whole:.2f} of {of}",

@@ -2,7 +2,8 @@
 
 from pyllm.engine.check import Difference, check
 from pyllm.engine.decoding import why_unrecorded
+from pyllm.engine.description import describe
 from pyllm.engine.generation import generate, generate_ids
 from pyllm.engine.sampling import SamplingParams
 
-__all__ = ["Difference", "SamplingParams", "check", "generate", "generate_ids", "why_unrecorded"]
+__all__ = ["Difference", "SamplingParams", "check", "describe", "generate", "generate_ids", "why_unrecorded"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import pyllm
-from pyllm.checkpoint import CheckpointError, describe, saving
+from pyllm.checkpoint import CheckpointError, saving
+from pyllm.engine import describe
 
 ALLOWED = 2 << 20  # bytes beyond 5 %, for what is held whatever the size
 HIDDEN, INNER, LAYERS, HEADS, VOCAB = 320, 1024, 4, 5, 4000
@@ -71,6 +72,12 @@ def test_a_checkpoint_of_our_own_is_described(tmp_path):
     assert found["config"] == model.config and found["dtypes"] == {"float32": model.num_parameters()}
     assert found["tokenizer"]["vocabulary"] == tokenizer.vocab_size
     assert found["tokenizer"]["eos"] == ["<|endoftext|>"] and found["tokenizer"]["bos"] is None
+    assert found["unrecorded"] is None
+
+
+def test_why_a_step_is_not_recorded_is_said(tmp_path):
+    pyllm.save(pyllm.Decoder(20, 16, 1, 2, num_experts=2), tmp_path)
+    assert "softmax cannot be recorded" in describe(tmp_path)["unrecorded"]
 
 
 def test_what_cannot_be_loaded_is_the_error_that_loading_gives(tmp_path):

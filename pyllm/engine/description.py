@@ -21,6 +21,7 @@ from pyllm.checkpoint.gguf import open_gguf
 from pyllm.checkpoint.hub import download
 from pyllm.checkpoint.loading import load
 from pyllm.checkpoint.saving import export
+from pyllm.engine.decoding import why_unrecorded
 from pyllm.models import Decoder
 
 _ERRORS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, OSError)}
@@ -34,6 +35,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         family: Hugging Face's name of it, if it has one; model: the class; config: the arguments that it is made from.
+        unrecorded: what keeps a step of generating from being recorded; None if nothing does, or it does not generate.
         parameters; dtypes: the weights of each, quantised ones by their formats ("int4-min"); context: its length.
         stored: the tensors of each kind in a GGUF file.
         tokenizer: None, or its kind, vocabulary, bos, eos, add_bos and chat_template (whether there is one).
@@ -46,7 +48,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     where = Path(path)
     if not where.exists():
         where = download(path)
-    command = [sys.executable, "-c", "from pyllm.checkpoint.description import main; main()", str(where)]
+    command = [sys.executable, "-c", "from pyllm.engine.description import main; main()", str(where)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = " ".join(done.stderr.split())[-300:]
@@ -83,6 +85,7 @@ def _measured(path: Path) -> dict[str, Any]:
         dtypes[weight.format] += math.prod(weight.shape)
     found = {"family": model.family, "model": type(model).__name__, "config": model.config, "dtypes": dict(dtypes),
              "parameters": model.num_parameters(), "context": model.context_length, "tokenizer": None, "stored": None,
+             "unrecorded": why_unrecorded(model) if model.causal else None,
              "memory": model.num_bytes(), "peak": peak,
              "disk": sum(file.stat().st_size for file in _files(path))}  # fmt: skip
     if tokenizer is not None:

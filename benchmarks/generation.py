@@ -1,0 +1,158 @@
+"""Generating, raced against other engines on the same weights: `pyllm bench generate`.
+
+Where the peers are installed (benchmarks/peers/README.md), each shape that is there is raced; where they are not, pyllm
+runs alone on a small shape that it makes. A rate is tokens per second; only the ratios of one race count.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich.console import Console
+
+import pyllm
+from pyllm import _C
+from pyllm.benchmarks.timing import ceilings, device
+
+HERE = Path(__file__).resolve().parent
+PEERS = Path(os.environ.get("PEERS", Path.home() / ".cache/pyllm-peers"))
+SHAPES = ("15m", "gpt2", "qwen05", "llama1b")
+BITS = ("32", "16", "8", "4")
+
+
+@dataclass
+class Result:
+    """What the CSV holds: a provider's figure in a race."""
+
+    date: str
+    device: str
+    isa: str
+    threads: int
+    pyllm: str
+    shape: str
+    bits: int
+    measure: str  # prefill, decode, decode8, ... in tokens a second; load_s; peak_rss_mib
+    provider: str
+    median: float
+    ratio: float  # how many times as good pyllm is, the median over the rounds; 1 for itself
+    read_gbytes: float  # the ceiling: what the machine reads per second
+
+
+def run(*, only: str = "", batches: Sequence[int] = (), rounds: int = 3, csv: Path | None = None) -> list[Result]:
+    """Races pyllm and prints each race as it ends, and keeps it in `csv`.
+
+    Args:
+        only: keeps the races that have it in their name: "15m", "8 bits", "gpt2, 4 bits".
+        batches: numbers of sequences decoded together too.
+
+    Raises:
+        ValueError: nothing has `only` in its name.
+    """
+    races = [(shape, bits) for shape in SHAPES for bits in BITS if only in f"{shape}, {bits} bits"]
+    if not races:
+        raise ValueError(f"[bench] no race has {only!r} in its name")
+    console = Console(highlight=False, soft_wrap=True)
+    there = [race for race in races if (PEERS / "models" / race[0] / "config.json").exists()]
+    results: list[Result] = []
+    bandwidth = ceilings(_C.info()["isa"], 2)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        if not there:
+            console.print(f"No peers in {PEERS} (see benchmarks/peers/README.md): pyllm alone, on a shape of 15M.\n")
+            _small_shape(Path(folder))
+        for shape, bits in there or [("15m", bits) for bits in BITS]:
+            found = _raced(shape, bits, batches, rounds) if there else _alone(Path(folder), bits, batches)
+            results += [_result(shape, bits, bandwidth, *entry) for entry in found]
+            console.print("\n".join(_lines(shape, bits, results)))
+            if csv is not None:
+                save(csv, results)
+    return results
+
+
+def _raced(shape: str, bits: str, batches: Sequence[int], rounds: int) -> list[tuple[str, str, float, float]]:
+    add = f"pyllm={sys.executable} {HERE / 'provider.py'} {{folder}} {{bits}} --batch={{batch}}"
+    command = [sys.executable, str(HERE / "peers/race.py"), shape, "--bits", bits, "--rounds", str(rounds), "--json",
+               "--batch", ",".join(map(str, batches)), "--add", add]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    raced = json.loads(done.stdout.splitlines()[-1])["result"]
+    return [(measure, provider, figures["median"], figures["pyllm_ratio"])
+            for measure, row in raced.items() for provider, figures in row.items()]  # fmt: skip
+
+
+def _alone(folder: Path, bits: str, batches: Sequence[int]) -> list[tuple[str, str, float, float]]:
+    command = [sys.executable, str(HERE / "provider.py"), str(folder), bits, f"--batch={','.join(map(str, batches))}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [(measure, "pyllm", figure, 1.0) for measure, figure in json.loads(done.stdout.splitlines()[-1]).items()]
+
+
+def _small_shape(folder: Path) -> None:
+    model = pyllm.Decoder(32000, 288, 6, 6, intermediate_size=768, context_length=1024)
+    pyllm.export(model, folder, verify=False)
+
+
+def _result(shape: str, bits: str, bandwidth: float, measure: str, provider: str, median: float,
+            ratio: float) -> Result:  # fmt: skip
+    info = _C.info()
+    return Result(datetime.date.today().isoformat(), device(), info["isa"], 2, pyllm.__version__, shape, int(bits),
+                  measure, provider, median, ratio, bandwidth)  # fmt: skip
+
+
+def _lines(shape: str, bits: str, results: Iterable[Result]) -> list[str]:
+    here = [r for r in results if (r.shape, r.bits) == (shape, int(bits))]
+    lines = [f"{shape}, {bits} bits"]
+    for measure in dict.fromkeys(r.measure for r in here):
+        figures = [f"{r.provider} {r.median:.5g}" + ("" if r.provider == "pyllm" else f" ({r.ratio:.2f}x)")
+                   for r in here if r.measure == measure]  # fmt: skip
+        lines.append(f"  {measure:13}{'  '.join(figures)}")
+    return lines
+
+
+def load(path: Path) -> list[Result]:
+    """The figures of a CSV file."""
+    kinds = {"str": str, "int": int, "float": float}
+    with path.open(newline="") as file:
+        return [Result(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Result)})
+                for line in csv.DictReader(file)]  # fmt: skip
+
+
+def save(path: Path, results: Iterable[Result]) -> None:
+    """Puts figures into a CSV file, in place of those of the same race on the same machine."""
+
+    def race(r: Result) -> tuple:
+        return r.device, r.isa, r.shape, r.bits
+
+    results = list(results)
+    anew = {race(r) for r in results}
+    kept = [r for r in load(path) if race(r) not in anew] if path.exists() else []
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        for r in (*kept, *results):
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+    os.replace(beside, path)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table for each machine: a line for each shape, number of bits and measure, ours beside the best peer's."""
+    parts = []
+    for machine in dict.fromkeys((r.device, r.isa, r.read_gbytes) for r in results):
+        here = [r for r in results if (r.device, r.isa, r.read_gbytes) == machine]
+        lines = []
+        for shape, bits, measure in dict.fromkeys((r.shape, r.bits, r.measure) for r in here):
+            row = {r.provider: r for r in here if (r.shape, r.bits, r.measure) == (shape, bits, measure)}
+            ours, peers = row.pop("pyllm"), sorted(row.values(), key=lambda r: r.ratio)
+            others = ", ".join(f"{r.provider} {r.median:.4g} ({r.ratio:.2f}x)" for r in peers)
+            lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {others or 'none'} |")
+        parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {machine[2]:.1f} GB/s of reads.\n\n"
+                     "| shape | bits | measure | pyllm | peers, and how many times as good pyllm is |\n"
+                     "|---|---|---|---|---|\n" + "\n".join(lines))  # fmt: skip
+    return "\n\n".join(parts) + "\n"

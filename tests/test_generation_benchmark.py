@@ -1,0 +1,51 @@
+"""The race against other engines: our part of it, and what is kept and shown of it."""
+
+import dataclasses
+
+import pytest
+
+import pyllm
+from pyllm.benchmarks import generation, provider
+
+
+@pytest.mark.parametrize("bits", ["32", "16", "8", "4"])
+def test_our_part(tmp_path, bits, threads):
+    threads(2)
+    model = pyllm.Decoder(50, 32, 1, 2, context_length=600)
+    pyllm.export(model, tmp_path, verify=False)
+    found = provider.measure(tmp_path, bits, [2])
+    assert list(found) == ["load_s", "prefill", "decode", "decode2", "peak_rss_mib"]
+    assert all(figure > 0 for figure in found.values())
+    kept = {"8": "pyllm-int8", "4": "pyllm-int4"}.get(bits)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ([kept] if kept else [])
+
+
+def result(**changes):
+    usual = {"date": "2026-01-01", "device": "a processor", "isa": "avx2", "threads": 2, "pyllm": "0.1.0",
+             "shape": "15m", "bits": 8, "measure": "decode", "provider": "pyllm", "median": 100.0, "ratio": 1.0,
+             "read_gbytes": 25.0}  # fmt: skip
+    return generation.Result(**usual | changes)
+
+
+def test_a_race_takes_the_place_of_the_one_before(tmp_path):
+    path = tmp_path / "races.csv"
+    old = [result(), result(provider="a peer", median=80.0, ratio=1.25), result(bits=4)]
+    generation.save(path, old)
+    assert generation.load(path) == old
+    generation.save(path, [result(median=120.0)])
+    assert generation.load(path) == [old[2], result(median=120.0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["races.csv"]
+
+
+def test_the_table_has_the_best_peer_first():
+    raced = [result(), result(provider="b", median=50.0, ratio=2.0), result(provider="c", median=125.0, ratio=0.8)]
+    alone = dataclasses.replace(result(), shape="gpt2")
+    lines = generation.markdown([*raced, alone]).splitlines()
+    assert lines[0] == "a processor, avx2, 2 threads, 25.0 GB/s of reads."
+    assert lines[4:] == ["| 15m | 8 | decode | 100 | c 125 (0.80x), b 50 (2.00x) |",
+                         "| gpt2 | 8 | decode | 100 | none |"]  # fmt: skip
+
+
+def test_what_is_unknown_is_named():
+    with pytest.raises(ValueError, match="no race has ', 3 bits'"):
+        generation.run(only=", 3 bits")
