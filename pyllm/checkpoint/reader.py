@@ -6,6 +6,8 @@ fills and one small piece. Files are read, not mapped, so that nothing which hap
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -94,7 +96,8 @@ class MemoryReader:
     """Tensors that are in memory already, each of which can be read once: it is then the reader's no longer."""
 
     def __init__(self, tensors: dict[str, Tensor]):
-        self._tensors = tensors
+        self._tensors, self._kept = tensors, 0
+        self._most = sum(tensor.nbytes for tensor in tensors.values()) // 64
 
     def entries(self) -> dict[str, Entry]:
         return {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
@@ -104,15 +107,28 @@ class MemoryReader:
         if out is not None:
             check_out(name, Entry(tensor.dtype, tuple(tensor.shape)), out)
             with torch.no_grad():
-                tensor = out.copy_(tensor)
+                out.copy_(tensor)
+            self._kept += tensor.nbytes
         del self._tensors[name]
-        return tensor
+        if out is None:
+            return tensor
+        del tensor
+        if self._kept > self._most:
+            _give_back()
+            self._kept = 0
+        return out
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
         self._tensors = {}
+
+
+def _give_back() -> None:
+    """glibc keeps what is freed, unless it was 32 MB at once: this hands it back to the system."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def open_file(path: Path) -> tuple[FileIO, int]:

@@ -5,6 +5,8 @@ import struct
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import pyllm
 from pyllm.checkpoint import CheckpointError, saving
@@ -24,6 +26,12 @@ def sharded(model, path):
         patch.setattr(saving, "_SHARD", 8 << 20)
         pyllm.export(model, path, verify=False)
     assert len(list(path.glob("*.safetensors"))) > 3
+
+
+def pickled(model, path):
+    pyllm.export(model, path, verify=False)
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
 
 
 def packed(model, path):
@@ -50,7 +58,9 @@ def llama2c(model, path):
     path.write_bytes(header + np.zeros(numbers, np.float32).tobytes())
 
 
-@pytest.mark.parametrize(("write", "stored"), [(sharded, None), (packed, {"Q8_0": 30, "F32": 9}), (llama2c, None)])
+@pytest.mark.parametrize(
+    ("write", "stored"), [(sharded, None), (pickled, None), (packed, {"Q8_0": 30, "F32": 9}), (llama2c, None)]
+)
 def test_loading_holds_the_weights_and_little_more(tmp_path, model, write, stored):
     path = tmp_path / "m.bin"
     write(model, path)
