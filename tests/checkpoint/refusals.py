@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from checkpoint import malformed, malformed_pickles, malformed_text
+from checkpoint import malformed, malformed_marian, malformed_pickles, malformed_text
 
 import pyllm
 from pyllm.checkpoint.gguf import open_gguf
@@ -49,7 +49,8 @@ def read(kind: str, folder: Path) -> object:
 
 def cases():
     pickles = [(f"pickle: {what}", "folder", files) for what, files in malformed_pickles.cases()]
-    return [*malformed.cases(), *malformed_text.cases(), *pickles]
+    marians = [(f"Marian's: {what}", "tokenizer", files) for what, files in malformed_marian.cases()]
+    return [*malformed.cases(), *malformed_text.cases(), *pickles, *marians]
 
 
 def right():
@@ -57,6 +58,7 @@ def right():
     yield "folder", malformed.folder(malformed.CONFIG)
     for old in (False, True):
         yield "folder", malformed_pickles.folder(malformed_pickles.saved(malformed_pickles.right(), old=old))
+    yield "tokenizer", malformed_marian.folder()
     for _, kind, files in malformed_text.right():
         yield kind, files
 
