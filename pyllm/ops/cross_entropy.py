@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 _BLOCK = 1 << 24  # logits that exist at a time while gradients are computed
 

@@ -4,9 +4,9 @@ from typing import overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 
 @overload
@@ -97,13 +97,16 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsum):
-        h, weight, mean, rstd = ctx.saved_tensors
         if dy is None:
             return None, dsum, None, None, dsum, None
-        dh = torch.empty(h.shape, dtype=h.dtype) if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None
-        dweight = torch.empty(weight.shape, dtype=weight.dtype) if ctx.needs_input_grad[2] else None
-        dbias = torch.empty(weight.shape, dtype=weight.dtype) if ctx.needs_input_grad[3] else None
-        _C.norm_backward(_rows(dy), None if dsum is None else _rows(dsum), _rows(h),
-                         None if weight is None else weight.detach().contiguous(), mean, rstd,
-                         None if dh is None else dh.view(-1, h.shape[-1]), dweight, dbias, ctx.centred)  # fmt: skip
+        h, weight, mean, rstd = ctx.saved_tensors
+        _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        dh = torch.empty(h.shape, dtype=h.dtype) if needs_x or needs_residual else None
+        dweight = torch.empty(weight.shape, dtype=weight.dtype) if needs_weight else None
+        dbias = torch.empty(weight.shape, dtype=weight.dtype) if needs_bias else None
+        if weight is not None and not weight.is_contiguous():
+            weight = weight.contiguous()
+        rows = dh if dh is None or dh.dim() == 2 else dh.view(-1, h.shape[-1])
+        _C.norm_backward(_rows(dy), None if dsum is None else _rows(dsum), _rows(h), weight, mean, rstd, rows, dweight,
+                         dbias, ctx.centred)  # fmt: skip
         return None, dh, dweight, dbias, dh if ctx.has_residual else None, None

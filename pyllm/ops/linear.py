@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: boo
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
-
-
-def _matmul(x: Tensor, b: Tensor) -> Tensor:
-    out = torch.empty(*x.shape[:-1], b.shape[1], dtype=x.dtype)
-    a = _rows(x)
-    _C.matmul(a, b, None, out.view(a.shape[0], b.shape[1]))
-    return out
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 class _Linear(torch.autograd.Function):
@@ -94,12 +87,17 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = _matmul(dy, weight) if ctx.needs_input_grad[0] else None
-        rows = _rows(dy)
-        dweight = dbias = None
-        if ctx.needs_input_grad[1]:
-            dweight = _matmul(rows.T, _rows(x))
-        if ctx.needs_input_grad[2]:
-            dbias = torch.empty(rows.shape[1], dtype=dy.dtype)
-            _C.column_sum(rows if rows.stride(1) == 1 else rows.contiguous(), dbias)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, gradients = _rows(x), _rows(dy)
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = torch.empty(rows.shape, dtype=dy.dtype)
+            _C.matmul(gradients, weight, None, dx)
+            dx = dx.view(x.shape)
+        if needs_weight:
+            dweight = torch.empty(weight.shape, dtype=dy.dtype)
+            _C.matmul(gradients.T, rows, None, dweight)
+        if needs_bias:
+            dbias = torch.empty(gradients.shape[1], dtype=dy.dtype)
+            _C.column_sum(gradients if gradients.stride(1) == 1 else gradients.contiguous(), dbias)
         return dx, dweight, dbias

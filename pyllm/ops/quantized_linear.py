@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 GROUP = 32  # elements along K that share a scale
 
@@ -148,7 +149,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return _forward(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         dx = dbias = None
         rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]

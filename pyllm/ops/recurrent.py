@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 _NONLINEARITIES = {"tanh": 0, "relu": 1}
 _GRU, _LSTM = 2, 3

@@ -4,10 +4,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pyllm import _C
+from pyllm.ops.gradients import once_differentiable
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: bool = False,

@@ -88,3 +88,10 @@ def test_a_weight_packed_for_another_instruction_set_is_refused():
                     ops.linear(torch.randn(2, 8), packed)
     finally:
         _C.set_isa(chosen)
+
+
+def test_the_gradient_of_a_gradient_is_refused():
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(2, 5)
+    (dx,) = torch.autograd.grad(ops.linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
