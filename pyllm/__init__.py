@@ -4,7 +4,7 @@ import torch
 
 from pyllm import _C, data, nn, ops
 from pyllm.checkpoint import export, load, save
-from pyllm.engine import SamplingParams, check, generate
+from pyllm.engine import Engine, SamplingParams, check, generate
 from pyllm.models import RWKV, Decoder, Encoder, EncoderDecoder, LanguageModel
 from pyllm.quantization import quantize
 from pyllm.runtime import info, num_threads, set_num_threads
@@ -17,6 +17,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "EncoderDecoder",
+    "Engine",
     "LanguageModel",
     "SamplingParams",
     "Tokenizer",

@@ -1,9 +1,13 @@
-"""Running models: sampling settings, the generation loop, and the check that a model keeps the numerics contract."""
+"""Running models: sampling settings, the generation loop, the engine of many requests, and the check that a model keeps
+the numerics contract."""
 
 from pyllm.engine.check import Difference, check
 from pyllm.engine.decoding import why_unrecorded
 from pyllm.engine.description import describe
+from pyllm.engine.engine import Engine
 from pyllm.engine.generation import generate, generate_ids
+from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 
-__all__ = ["Difference", "SamplingParams", "check", "describe", "generate", "generate_ids", "why_unrecorded"]
+__all__ = ["Difference", "Engine", "Request", "SamplingParams", "check", "describe", "generate", "generate_ids",
+           "why_unrecorded"]  # fmt: skip

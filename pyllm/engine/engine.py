@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+from pyllm.engine.generation import DEFAULT_MAX_TOKENS, TextStream
+from pyllm.engine.pool import new_pool
+from pyllm.engine.recording import NotRecordable, Recording
+from pyllm.engine.request import Request
+from pyllm.engine.sampling import SamplingParams
+from pyllm.models import Model
+from pyllm.text import Tokenizer
+
+SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32,
+            "typical_p": torch.float32, "repetition_penalty": torch.float32, "frequency_penalty": torch.float32,
+            "presence_penalty": torch.float32}  # fmt: skip
+
+
+class Engine:
+    """Runs many requests over one model together, each with the bits that it has alone.
+
+    A step of the engine reads a piece of one prompt and draws the next id of each sequence whose prompt is read, so
+    that long prompts do not hold up the others. A request is admitted, by priority and then in order, when there is
+    room for all that it may come to need: what is admitted can always end, and memory never grows beyond what was set.
+    Prompts that begin as an earlier one did, by whole pages of 64 ids, take over what is known of it.
+
+    Whoever waits for a result makes the steps: `generate`, `stream` and `astream` may be called from several threads at
+    once, and their requests run together. The model is put into evaluation mode.
+
+    Args:
+        model: a model with an attention or recurrent state, not an encoder-decoder.
+        tokenizer: for prompts and results that are texts; without one they are ids.
+        max_sequences: how many run together.
+        max_length: the longest sequence that room is set aside for; the model's context by default.
+        num_pages: the budget: pages of 64 positions of all layers' keys and values; by default what `max_sequences`
+            sequences of `max_length` need. Of a recurrent model each sequence needs one slot.
+        chunk: how many ids of a prompt are read in a step.
+        reuse_prefixes: whether prompts take over what is known of their beginnings.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer | None = None, *, max_sequences: int = 32,
+                 max_length: int | None = None, num_pages: int | None = None, chunk: int = 256,
+                 reuse_prefixes: bool = True):  # fmt: skip
+        for name, value in (("max_sequences", max_sequences), ("max_length", max_length), ("num_pages", num_pages),
+                            ("chunk", chunk)):  # fmt: skip
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}")
+        if model.answers:
+            raise TypeError("an engine must get a model that continues texts, but got an encoder-decoder")
+        self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
+        self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
+        self._waiting: list[tuple[int, int, Request]] = []
+        self._running: list[Request] = []
+        self._batch: _Batch | None = None
+        self._order, self._lock, self._recordable = itertools.count(), threading.RLock(), True
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+               max_tokens: int | None = None, stop: str | Sequence[str] = (), stop_ids: Sequence[int] = (),
+               priority: int = 0, on_token: Callable[[int, str], Any] | None = None) -> Request:  # fmt: skip
+        """Queues a prompt, a text or ids.
+
+        Args:
+            params: how its ids are drawn.
+            max_tokens: how many at most; by default 256, or what fits the model's context.
+            stop: texts that end it, and that are not part of it. The tokenizer's end-of-text ids always end it.
+            stop_ids: ids that end it, beside the model's own.
+            priority: the higher goes first.
+            on_token: is called with each id and the text that became final with it; what it raises ends the request.
+
+        Raises:
+            ValueError, TypeError: no prompt, or a setting that does not fit. A prompt that is too long for the model or
+            the budget is no such error: the request ends with it.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise ValueError("a stop text must not be empty")
+        if stops and self.tokenizer is None:
+            raise TypeError("an engine without a tokenizer must get no stop texts")
+        end = () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
+        ids = self._encoded(prompt)
+        room = self.model.room(len(ids))
+        if max_tokens is None:
+            max_tokens = DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
+        stream = None
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
+        request = Request(self, ids, params or SamplingParams(), max_tokens, self.model.stop_ids.union(stop_ids, end),
+                          stream, priority, on_token)  # fmt: skip
+        limits = {"the model's context": self.model.context_length, "the engine's pages": self.pool.most}
+        for name, most in limits.items():
+            needed = len(ids) + max_tokens if most == self.model.context_length else request.positions
+            if most is not None and needed > most:
+                request.finish("error", ValueError(f"a prompt of {len(ids)} tokens and {max_tokens} more do not fit "
+                                                   f"{name} of {most}"))  # fmt: skip
+                return request
+        with self._lock:
+            heapq.heappush(self._waiting, (-priority, next(self._order), request))
+        return request
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Request]:
+        """Runs prompts to their ends; `options` as in `submit`, `params` for all or one for each."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"params must be one for all or {len(prompts)}, but got {len(params)}")
+        requests: list[Request] = []
+        try:
+            for prompt, own in zip(prompts, params, strict=True):
+                requests.append(self.submit(prompt, own, **options))
+            for request in requests:
+                while request.reason is None:
+                    self.step()
+        finally:  # an interruption leaves nothing behind
+            for request in requests:
+                request.cancel()
+        return requests
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
+               **options: Any) -> Iterator[str]:  # fmt: skip
+        """The pieces of one prompt's text, as they become final. Raises what ended the request, if an error did."""
+        request = self.submit(prompt, params, **options)
+        try:
+            while request.reason is None or request.pieces:
+                if request.pieces:
+                    yield request.pieces.popleft()
+                else:
+                    self._advance(request)
+            if request.error is not None:
+                raise request.error
+        finally:
+            request.cancel()
+
+    async def astream(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
+                      **options: Any) -> AsyncIterator[str]:  # fmt: skip
+        """As `stream`, in an event loop: steps are made in its threads."""
+        request = self.submit(prompt, params, **options)
+        try:
+            while request.reason is None or request.pieces:
+                if request.pieces:
+                    yield request.pieces.popleft()
+                else:
+                    await asyncio.get_running_loop().run_in_executor(None, self._advance, request)
+            if request.error is not None:
+                raise request.error
+        finally:
+            request.cancel()
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[Tensor]:
+        """The log-probability of each id of each text but its first, given those before: float32, (ids - 1,) each."""
+        scores = []
+        for text in texts:
+            ids = torch.tensor(self._encoded(text), dtype=torch.int64)
+            with self._lock:
+                self.model.eval()
+                logits = self.model(ids[None])[0, :-1]
+            scores.append(-ops.cross_entropy(logits, ids[1:], reduction="none"))
+        return scores
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Admits who is next, reads a piece of one prompt, and draws an id for each sequence whose prompt is read."""
+        with self._lock:
+            if self.model.training:
+                self.model.eval()
+            try:
+                self._admit()
+                reading = next((r for r in self._running if not r.decodes), None)
+                if reading is not None:
+                    self._read(reading)
+                self._decode([r for r in self._running if r.decodes])
+            except BaseException:  # an interruption: whoever goes on does so from what is noted
+                self._batch = None
+                for request in self._running:
+                    self.pool.reset(request.held, len(request.sequence) - 1)
+                raise
+
+    def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """Ends a request, unless it has ended, and frees what it holds."""
+        with self._lock:
+            if request.reason is not None:
+                return
+            request.finish(reason, error)
+            if request.held is not None:
+                self._running.remove(request)
+                self.pool.give(request.held)
+
+    def _encoded(self, text: str | Sequence[int]) -> list[int]:
+        if not isinstance(text, str):
+            ids = [int(i) for i in text]
+        elif self.tokenizer is None:
+            raise TypeError("an engine without a tokenizer must get ids")
+        else:
+            ids = self.tokenizer.encode(text) or list(self.tokenizer.eos_ids)[:1]
+        if not ids:
+            raise ValueError("a prompt must have at least one id")
+        return ids
+
+    def _advance(self, request: Request) -> None:
+        """Makes a step for who waits for a piece of a request's text, unless another's step has brought one."""
+        with self._lock:
+            if request.reason is None and not request.pieces:
+                self.step()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_sequences:
+            request = self._waiting[0][2]
+            if request.reason is None:
+                request.held = self.pool.admit(request.prompt, request.positions)
+                if request.held is None:
+                    return
+                self._running.append(request)
+            heapq.heappop(self._waiting)
+
+    def _read(self, request: Request) -> None:
+        ids, first = request.sequence, request.held.length
+        ids = ids[: first + self.chunk]
+        try:
+            state = self.pool.join([request.held])
+            hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
+            logits = self.model.head(hidden[:, -1])
+        except Exception as error:
+            return self.end(request, "error", error)
+        self.pool.part([request.held], state)
+        self.pool.note(request.held, ids, len(ids))
+        if len(ids) == len(request.prompt) + len(request.ids):
+            self._draw([request], logits)
+
+    def _decode(self, rows: list[Request]) -> None:
+        if self._batch is None or self._batch.rows != rows:
+            if self._batch is not None:
+                self._batch.part()
+            self._batch = _Batch(self, rows) if rows else None
+        if self._batch is None:
+            return
+        try:
+            logits = self._batch.run()
+        except Exception as error:
+            if len(rows) == 1:
+                return self.end(rows[0], "error", error)
+            for row in rows:  # each alone, so that one does not end the others
+                self._decode([row])
+            return
+        for row in rows:
+            self.pool.note(row.held, row.sequence, row.held.length + 1)
+        self._draw(rows, logits)
+
+    def _draw(self, rows: list[Request], logits: Tensor) -> None:
+        try:
+            sample = ops.sample(self._constrained(rows, logits), **_settings(rows, logits.shape[1]))
+        except Exception as error:
+            if len(rows) == 1:
+                return self.end(rows[0], "error", error)
+            for i, row in enumerate(rows):
+                self._draw([row], logits[i : i + 1])
+            return
+        for row, *drawn in zip(rows, *(t.tolist() for t in sample), strict=True):
+            if row.reason is not None:  # what a callback ended
+                continue
+            try:
+                reason = row.push(*drawn)
+            except Exception as error:
+                self.end(row, "error", error)
+            else:
+                if reason is not None:
+                    self.end(row, reason)
+
+    def _constrained(self, rows: list[Request], logits: Tensor) -> Tensor:
+        if type(self.model).constrain is Model.constrain:
+            return logits
+        return torch.cat([self.model.constrain(own, len(row.ids), row.max_tokens)
+                          for row, own in zip(rows, logits.split(1), strict=True)])  # fmt: skip
+
+
+class _Batch:
+    """Sequences that are decoded together, their joint state, and the step, recorded when it comes a second time."""
+
+    def __init__(self, engine: Engine, rows: list[Request]):
+        self.engine, self.rows = engine, rows
+        self.state = engine.pool.join([row.held for row in rows])
+        self.ids = torch.zeros(len(rows), 1, dtype=torch.int64)
+        self.program: Any = None
+        self.logits, self.calls = torch.empty(0), 0
+
+    def run(self) -> Tensor:
+        self.ids.copy_(torch.tensor([[row.ids[-1]] for row in self.rows]))
+        self.calls += 1
+        if self.calls == 2 and self.engine._recordable:
+            try:
+                with Recording() as program:
+                    self.logits = self._step()
+                self.program = program
+            except NotRecordable:
+                self.engine._recordable = False
+        if self.program is None:
+            return self._step()
+        self.program.run()
+        return self.logits
+
+    def _step(self) -> Tensor:
+        return self.engine.model.head(self.engine.model.hidden(self.ids, self.state)[:, 0])
+
+    def part(self) -> None:
+        self.engine.pool.part([row.held for row in self.rows], self.state)
+
+
+def _settings(rows: list[Request], vocabulary: int) -> dict[str, Any]:
+    """What `ops.sample` takes for them."""
+    given: dict[str, Any] = {
+        name: torch.tensor([getattr(row.params, name) for row in rows], dtype=dtype) for name, dtype in SETTINGS.items()
+    }
+    given["seeds"] = torch.tensor([row.params.seed for row in rows])
+    given["positions"] = torch.tensor([len(row.prompt) + len(row.ids) for row in rows])
+    if any((row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty) != (1, 0, 0)
+           for row in rows):  # fmt: skip
+        sequences = [torch.tensor(row.sequence) for row in rows]
+        given["history"] = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1)
+    if any(row.params.logit_bias is not None for row in rows):
+        none = torch.zeros(vocabulary)
+        given["logit_bias"] = torch.stack([none if row.params.logit_bias is None else row.params.logit_bias.float()
+                                           for row in rows])  # fmt: skip
+    return given

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyllm.engine.generation import TextStream
+from pyllm.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from pyllm.engine.engine import Engine
+
+
+class Request:
+    """A prompt that an `Engine` continues, and what has become of it.
+
+    Attributes:
+        prompt, ids: the prompt's ids, and those generated so far.
+        text: what they say, without a stop text; final where `reason` is set. Empty without a tokenizer.
+        logprobs, processed_logprobs: of each of `ids`, as in `ops.Sample`.
+        reason: None while it waits or runs, then "stop" (an id or text that ends it), "length" (`max_tokens`),
+            "cancelled", or "error", with the `error`.
+    """
+
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, max_tokens: int,
+                 stop_ids: frozenset[int], stream: TextStream | None, priority: int,
+                 on_token: Callable[[int, str], Any] | None):  # fmt: skip
+        self.prompt, self.params, self.max_tokens = prompt, params.with_seed(), max_tokens
+        self.priority = priority
+        self.ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[float] = []
+        self.processed_logprobs: list[float] = []
+        self.reason: str | None = None
+        self.error: Exception | None = None
+        self.pieces: deque[str] = deque()  # of the text, that nobody has taken yet
+        self.held: Any = None  # of the engine's pool
+        self._engine, self._stop_ids, self._stream, self._on_token = engine, stop_ids, stream, on_token
+
+    def cancel(self) -> None:
+        """Ends it here, and frees what it holds."""
+        self._engine.end(self, "cancelled")
+
+    @property
+    def sequence(self) -> Sequence[int]:
+        return self.prompt + self.ids
+
+    @property
+    def positions(self) -> int:
+        """How many it may come to have in the model's state: its last id is never read."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all but its last id, a drawn one, is read."""
+        return bool(self.ids) and self.held.length == len(self.prompt) + len(self.ids) - 1
+
+    def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
+        """Takes the next id; the reason if it is the last."""
+        self.ids.append(i)
+        self.logprobs.append(logprob)
+        self.processed_logprobs.append(processed_logprob)
+        piece = "" if self._stream is None else self._stream.push(i)
+        self._say(piece)
+        if self._on_token is not None:
+            self._on_token(i, piece)
+        if i in self._stop_ids or (self._stream is not None and self._stream.ended):
+            return "stop"
+        return "length" if len(self.ids) == self.max_tokens else None
+
+    def finish(self, reason: str, error: Exception | None) -> None:
+        if self._stream is not None:
+            self._say(self._stream.finish())
+        self.reason, self.error = reason, error
+
+    def _say(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self.pieces.append(piece)
