@@ -1,5 +1,6 @@
 """Quantised linear beside fp32 torch: what a user of either would choose between. The weight's bytes cross the memory
-once, which is the limit for few rows. Packing reads the weight and writes it, as torch's copy of its bytes does."""
+once, which is the limit for few rows. An embedding reads rows of the same packed weight. Packing reads the weight and
+writes it, as torch's copy of its bytes does."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from pyllm import ops
 from pyllm.benchmarks.timing import Case, Providers
 
-OPS = ("pack_quantized", "quantized_linear")
+OPS = ("pack_quantized", "quantized_embedding", "quantized_linear")
 SIZES = {  # (rows, in, out)
     "tiny": [(3, 32, 7)],
     "small": [],
@@ -26,6 +27,7 @@ def cases(sizes: str) -> Iterator[Case]:
             yield _linear(m, k, n, bits)
         for k, n in dict.fromkeys((k, n) for _, k, n in SIZES[sizes]):
             yield _pack(k, n, bits)
+            yield _embedding(k, n, bits)
 
 
 def _weight(k: int, n: int, bits: int) -> ops.QuantizedWeight:
@@ -50,6 +52,16 @@ def _pack(k: int, n: int, bits: int) -> Case:
                 "torch": lambda: (weight.values.clone(), weight.scales.clone())}  # fmt: skip
 
     return Case("pack_quantized", f"{k} -> {n}, {bits} bits fp32", setup, bytes=2 * _bytes(k, n, bits))
+
+
+def _embedding(k: int, n: int, bits: int) -> Case:
+    def setup() -> Providers:
+        ids, weight = torch.randint(n, (512,)), _weight(k, n, bits)
+        packed, dense = ops.pack_quantized(weight), weight.dequantize()
+        return {"pyllm": lambda: ops.quantized_embedding(ids, packed), "torch": lambda: F.embedding(ids, dense)}
+
+    return Case("quantized_embedding", f"512 of {n} x {k}, {bits} bits fp32", setup,
+                bytes=_bytes(k, 512, bits) + 4 * 512 * k)  # fmt: skip
 
 
 def _bytes(k: int, n: int, bits: int) -> int:

@@ -114,6 +114,8 @@ PYBIND11_MODULE(_C, m) {
   def(m, "column_sum", &ops::column_sum);
   def(m, "pack_quantized", &ops::pack_quantized);
   def(m, "quantized_linear", &ops::quantized_linear);
+  def(m, "quantized_linear_backward", &ops::quantized_linear_backward);
+  def(m, "quantized_embedding", &ops::quantized_embedding);
   def(m, "next_positions", &ops::next_positions);
   m.def("page_tile", &ops::page_tile);
   def(m, "write_pages", &ops::write_pages);

@@ -149,13 +149,30 @@ def page_tile() -> int: ...
 def panel_width() -> int: ...
 def matmul(a: Array, b: Array, bias: Array | None, c: Array, /) -> None: ...
 def column_sum(a: Array, sums: Array, /) -> None: ...
-def pack_quantized(values: Array, scales: Array, minimums: Array | None, panels: Array, bits: int, /) -> None: ...
+def pack_quantized(
+    values: Array, scales: Array, minimums: Array | None, panels: Array, bits: int, group: int, /
+) -> None: ...
 def quantized_linear(
     x: Array,
     panels: Array,
     bias: Array | None,
     y: Array,
     bits: int,
+    group: int,
+    half_scales: bool,
+    has_minimums: bool,
+    /,
+) -> None: ...
+def quantized_linear_backward(
+    dy: Array, panels: Array, dx: Array, bits: int, group: int, half_scales: bool, has_minimums: bool, /
+) -> None: ...
+def quantized_embedding(
+    ids: Array,
+    panels: Array,
+    out: Array,
+    vocabulary: int,
+    bits: int,
+    group: int,
     half_scales: bool,
     has_minimums: bool,
     /,

@@ -43,6 +43,7 @@ GOOD = {
     "lstm_cell": {"x": torch.randn(2, 5), "state": (torch.randn(2, 4), torch.randn(2, 4))}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(4, 4), strict=True)),
     "next_positions": {"lengths": torch.tensor([1, 3]), "count": 2, "capacity": 9},
+    "quantized_embedding": {"ids": ids, "weight": quantized},
     "quantized_linear": {"x": rows, "weight": quantized, "bias": torch.randn(5)},
     "relu_squared": {"x": rows},
     "rms_norm": {"x": rows, "weight": torch.randn(8), "residual": rows},
@@ -63,7 +64,12 @@ GOOD = {
         "positions": ids,
     },
 }
-OUT_OF_RANGE = {"cross_entropy": "targets", "embedding": "ids", "linear_cross_entropy": "targets"}
+OUT_OF_RANGE = {
+    "cross_entropy": "targets",
+    "embedding": "ids",
+    "linear_cross_entropy": "targets",
+    "quantized_embedding": "ids",
+}
 FINE = {  # what is not a mistake after all
     ("attention", "v", "size"),
     ("cross_entropy", "logits", "size"),
@@ -76,6 +82,8 @@ FINE = {  # what is not a mistake after all
     ("gelu", "x", "size"),
     ("linear", "x", "rank"),
     ("next_positions", "lengths", "size"),
+    ("quantized_embedding", "ids", "rank"),
+    ("quantized_embedding", "ids", "size"),
     ("quantized_linear", "x", "rank"),
     ("sample", "logits", "size"),
     ("write_pages", "page_table", "size"),

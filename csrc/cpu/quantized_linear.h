@@ -4,18 +4,19 @@
 
 namespace pyllm {
 
-// A weight (n x k) of small whole numbers, in groups of kGroup along k: an element is (value - 2^(bits - 1)) * scale, or
+// A weight (n x k) of small whole numbers, in groups along k: an element is (value - 2^(bits - 1)) * scale, or
 // value * scale + minimum. k is filled up to whole groups. In memory it is panels of panel_width() rows, a panel its
-// groups one after another, and a group [values][scales][minimums], the values as the kernel reads them.
-constexpr int64_t kGroup = 32;
-
+// groups one after another, and a group [values][scales][minimums]. Values are quads of four neighbours' bytes, a quad of
+// all rows after another; of 4 bits, a byte has an element of the group's first half in its low bits, and of the second
+// in its high ones.
 struct QuantizedWeight {
-  int64_t n, groups;
-  int bits;           // 8 or 4
-  DType scale_dtype;  // f16 or f32
+  int64_t n, groups, group;  // group: 32 elements or, of 8 bits, 16
+  int bits;                  // 8 or 4
+  DType scale_dtype;         // f16 or f32
   bool has_minimums;
+  int64_t value_bytes() const { return group * bits / 8; }  // of a row's group
   int64_t group_bytes(int64_t width) const {
-    return width * (kGroup * bits / 8 + size_of(scale_dtype) * (has_minimums ? 2 : 1));
+    return width * (value_bytes() + size_of(scale_dtype) * (has_minimums ? 2 : 1));
   }
 };
 
@@ -29,7 +30,25 @@ struct QuantizedLinearArgs {
   DType dtype;  // of a, bias and c
 };
 
-// values (n x groups * kGroup * bits / 8; of 4 bits, the first of two in the low half), scales and minimums (n x groups)
+// dx (m x k, float) = dy (m x n) times the weight.
+struct QuantizedLinearBackwardArgs {
+  QuantizedWeight weight;
+  int64_t m, k, dy_row;
+  const char *dy, *panels;
+  float* dx;
+  DType dtype;  // of dy
+};
+
+// out (count x k, contiguous): row i is row ids[i] of the weight.
+struct QuantizedEmbeddingArgs {
+  QuantizedWeight weight;
+  int64_t count, k;
+  DType ids_dtype, dtype;
+  const char *ids, *panels;
+  char* out;
+};
+
+// values (n x groups * value_bytes(); of 4 bits, the first of two in the low half), scales and minimums (n x groups)
 // to panels.
 struct PackQuantizedArgs {
   QuantizedWeight weight;
@@ -39,6 +58,8 @@ struct PackQuantizedArgs {
 };
 
 PYLLM_KERNEL(quantized_linear, QuantizedLinearArgs)
+PYLLM_KERNEL(quantized_linear_backward, QuantizedLinearBackwardArgs)
+PYLLM_KERNEL(quantized_embedding, QuantizedEmbeddingArgs)
 PYLLM_KERNEL(pack_quantized, PackQuantizedArgs)
 
 }  // namespace pyllm

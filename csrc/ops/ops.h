@@ -52,9 +52,13 @@ void pack_linear(const TensorView& weight, const TensorView& panels);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums_or_none,
-                    const TensorView& panels, int64_t bits);
+                    const TensorView& panels, int64_t bits, int64_t group);
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias_or_none,
-                      const TensorView& y, int64_t bits, bool half_scales, bool has_minimums);
+                      const TensorView& y, int64_t bits, int64_t group, bool half_scales, bool has_minimums);
+void quantized_linear_backward(const TensorView& dy, const TensorView& panels, const TensorView& dx, int64_t bits,
+                               int64_t group, bool half_scales, bool has_minimums);
+void quantized_embedding(const TensorView& ids, const TensorView& panels, const TensorView& out, int64_t vocabulary,
+                         int64_t bits, int64_t group, bool half_scales, bool has_minimums);
 // One layer and direction; time comes first in x, y and dy. `kind`: a Recurrence.
 void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
                        const TensorView& w_hh, const TensorView& b_ih_or_none, const TensorView& b_hh_or_none,

@@ -6,27 +6,44 @@
 namespace pyllm::ops {
 namespace {
 
-QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bits, DType scale_dtype,
+QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bits, int64_t group, DType scale_dtype,
                           bool has_minimums) {
   check(bits == 8 || bits == 4, "[", op, "] bits must be 8 or 4, but got ", bits);
-  return {n, groups, static_cast<int>(bits), scale_dtype, has_minimums};
+  check(group == 32 || (group == 16 && bits == 8), "[", op,
+        "] groups must be of 32 elements or, of 8 bits, of 16, but got ", group);
+  return {n, groups, group, static_cast<int>(bits), scale_dtype, has_minimums};
 }
 
 int64_t panel_count(int64_t n) { return (n + panel_width() - 1) / panel_width(); }
 
+// The weight (n x k) that panels hold.
+QuantizedWeight packed_weight(const char* op, const TensorView& panels, int64_t n, int64_t k, int64_t bits,
+                              int64_t group, bool half_scales, bool has_minimums) {
+  QuantizedWeight weight = weight_of(op, n, 0, bits, group, half_scales ? DType::f16 : DType::f32, has_minimums);
+  weight.groups = (k + group - 1) / group;
+  check_dtype(op, "weight", panels, DType::u8);
+  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(panel_width()), "[", op,
+        "] weight must be packed for ", cpu::isa_name(), ", in panels of ", panel_width(), " columns, but got shape ",
+        panels.shape_text(), ": pack it again");
+  check_shape(op, "weight", panels, panel_count(n), weight.groups, weight.group_bytes(panel_width()));
+  check_contiguous(op, "weight", panels);
+  return weight;
+}
+
 }  // namespace
 
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums,
-                    const TensorView& panels, int64_t bits) {
+                    const TensorView& panels, int64_t bits, int64_t group) {
   const char* op = "pack_quantized";
   check_cpu(op, "scales", scales);
   if (scales.dtype != DType::f16 && scales.dtype != DType::f32)
     fail(Error::type, "[", op, "] scales must be float16 or float32, but got ", name_of(scales.dtype));
   check_ndim(op, "scales", scales, 2);
   check_contiguous(op, "scales", scales);
-  const QuantizedWeight weight = weight_of(op, scales.size(0), scales.size(1), bits, scales.dtype, minimums.present());
+  const QuantizedWeight weight =
+      weight_of(op, scales.size(0), scales.size(1), bits, group, scales.dtype, minimums.present());
   check_dtype(op, "values", values, DType::u8);
-  check_shape(op, "values", values, weight.n, weight.groups * kGroup * bits / 8);
+  check_shape(op, "values", values, weight.n, weight.groups * weight.value_bytes());
   check_contiguous(op, "values", values);
   if (minimums.present()) {
     check_dtype(op, "minimums", minimums, scales.dtype);
@@ -41,19 +58,12 @@ void pack_quantized(const TensorView& values, const TensorView& scales, const Te
 }
 
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias, const TensorView& y,
-                      int64_t bits, bool half_scales, bool has_minimums) {
+                      int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   const char* op = "quantized_linear";
   check_float(op, "x", x);
   check(x.ndim >= 1, "[quantized_linear] x must have at least 1 dimension, but got a scalar");
   const int64_t k = x.size(-1), n = y.ndim ? y.size(-1) : 0;
-  const QuantizedWeight weight =
-      weight_of(op, n, (k + kGroup - 1) / kGroup, bits, half_scales ? DType::f16 : DType::f32, has_minimums);
-  check_dtype(op, "weight", panels, DType::u8);
-  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(panel_width()),
-        "[quantized_linear] weight must be packed for ", cpu::isa_name(), ", in panels of ", panel_width(),
-        " columns, but got shape ", panels.shape_text(), ": pack it again");
-  check_shape(op, "weight", panels, panel_count(n), weight.groups, weight.group_bytes(panel_width()));
-  check_contiguous(op, "weight", panels);
+  const QuantizedWeight weight = packed_weight(op, panels, n, k, bits, group, half_scales, has_minimums);
   if (bias.present()) {
     check_dtype(op, "bias", bias, x.dtype);
     check_shape(op, "bias", bias, n);
@@ -69,6 +79,38 @@ void quantized_linear(const TensorView& x, const TensorView& panels, const Tenso
   check_writable(op, "y", y);
   pyllm::quantized_linear({weight, rows.count, k, rows.step[0], x.data, panels.data,
                            bias.present() ? bias.data : nullptr, y.data, x.dtype});
+}
+
+void quantized_linear_backward(const TensorView& dy, const TensorView& panels, const TensorView& dx, int64_t bits,
+                               int64_t group, bool half_scales, bool has_minimums) {
+  const char* op = "quantized_linear backward";
+  check_float(op, "dy", dy);
+  check_ndim(op, "dy", dy, 2);
+  check_inner_stride(op, "dy", dy);
+  check_dtype(op, "dx", dx, DType::f32);
+  check_ndim(op, "dx", dx, 2);
+  check_shape(op, "dx", dx, dy.size(0), dx.size(1));
+  check_contiguous(op, "dx", dx);
+  check_writable(op, "dx", dx);
+  const QuantizedWeight weight =
+      packed_weight(op, panels, dy.size(1), dx.size(1), bits, group, half_scales, has_minimums);
+  pyllm::quantized_linear_backward(
+      {weight, dy.size(0), dx.size(1), dy.step(0), dy.data, panels.data, dx.as<float>(), dy.dtype});
+}
+
+void quantized_embedding(const TensorView& ids, const TensorView& panels, const TensorView& out, int64_t vocabulary,
+                         int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
+  const char* op = "quantized_embedding";
+  check_float(op, "out", out);
+  check(out.ndim >= 1, "[quantized_embedding] out must have at least 1 dimension, but got a scalar");
+  const int64_t k = out.size(-1);
+  const QuantizedWeight weight = packed_weight(op, panels, vocabulary, k, bits, group, half_scales, has_minimums);
+  check_ids(op, "ids", ids, vocabulary);
+  check(out.numel() == ids.numel() * k, "[", op, "] out must have a row of weight for each id, but got shape ",
+        out.shape_text());
+  check_contiguous(op, "out", out);
+  check_writable(op, "out", out);
+  pyllm::quantized_embedding({weight, ids.numel(), k, ids.dtype, out.dtype, ids.data, panels.data, out.data});
 }
 
 }  // namespace pyllm::ops

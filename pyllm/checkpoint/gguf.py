@@ -1,7 +1,7 @@
 """GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, read with distrust.
 
 Every count, length and offset is checked against the size of the file before anything is made of it. Packed weights are
-widened to float32, a piece at a time, by the `gguf` package, which is needed for them only.
+kept so, or widened to float32, a piece at a time, by the `gguf` package, which is needed for them only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from pyllm.checkpoint.architectures import ARCHITECTURES, SLOWING, TENSORS, Architecture
 from pyllm.checkpoint.files import CheckpointError, short
+from pyllm.checkpoint.gguf_packed import KINDS, Layout, unpacked
 from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fill, halves, open_file
+from pyllm.ops import QuantizedWeight
 
 _PIECE = 1 << 17  # values widened at a time
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
@@ -118,6 +120,36 @@ class GGUFReader(FileReader):
 
     def entries(self) -> dict[str, Entry]:
         return {name: entry for name, entry in super().entries().items() if name != SLOWING}
+
+    def layout(self, name: str) -> Layout | None:
+        """How a packed weight can be held as it is; None where it cannot, or is not packed."""
+        kind = _PACKINGS[self._packings[name]].name if name in self._packings else ""
+        change = self._extents[name].change
+        ordered = change is None or getattr(change, "func", None) is halves
+        return KINDS[kind][0] if kind in KINDS and ordered and len(self._extents[name].shape) == 2 else None
+
+    def read_packed(self, name: str, layout: tuple[int, int, bool, bool]) -> Iterator[QuantizedWeight]:
+        """A packed weight, some rows after the other.
+
+        Raises:
+            CheckpointError: the file has become shorter, or a scale is not finite.
+        """
+        extent, packing = self._extents[name], _PACKINGS[self._packings[name]]
+        (rows, k), change = extent.shape, extent.change
+        blocks = k // packing.values
+        heads = change.keywords["heads"] if isinstance(change, functools.partial) else rows
+        unit = rows // max(heads, 1)  # rows that are put in order together
+        step = max(1, 8 * _PIECE // max(k * unit, 1)) * unit
+        for begin in range(0, rows, max(step, 1)):
+            count = min(step, rows - begin)
+            raw = torch.empty(count, blocks, packing.bytes, dtype=torch.uint8)
+            extent.file.seek(extent.begin + begin * blocks * packing.bytes)
+            fill(extent.file, raw.view(-1), name)
+            turn = None if change is None else functools.partial(halves, heads=count // unit)
+            try:
+                yield unpacked(packing.name, raw, Layout(*layout), turn)
+            except ValueError as e:
+                raise CheckpointError(f"{self._path}: {short(name)} of {e}") from None
 
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
         if name not in self._packings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +20,12 @@ from pyllm.checkpoint.llama2c import open_llama2c
 from pyllm.checkpoint.pickled import PICKLED, PICKLED_INDEX, open_pickled
 from pyllm.checkpoint.reader import FileReader, MemoryReader
 from pyllm.checkpoint.safetensors import INDEX, WEIGHTS, open_shards
-from pyllm.families import FAMILIES, Family, WeightReader, WeightsError, check_config, load_weights
+from pyllm.families import FAMILIES, Family, PackedReader, WeightReader, WeightsError, check_config, load_weights
 from pyllm.families.settings import for_long_texts, generation_settings, unheeded_settings
 from pyllm.models import MODELS, Model
-from pyllm.nn.linear import QUANTIZED, Linear
+from pyllm.nn import Embedding, Quantizable
+from pyllm.nn.quantized import QUANTIZED
+from pyllm.ops import PackedQuantizedWeight
 from pyllm.text import Tokenizer
 
 _SETTING = (Tensor.normal_, Tensor.uniform_)
@@ -43,7 +45,10 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
         path: a checkpoint of our own; a Hugging Face folder (config.json, with safetensors in one file or in shards, or
             pickled weights); a GGUF file; a llama2.c .bin file of version 0 or 1, with its vocabulary beside it as
             tokenizer.bin or, say, tok512.bin; or, where there is no such file, "owner/name" on the Hugging Face hub.
-        dtype: the weights' own, if None; of a GGUF file, that of most values. Packed weights count as float32.
+        dtype: the weights' own, if None; of a GGUF file, that of most values, where packed ones count as float32.
+            With None, the packed weights of a GGUF file's linear layers and embeddings stay packed, in 8 or 4 bits with
+            the same values (Q2_K and Q3_K do not), and run as those that `model.quantize` makes; a dtype widens them.
+            Quantised weights of our own checkpoints stay so, and dtype is that of the others.
         device: the CPU, if None.
         long: of a Hugging Face folder whose config has longrope (Phi-3 with 128k): positions turn by the factors for
             long texts, which have all of its context then. `transformers` takes them where a text is longer than those
@@ -84,12 +89,7 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
         wrong = [f"{k} must be {expected.get(k, 'absent')}, but got {found.get(k, 'nothing')}"
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
-    for name in quantized:  # one after the other, so that no more than one is held twice
-        parts = {k: saved.weights.pop(f"{name}.weight.{k}", None) for k in QUANTIZED}
-        try:
-            cast(Linear, model.get_submodule(name)).load_quantized_(**parts)
-        except (AttributeError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{path}: {name}.weight: {e}") from None
+    _quantize(path, model, saved.weights, quantized)
     names = [[name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
              for parameter in model.parameters()]  # fmt: skip
     model.load_state_dict(saved.weights, assign=True)
@@ -97,7 +97,35 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
         for name in tied:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    if quantized:
+        for module in model.modules():
+            if isinstance(module, Embedding) and module.packed is not None:
+                module.to(model.dtype)
     return model if dtype is None else model.to(dtype), saved.tokenizer
+
+
+def _quantize(path: Path, model: Model, weights: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Takes the quantised weights of layers out of `weights` and puts them into the layers."""
+
+    def parts(name: str) -> dict[str, Tensor]:
+        return {k: weights[f"{name}.weight.{k}"] for k in QUANTIZED if f"{name}.weight.{k}" in weights}
+
+    sharing: dict[tuple, list[str]] = {}
+    for name in names:
+        sharing.setdefault(tuple((k, p.data_ptr(), p.shape) for k, p in parts(name).items()), []).append(name)
+    for alike in sharing.values():  # one after the other, so that no more than one is held twice
+        found = parts(alike[0])
+        for name in alike:
+            for k in found:
+                del weights[f"{name}.weight.{k}"]
+        try:
+            first, *others = (cast(Quantizable, model.get_submodule(name)) for name in alike)
+            first.load_quantized_(**found)
+            for layer in others:
+                layer.quantize_(cast(PackedQuantizedWeight, first.packed))
+        except (AttributeError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{path}: {alike[0]}.weight: {e}") from None
+        found.clear()
 
 
 def _folder(path: Path, dtype: torch.dtype | None, long: bool,
@@ -131,7 +159,8 @@ def _file(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> t
     if begin == b"GGUF" or path.suffix == ".gguf":
         with open_gguf(path) as weights:
             table, settings = weights.architecture, weights.config
-            model = _filled(path, table, lambda: settings, weights, dtype or weights.dtype, progress)
+            packed = weights if dtype is None else None
+            model = _filled(path, table, lambda: settings, weights, dtype or weights.dtype, progress, packed)
             model.family = table.family_of(model.config)
             if "tokenizer.ggml.model" not in weights.metadata:
                 return model, None
@@ -168,10 +197,10 @@ def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: 
 
 
 def _filled(path: Path, family: Family, settings: Callable[[], dict], reader: WeightReader, dtype: torch.dtype | None,
-            progress: Progress | None) -> Model:  # fmt: skip
+            progress: Progress | None, packed: PackedReader | None = None) -> Model:  # fmt: skip
     model = _empty(path, family.model_type, lambda: family.model(**settings()))
     try:
-        load_weights(model, family, reader, dtype=dtype, progress=progress)
+        load_weights(model, family, reader, dtype=dtype, packed=packed, progress=progress)
     except WeightsError as e:
         raise CheckpointError(f"{path}: " + "; ".join(str(e).split("\n  ")).replace(":;", ":")) from None
     return model

@@ -4,7 +4,16 @@ from pyllm.families.bart import BART
 from pyllm.families.bert import BERT
 from pyllm.families.bloom import BLOOM
 from pyllm.families.distilbert import DISTILBERT
-from pyllm.families.family import Family, Weight, WeightReader, WeightsError, check_config, export_weights, load_weights
+from pyllm.families.family import (
+    Family,
+    PackedReader,
+    Weight,
+    WeightReader,
+    WeightsError,
+    check_config,
+    export_weights,
+    load_weights,
+)
 from pyllm.families.gemma import GEMMA2, GEMMA3
 from pyllm.families.gpt2 import GPT2
 from pyllm.families.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
@@ -43,6 +52,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 __all__ = [
     "FAMILIES",
     "Family",
+    "PackedReader",
     "Weight",
     "WeightReader",
     "WeightsError",

@@ -6,14 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from pyllm import nn
+from pyllm import nn, ops
 from pyllm.models import Model
 from pyllm.nn.feed_forward import GATED
+from pyllm.ops.quantized_linear import pack_pieces
 
 _COLUMNS = 64  # put in another order at a time
 
@@ -86,6 +87,15 @@ class WeightReader(Protocol):
     def read(self, name: str, out: Tensor | None = None) -> Tensor: ...
 
 
+class PackedReader(Protocol):
+    """Quantised weights of a checkpoint: a layout is as `ops.PackedQuantizedWeight` has it, None where there is none;
+    `read_packed` gives a weight, some rows after the other, in a layout that holds its own."""
+
+    def layout(self, name: str) -> tuple[int, int, bool, bool] | None: ...
+
+    def read_packed(self, name: str, layout: tuple[int, int, bool, bool]) -> Iterator[ops.QuantizedWeight]: ...
+
+
 @dataclass(frozen=True)
 class _Place:
     """A parameter of a model, and its parts in a checkpoint with their shapes as stored."""
@@ -113,6 +123,7 @@ def check_config(config: dict, family: Family) -> None:
 
 
 def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: torch.dtype | None = None,
+                 packed: PackedReader | None = None,
                  progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
     """Fills a model's parameters from a checkpoint.
 
@@ -121,6 +132,7 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
             allocated for them: they are then made one after the other, as they are read.
         reader: the checkpoint.
         dtype: of the parameters from now on; by default the checkpoint's, for those on the meta device, or their own.
+        packed: the same checkpoint, where weights that it has quantised are to stay so in layers that can have them.
         progress: called with the number of elements read so far, and of all.
 
     Raises:
@@ -158,6 +170,13 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
         old, new, first = place.parameter, place.parameter, next(iter(place.parts))
         stored = next(iter(wanted)) if first in zeros else first
         kind = dtype or (entries[stored].dtype if old.is_meta else old.dtype)
+        layout = None if packed is None or zeros & place.parts.keys() else _layout(place, owners[id(old)], packed)
+        if packed is not None and layout is not None:
+            _quantize(place, owners[id(old)], packed, layout, kind)
+            done += old.numel()
+            if progress is not None:
+                progress(done, total)
+            continue
         if old.is_meta and first not in zeros and _is_whole(place) and entries[first].dtype == kind:
             new = torch.nn.Parameter(reader.read(first), old.requires_grad)
         else:
@@ -174,6 +193,32 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
             progress(done, total)
 
 
+def _layout(place: _Place, owners: list[tuple[torch.nn.Module, str]],
+            packed: PackedReader) -> tuple[int, int, bool, bool] | None:  # fmt: skip
+    """The least layout that holds all parts of a weight as they are, if they can stay quantised."""
+    weight = place.weight
+    if weight.transposed or weight.by_head or weight.as_row or place.parameter.dim() != 2:
+        return None
+    if not all(isinstance(module, nn.Quantizable) and name == "weight" for module, name in owners):
+        return None
+    layouts = [packed.layout(name) for name in place.parts]
+    if any(layout is None for layout in layouts):
+        return None
+    bits, groups, halves, minimums = zip(*cast(list[tuple[int, int, bool, bool]], layouts), strict=True)
+    alike = len(set(minimums)) == 1  # a minimum made from a scale may be more than a float16 holds
+    return max(bits), min(groups), all(halves) and alike, any(minimums)
+
+
+def _quantize(place: _Place, owners: list[tuple[torch.nn.Module, str]], packed: PackedReader,
+              layout: tuple[int, int, bool, bool], dtype: torch.dtype) -> None:  # fmt: skip
+    pieces = (piece for name in place.parts for piece in packed.read_packed(name, layout))
+    weight = pack_pieces(pieces, place.parameter.shape[0])
+    for module, _ in owners:
+        cast(nn.Quantizable, module).quantize_(weight)
+        if isinstance(module, nn.Embedding):
+            module.to(dtype)
+
+
 def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a model's parameters as a Hugging Face checkpoint has them: views where that is possible.
 
@@ -181,7 +226,7 @@ def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
         WeightsError: a layer of the model is quantised.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.packed is not None:
+        if isinstance(module, nn.Quantizable) and module.packed is not None:
             raise WeightsError(f"{name} is quantised, which no checkpoint for others can hold: export the model that "
                                "was not, or keep this one with pyllm.save")  # fmt: skip
     for place in _places(model, family, model.head is None):

@@ -103,7 +103,10 @@ class Encoder(Model):
 
     def _tie(self) -> None:
         if isinstance(self.head, MaskedHead) and self.config["tie_embeddings"]:
-            self.head.decoder.weight = self.embedding.weight
+            if self.embedding.packed is not None:
+                self.head.decoder.quantize_(self.embedding.packed)
+            else:
+                self.head.decoder.weight = self.embedding.weight
 
     def with_head(self, head: str | None, labels: Sequence[str] | None = None, *,
                   problem: str | None = None) -> Encoder:  # fmt: skip
@@ -122,7 +125,7 @@ class Encoder(Model):
             initialise(other.head)
             if isinstance(other.head, SequenceHead) and self.pooler is not None:
                 other.head.pooler.load_state_dict(self.pooler.state_dict())
-            other.head.to(self.embedding.weight)
+            other.head.to(next(self.parameters()))
             other._tie()
         other.family = self.family
         return other.train(self.training)

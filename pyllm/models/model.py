@@ -101,7 +101,9 @@ class Model(torch.nn.Module):
         return sum(p.nbytes for p in self.parameters()) + sum(w.nbytes for w in self.quantized_weights())
 
     def quantized_weights(self) -> list[ops.PackedQuantizedWeight]:
-        return [m.packed for m in self.modules() if isinstance(m, nn.Linear) and m.packed is not None]
+        """Each once, though layers share it."""
+        found = (m.packed for m in self.modules() if isinstance(m, nn.Quantizable) and m.packed is not None)
+        return list({id(packed): packed for packed in found}.values())
 
 
 def token_loss(layer: torch.nn.Linear, h: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

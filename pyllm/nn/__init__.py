@@ -6,6 +6,7 @@ from pyllm.nn.feed_forward import Experts, FeedForward
 from pyllm.nn.linear import Head, Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.position import RelativeBias, SinusoidalEmbedding, rope_frequencies
+from pyllm.nn.quantized import Quantizable
 from pyllm.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from pyllm.nn.rwkv import ChannelMix, TimeMix
 from pyllm.nn.state import AttentionState, KeyValueCache, RecurrentState, SourceState, own_pages
@@ -27,6 +28,7 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "Linear",
+    "Quantizable",
     "RMSNorm",
     "RNNCell",
     "RecurrentState",

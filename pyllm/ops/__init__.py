@@ -14,6 +14,7 @@ from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm, rms_norm
 from pyllm.ops.linear import PackedLinear, linear, pack_linear
 from pyllm.ops.paging import PAGE_TILE, next_positions, write_pages
+from pyllm.ops.quantized_embedding import quantized_embedding
 from pyllm.ops.quantized_linear import PackedQuantizedWeight, QuantizedWeight, pack_quantized, quantized_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
@@ -42,6 +43,7 @@ __all__ = [
     "next_positions",
     "pack_linear",
     "pack_quantized",
+    "quantized_embedding",
     "quantized_linear",
     "relu_squared",
     "rms_norm",

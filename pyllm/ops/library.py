@@ -16,6 +16,7 @@ import inspect
 import typing
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
     tuple[Tensor, Tensor] | None: "Tensor[]?",
     Tensor | tuple[Tensor, Tensor] | None: "Tensor[]? or one",
     Tensor | PackedLinear: "Tensor",  # a packed weight is for eager calls
-    PackedQuantizedWeight: "packed",
+    PackedQuantizedWeight: "packed",  # two arguments of a schema: its panels, and numbers
+    torch.dtype: "ScalarType",
     float | Tensor: "Tensor or float",
     int | Tensor: "Tensor or int",
     float: "float",
@@ -94,6 +96,8 @@ SHAPES: dict[str, Callable] = {
     "lstm": lambda a: _recurrent(a, states=2),
     "lstm_cell": lambda a: [_like(a.state[0]), _like(a.state[1])],
     "next_positions": lambda a: [a.lengths.new_empty(*a.lengths.shape, a.count), _like(a.lengths)],
+    "quantized_embedding": lambda a: [a.weight.panels.new_empty(*a.ids.shape, a.weight.shape[1], dtype=a.dtype)],
+    "quantized_linear": lambda a: [a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0])],
     "relu_squared": lambda a: [_like(a.x)],
     "rms_norm": _norm,
     "rnn": _recurrent,
@@ -109,7 +113,7 @@ SHAPES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-EAGER = {"elementwise", "quantized_linear", "write_pages"}  # have no schema here: they break a traced graph in two
+EAGER = {"elementwise", "write_pages"}  # have no schema here: they break a traced graph in two
 
 
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:
@@ -169,7 +173,10 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
     hints = typing.get_type_hints(f)
     kinds = _kinds(f)
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-    arguments = ", ".join(f"{kind.split()[0]} {key}" for key, kind in kinds.items())
+    arguments = ", ".join(
+        f"Tensor {key}, int[] {key}_format" if kind == "packed" else f"{kind.split()[0]} {key}"
+        for key, kind in kinds.items()
+    )
     nested, named = hints["return"] == tuple[Tensor, tuple[Tensor, Tensor]], getattr(hints["return"], "_make", None)
     shapes = SHAPES[name]
     _LIBRARY.define(f"{name}({arguments}) -> Tensor[]")
@@ -177,7 +184,7 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
     op, backward_op = (getattr(torch.ops.pyllm, n).default for n in (name, f"{name}_backward"))
 
     def call(args):  # positional, as in the schema
-        values = {key: _from_schema(kinds[key], value) for key, value in zip(kinds, args, strict=True)}
+        values = _values(kinds, args)
         positional = [values.pop(key) for key in kinds if parameters[key].kind is not inspect.Parameter.KEYWORD_ONLY]
         return _flat(f(*positional, **values))
 
@@ -204,13 +211,7 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
         return [torch.zeros_like(t) if g is None else g.contiguous() for t, g in zip(leaves, found, strict=True)]
 
     def fake(*args):
-        values = {
-            key: None
-            if kind.startswith("Tensor or")
-            else _from_schema(kind, value)  # a number is not known while tracing
-            for (key, kind), value in zip(kinds.items(), args, strict=True)
-        }
-        return shapes(SimpleNamespace(**values))
+        return shapes(SimpleNamespace(**_values(kinds, args, numbers=False)))  # which are not known while tracing
 
     def fake_backward(gradients, wanted, *args):
         return [_like(t) for t, needed in zip(_tensors(args), wanted, strict=True) if needed]
@@ -218,13 +219,13 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
     def setup_context(ctx, inputs, output):
         ctx.wanted = [t.requires_grad for t in _tensors(inputs)]
         ctx.others = [_map(lambda t: None, a) for a in inputs]
-        ctx.lengths = [len(a) if isinstance(a, (list, tuple)) else int(isinstance(a, Tensor)) for a in inputs]
+        ctx.lengths = [len(_tensors([a])) for a in inputs]
         ctx.save_for_backward(*_tensors(inputs))
 
     def differentiate(ctx, gradients):
         saved = iter(ctx.saved_tensors)
         args = [
-            [next(saved) for _ in range(n)] if isinstance(other, list) else next(saved) if n else other
+            other if not n else [next(saved) for _ in range(n)] if isinstance(other, list) else next(saved)
             for other, n in zip(ctx.others, ctx.lengths, strict=True)
         ]
         found = iter(backward_op(gradients, ctx.wanted, *args))
@@ -241,12 +242,33 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
         values = defaults | dict(zip(kinds, args, strict=False)) | kwargs
         if values.keys() != kinds.keys() or len(args) > len(kinds):
             raise TypeError(f"[{name}] takes {', '.join(kinds)}, but got {len(args)} and {', '.join(kwargs)}")
-        out = op(*[_to_schema(kind, values[key]) for key, kind in kinds.items()])
+        out = op(*[part for key, kind in kinds.items() for part in _spread(kind, values[key])])
         if nested:
             return out[0], tuple(out[1:])
         return named(out) if named else out[0] if len(out) == 1 else tuple(out)
 
     return traced, kinds
+
+
+def _spread(kind: str, value) -> list:
+    """A function's argument as those of the schema."""
+    if kind == "packed":
+        return [value.panels, [int(n) for n in (*value.layout, *value.shape)]]
+    return [_to_schema(kind, value)]
+
+
+def _values(kinds: dict[str, str], args, *, numbers: bool = True) -> dict:
+    """A function's arguments from those of the schema."""
+    rest = iter(args)
+    values: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        value = next(rest)
+        if kind == "packed":
+            bits, group, half, minimums, n, k = next(rest)
+            values[key] = PackedQuantizedWeight(value, bits, group, bool(half), bool(minimums), (n, k))
+        else:
+            values[key] = _from_schema(kind, value) if numbers or not kind.startswith("Tensor or") else None
+    return values
 
 
 def _to_schema(kind: str, value):
@@ -271,7 +293,7 @@ def _map(f, value):
     """f of a tensor or of each of a list of them; anything else as it is."""
     if isinstance(value, Tensor):
         return f(value)
-    return [f(t) for t in value] if isinstance(value, (list, tuple)) else value
+    return [_map(f, t) for t in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tensors(args) -> list[Tensor]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,14 +10,12 @@ from torch import Tensor
 from pyllm import _C
 from pyllm.ops.gradients import once_differentiable
 
-GROUP = 32  # elements along K that share a scale
-
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight (N, K) of small whole numbers in groups of 32 along K, which is filled up to whole groups.
+    """A weight (N, K) of small whole numbers in groups along K, which is filled up to whole groups.
 
-    values: uint8, (N, 32 G) for 8 bits, or (N, 16 G) for 4, the first of two neighbours in a byte's low half.
+    values: uint8, (N, group * G) for 8 bits, or half as wide for 4, the first of two neighbours in a byte's low half.
     scales: (N, G), float16 or float32.
     minimums: as scales, or None. An element is value * scale + minimum, or without (value - 2^(bits - 1)) * scale.
     """
@@ -25,6 +25,7 @@ class QuantizedWeight:
     minimums: Tensor | None
     bits: int
     shape: tuple[int, int]  # (N, K)
+    group: int = 32  # elements that share a scale; also 16, of 8 bits
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +40,7 @@ class QuantizedWeight:
         values = self.values
         if self.bits == 4:
             values = torch.stack((values & 15, values >> 4), -1).flatten(1)
-        grouped = values.unflatten(1, (-1, GROUP)).float()
+        grouped = values.unflatten(1, (-1, self.group)).float()
         scales = self.scales.float()[..., None]
         if self.minimums is None:
             grouped = (grouped - 2 ** (self.bits - 1)) * scales
@@ -55,13 +56,23 @@ class PackedQuantizedWeight:
 
     panels: Tensor  # uint8, (N / P rounded up, G, bytes of P rows' group)
     bits: int
+    group: int
     half_scales: bool
     has_minimums: bool
     shape: tuple[int, int]
+    _unpacked: list[weakref.ref] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
+
+    @property
+    def layout(self) -> tuple[int, int, bool, bool]:
+        """bits, group, half_scales, has_minimums."""
+        return self.bits, self.group, self.half_scales, self.has_minimums
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_unpacked": []}
 
     @property
     def format(self) -> str:
@@ -69,11 +80,21 @@ class PackedQuantizedWeight:
         return f"int{self.bits}" + ("-min" if self.has_minimums else "")
 
     def unpack(self) -> QuantizedWeight:
+        """What was packed; the same tensors as before, as long as someone holds them."""
+        held = [t for t in (ref() for ref in self._unpacked) if t is not None]
+        if len(held) != 2 + self.has_minimums:
+            weight = self._unpack()
+            held = [t for t in (weight.values, weight.scales, weight.minimums) if t is not None]
+            self._unpacked[:] = map(weakref.ref, held)
+        minimums = held[2] if self.has_minimums else None
+        return QuantizedWeight(held[0], held[1], minimums, self.bits, self.shape, self.group)
+
+    def _unpack(self) -> QuantizedWeight:
         count, groups, size = self.panels.shape
         dtype = torch.float16 if self.half_scales else torch.float32
         parts = 1 + self.has_minimums
-        width = size // (GROUP * self.bits // 8 + dtype.itemsize * parts)
-        n, rows, quads = self.shape[0], count * width, self.bits
+        width = size // (self.group * self.bits // 8 + dtype.itemsize * parts)
+        n, rows, quads = self.shape[0], count * width, self.group * self.bits // 32
         values, *rest = self.panels.split([width * quads * 4] + [width * dtype.itemsize] * parts, -1)
         values = values.unflatten(-1, (quads, width, 4)).permute(0, 3, 1, 2, 4).reshape(rows, groups, quads * 4)
         if self.bits == 4:  # a group's first half is in the low bits
@@ -81,38 +102,66 @@ class PackedQuantizedWeight:
             values = halves[..., 0] | halves[..., 1] << 4
         scales = [t.contiguous().view(dtype).transpose(1, 2).reshape(rows, groups)[:n].contiguous() for t in rest]
         return QuantizedWeight(values.flatten(1)[:n].contiguous(), scales[0], scales[1] if self.has_minimums else None,
-                               self.bits, self.shape)  # fmt: skip
+                               self.bits, self.shape, self.group)  # fmt: skip
 
 
 def pack_quantized(weight: QuantizedWeight) -> PackedQuantizedWeight:
-    """Packs a quantised weight for `quantized_linear`.
+    """Packs a quantised weight for `quantized_linear` and `quantized_embedding`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit the others.
     """
-    n, k = weight.shape
-    half = weight.scales.dtype == torch.float16
-    minimums = weight.minimums is not None
-    groups = (k + GROUP - 1) // GROUP
-    if tuple(weight.scales.shape) != (n, groups):
-        raise ValueError(f"[pack_quantized] scales must have shape {(n, groups)}, but got {tuple(weight.scales.shape)}")
-    width = _C.panel_width()
-    size = width * (GROUP * weight.bits // 8 + (2 if half else 4) * (1 + minimums))
-    panels = torch.empty((n + width - 1) // width, groups, size, dtype=torch.uint8)
-    _C.pack_quantized(weight.values, weight.scales, weight.minimums, panels, weight.bits)
-    return PackedQuantizedWeight(panels, weight.bits, half, minimums, (n, k))
+    return pack_pieces([weight], weight.shape[0])
+
+
+def pack_pieces(pieces: Iterable[QuantizedWeight], rows: int) -> PackedQuantizedWeight:
+    """Packs a weight of so many rows that comes some rows after the other, so that it is never held twice."""
+    packed: PackedQuantizedWeight | None = None
+    left: list[Tensor] = []
+    width, done = _C.panel_width(), 0
+    for piece in pieces:
+        empty = _empty(piece, rows)
+        if packed is None:
+            packed = empty
+        elif (packed.layout, packed.shape) != (empty.layout, empty.shape):
+            raise ValueError("[pack_quantized] all rows must be of one format and width")
+        parts = [t for t in (piece.values, piece.scales, piece.minimums) if t is not None]
+        if left:
+            parts = [torch.cat(pair) for pair in zip(left, parts, strict=True)]
+        count = len(parts[1])
+        whole = count if done + count == rows else count // width * width  # a panel is filled at once
+        left = [] if whole == count else [t[whole:].clone() for t in parts]
+        values, scales, *minimums = (t[:whole] for t in parts)
+        panels = packed.panels[done // width : -(-(done + whole) // width)]
+        _C.pack_quantized(values, scales, minimums[0] if minimums else None, panels, piece.bits, piece.group)
+        done += whole
+    if packed is None or done != rows:
+        raise ValueError(f"[pack_quantized] pieces must have {rows} rows together, but got {done}")
+    return packed
+
+
+def _empty(like: QuantizedWeight, rows: int) -> PackedQuantizedWeight:
+    """With memory, which costs nothing until it is written, for a weight of so many rows."""
+    n, k = like.shape
+    groups, width = -(-k // like.group), _C.panel_width()
+    if tuple(like.scales.shape) != (n, groups):
+        raise ValueError(f"[pack_quantized] scales must have shape {(n, groups)}, but got {tuple(like.scales.shape)}")
+    half, minimums = like.scales.dtype == torch.float16, like.minimums is not None
+    size = width * (like.group * like.bits // 8 + (2 if half else 4) * (1 + minimums))
+    panels = torch.empty(-(-rows // width), groups, size, dtype=torch.uint8)
+    return PackedQuantizedWeight(panels, like.bits, like.group, half, minimums, (rows, k))
 
 
 def quantized_linear(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias for a quantised W. A row of x is rounded to 8 bits in groups of 32, each by its largest element;
-    the products are exact, and groups add in float32.
+    """x @ W.T + bias for a quantised W. A row of x is rounded to 8 bits in the weight's groups, each by its largest
+    element; the products are exact, and groups add in float32.
 
     A row's result has the same bits alone, in any batch, and for any number of threads. A row with an infinity or NaN
     gives NaN.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
-        weight: from `pack_quantized`. It has no gradient; x's goes through the dequantised weight.
+        weight: from `pack_quantized`. It has no gradient; x's goes through the dequantised weight, some rows at a time.
         bias: (N,), x's dtype.
 
     Returns:
@@ -138,7 +187,7 @@ def _forward(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | None) -> T
         x = x.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    _C.quantized_linear(x, weight.panels, bias, out, weight.bits, weight.half_scales, weight.has_minimums)
+    _C.quantized_linear(x, weight.panels, bias, out, *weight.layout)
     return out
 
 
@@ -154,9 +203,10 @@ class _QuantizedLinear(torch.autograd.Function):
         dx = dbias = None
         rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
         if ctx.needs_input_grad[0]:
-            k = ctx.weight.shape[1]
-            dx = dy.new_empty(*dy.shape[:-1], k)
-            _C.matmul(rows, ctx.weight.unpack().dequantize(), None, dx.view(len(rows), k))
+            wide = torch.empty(len(rows), ctx.weight.shape[1])
+            _C.quantized_linear_backward(rows if rows.stride(1) == 1 else rows.contiguous(), ctx.weight.panels, wide,
+                                         *ctx.weight.layout)  # fmt: skip
+            dx = wide.view(*dy.shape[:-1], wide.shape[1]).to(dy.dtype)
         if ctx.needs_input_grad[2]:
             dbias = torch.empty(rows.shape[1], dtype=dy.dtype)
             _C.column_sum(rows if rows.stride(1) == 1 else rows.contiguous(), dbias)

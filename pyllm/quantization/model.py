@@ -3,12 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pyllm import nn
 from pyllm.models import Model
+from pyllm.ops import PackedQuantizedWeight
 from pyllm.quantization.compensation import quantize_compensated
 from pyllm.quantization.weights import quantize_weight
 
@@ -30,8 +32,8 @@ def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibratio
              progress: Callable[[int, int], None] | None = None) -> Quantization:  # fmt: skip
     """Quantises the linear layers of a model in place: they run on whole numbers from now on, and no longer train.
 
-    The head gets 8 bits in every format. Embeddings, also one that it shared its weight with, and recurrent layers stay
-    as they are.
+    The head gets 8 bits in every format. Embeddings that share its weight go on sharing it; others, and recurrent
+    layers, stay as they are.
 
     Args:
         weights: "int8", "int4", or "int4-min", whose groups have a smallest element of their own besides a scale:
@@ -69,7 +71,10 @@ def quantize(model: Model, weights: str, *, skip: Sequence[str] = (), calibratio
                 quantized = quantize_compensated(layer.weight, moments.pop(name), bits, minimums=minimums)
             else:
                 quantized = quantize_weight(layer.weight, bits, minimums=minimums)
+            sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is layer.weight]
             layer.quantize_(quantized)
+            for embedding in sharing:
+                embedding.quantize_(cast(PackedQuantizedWeight, layer.packed))
             done += 1
             if progress is not None:
                 progress(done, len(layers))

@@ -12,6 +12,7 @@ from pyllm.reference.embedding import embedding
 from pyllm.reference.layer_norm import layer_norm, rms_norm
 from pyllm.reference.linear import linear, pack_linear
 from pyllm.reference.paging import next_positions, write_pages
+from pyllm.reference.quantized_embedding import quantized_embedding
 from pyllm.reference.quantized_linear import pack_quantized, quantized_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
@@ -36,6 +37,7 @@ __all__ = [
     "next_positions",
     "pack_linear",
     "pack_quantized",
+    "quantized_embedding",
     "quantized_linear",
     "relu_squared",
     "rms_norm",

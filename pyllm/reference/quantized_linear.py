@@ -12,8 +12,9 @@ def quantized_linear(x: Tensor, weight, bias: Tensor | None = None) -> Tensor:
     """`weight`: an unpacked `QuantizedWeight`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     w = weight.dequantize().to(wide)
-    # Straight through: the forward pass sees x in groups of 32 rounded to 8 bits, the backward pass x itself.
-    padded = torch.nn.functional.pad(x.detach().float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    # Straight through: the forward pass sees x in groups rounded to 8 bits, the backward pass x itself.
+    padded = torch.nn.functional.pad(x.detach().float(), (0, -x.shape[-1] % weight.group))
+    padded = padded.unflatten(-1, (-1, weight.group))
     scale = padded.abs().amax(-1, keepdim=True) / 127
     whole = (padded * torch.where(scale > 0, 127 / padded.abs().amax(-1, keepdim=True), 0)).round()
     rounded = (whole.to(wide) * scale.to(wide)).flatten(-2)[..., : x.shape[-1]]

@@ -50,6 +50,16 @@ def test_logits_of_each_gguf_are_the_recorded_ones(stories, kind):
         assert greedy(model, ids) == ids[1:].tolist()
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "q5_0", "q4_0"])
+def test_packed_weights_give_nearly_the_recorded_logits(stories, kind):
+    """What is lost is the rounding of activations to 8 bits."""
+    model, _ = pyllm.load(stories / "gguf" / f"stories260K-{kind}.gguf")
+    assert len(model.quantized_weights()) == 17
+    expected = torch.from_numpy(np.load(stories / "gguf" / f"logits_first32_{kind}.npy"))
+    found = logits(model, np.load(stories / "expected_token_ids_n200.npy"))
+    assert (found - expected).norm() < 0.015 * (expected - expected.mean()).norm()
+
+
 def test_every_format_brings_its_tokenizer(stories, tmp_path):
     text = (stories / "expected_noprompt_n200.txt").read_text(encoding="utf-8").strip("\n")
     (tmp_path / "m.bin").write_bytes((stories / "stories260K.bin").read_bytes())

@@ -85,6 +85,10 @@ CALLS = {
 OPS = (
     {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
     - {"pack_linear", "pack_quantized"}
+    - {
+        "quantized_embedding",
+        "quantized_linear",
+    }  # of packed weights: tests below
     - library.EAGER
 )
 EACH = [(name, i) for name in sorted(OPS) for i in range(len(CALLS[name]))]
@@ -154,11 +158,34 @@ def test_opcheck(name, i, monkeypatch):
     torch.library.opcheck(packet, tuple(seen))
 
 
-def test_an_operation_without_a_schema_breaks_the_graph_and_no_more():
-    values, x = torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.randn(2, 8)
-    weight = ops.pack_quantized(ops.QuantizedWeight(values, torch.ones(5, 1), None, 8, (5, 8)))
-    compiled = torch.compile(lambda x: ops.quantized_linear(x + 1, weight) * 2, backend="eager")
-    assert torch.equal(compiled(x), ops.quantized_linear(x + 1, weight) * 2)
+def quantized(n=5, k=8):
+    values = torch.randint(0, 256, (n, 32 * -(-k // 32)), dtype=torch.uint8)
+    return ops.pack_quantized(ops.QuantizedWeight(values, torch.rand(n, -(-k // 32)), None, 8, (n, k)))
+
+
+def test_a_quantised_model_is_one_graph():
+    weight, x, bias = quantized(), randn(2, 8), randn(5)
+
+    def step(x, ids, bias):
+        return ops.quantized_linear(x + ops.quantized_embedding(ids, weight), weight, bias) * 2
+
+    ids = torch.tensor([1, 4])
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected, out = step(x, ids, bias), compiled(x, ids, bias)
+    assert torch.equal(out, expected)
+    for a, b in zip(*(gradients(o, [x, bias]) for o in (out, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck_of_packed_weights():
+    weight = quantized()
+    numbers = [int(n) for n in (*weight.layout, *weight.shape)]
+    x, bias = randn(2, 3, 8), randn(5)
+    torch.library.opcheck(torch.ops.pyllm.quantized_linear.default, (x, weight.panels, numbers, bias))
+    torch.library.opcheck(torch.ops.pyllm.quantized_linear.default, (x, weight.panels, numbers, None))
+    some = torch.tensor([[0, 4]])
+    torch.library.opcheck(torch.ops.pyllm.quantized_embedding.default, (some, weight.panels, numbers, torch.bfloat16))
 
 
 def test_the_environment_takes_the_twins(tmp_path):

@@ -4,6 +4,7 @@ from twins import check_twin
 
 from pyllm import _C, ops, reference
 from pyllm.ops import QuantizedWeight
+from pyllm.ops.quantized_linear import pack_pieces
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.float32]
@@ -29,11 +30,11 @@ def kernels(request):
     _C.set_vnni(True)
 
 
-def random_weight(n, k, bits, minimums, dtype=torch.float16):
-    groups = -(-k // 32)
-    return QuantizedWeight(torch.randint(0, 256, (n, groups * 4 * bits), dtype=torch.uint8),
+def random_weight(n, k, bits, minimums, dtype=torch.float16, group=32):
+    groups = -(-k // group)
+    return QuantizedWeight(torch.randint(0, 256, (n, groups * group * bits // 8), dtype=torch.uint8),
                            torch.rand(n, groups).to(dtype) + 0.1,
-                           torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k))  # fmt: skip
+                           torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k), group)  # fmt: skip
 
 
 FORMATS = [(bits, minimums) for bits in (8, 4) for minimums in (False, True)]
@@ -114,6 +115,60 @@ def test_packing_loses_nothing(n, k, bits, minimums, dtype, isa):
     assert torch.equal(again.dequantize(), weight.dequantize())
 
 
+@pytest.mark.parametrize("minimums", [False, True])
+@pytest.mark.parametrize(("shape", "n"), [((7, 33), 65), ((1, 1), 1), ((9, 256), 20), ((3, 1023), 17)])
+def test_groups_of_sixteen(shape, n, minimums, kernels):
+    weight = random_weight(n, shape[-1], 8, minimums, torch.float32, group=16)
+    packed, x = ops.pack_quantized(weight), torch.randn(shape)
+    check_twin(lambda x: ops.quantized_linear(x, packed), lambda x: reference.quantized_linear(x, weight), {"x": x},
+               slack=32)  # fmt: skip
+    assert torch.equal(ops.quantized_linear(x[:1], packed), ops.quantized_linear(x, packed)[:1])
+    again = packed.unpack()
+    assert torch.equal(again.values, weight.values) and torch.equal(again.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, 16), (8, True, 16)])
+def test_a_product_is_within_its_own_rounding_of_the_exact_one(bits, minimums, group, kernels):
+    """x is rounded to 8 bits in groups by its largest element: that, and the sums in float32, is all that is lost."""
+    weight = random_weight(60, 330, bits, minimums, group=group)
+    x, dense = torch.randn(6, 330), weight.dequantize().double()
+    exact = x.double() @ dense.T
+    padded = (torch.nn.functional.pad(t, (0, -330 % group)).unflatten(1, (-1, group)) for t in (x.double(), dense))
+    grouped, w = padded
+    half_step = grouped.abs().amax(-1) / 127 / 2
+    bound = half_step @ w.abs().sum(-1).T + 1e-5 * (x.double().abs() @ dense.abs().T)
+    assert ((ops.quantized_linear(x, ops.pack_quantized(weight)).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16)])
+def test_the_gradient_has_the_same_bits_alone_and_for_any_threads(bits, minimums, group, dtype, isa, threads):
+    packed = ops.pack_quantized(random_weight(301, 90, bits, minimums, group=group))
+    x, dy = torch.randn(23, 90).to(dtype).requires_grad_(), torch.randn(23, 301).to(dtype)
+    threads(1)
+    (expected,) = torch.autograd.grad(ops.quantized_linear(x, packed), x, dy)
+    threads(5)
+    for rows in (slice(0, 23), slice(3, 4), slice(5, 17)):
+        (found,) = torch.autograd.grad(ops.quantized_linear(x, packed), x, dy)
+        assert torch.equal(found, expected)
+        part = x[rows].detach().requires_grad_()
+        assert torch.equal(torch.autograd.grad(ops.quantized_linear(part, packed), part, dy[rows])[0], expected[rows])
+
+
+@pytest.mark.parametrize("sizes", [(5, 40, 1, 30), (16, 60), (76,)])
+def test_a_weight_can_come_in_pieces(sizes, isa):
+    weight = random_weight(76, 64, 4, True)
+    pieces = [
+        QuantizedWeight(v.contiguous(), s, m, 4, (len(v), 64))
+        for v, s, m in zip(*(t.split(sizes) for t in (weight.values, weight.scales, weight.minimums)), strict=True)
+    ]
+    assert torch.equal(pack_pieces(iter(pieces), 76).panels, ops.pack_quantized(weight).panels)
+    with pytest.raises(ValueError, match="pieces must have 77 rows together, but got"):
+        pack_pieces(pieces, 77)
+    with pytest.raises(ValueError, match="all rows must be of one format"):
+        pack_pieces([pieces[0], random_weight(3, 64, 8, False)], 76)
+
+
 def test_dequantize_is_what_is_written():
     low_first = QuantizedWeight(torch.full((1, 16), 0x2F, dtype=torch.uint8), torch.full((1, 1), 0.5), None, 4, (1, 3))
     assert low_first.dequantize().tolist() == [[3.5, -3.0, 3.5]]
@@ -161,6 +216,8 @@ def test_errors_name_the_argument():
         spoilt(scales=weight.scales[:, :1])
     with pytest.raises(ValueError, match=r"bits must be 8 or 4, but got 5"):
         spoilt(bits=5)
+    with pytest.raises(ValueError, match=r"groups must be of 32 elements or, of 8 bits, of 16, but got 8"):
+        spoilt(group=8, scales=torch.ones(5, 5), minimums=None)
 
 
 def test_a_weight_packed_for_another_instruction_set_is_refused():

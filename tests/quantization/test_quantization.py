@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind,
     count, before = model.num_parameters(), model(given)
     steps = []
     report = model.quantize(weights, progress=lambda *step: steps.append(step))
-    assert model.num_parameters() >= count and report.bytes_after < report.bytes_before
+    assert model.num_parameters() == count and report.bytes_after < report.bytes_before
     assert [name for name, m in model.named_modules() if isinstance(m, nn.Linear)] == list(report.layers)
     assert steps == [(n + 1, len(report.layers)) for n in range(len(report.layers))]
     after = model(given)
@@ -99,6 +100,7 @@ def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind,
     again, _ = pyllm.load(tmp_path)
     assert torch.equal(again(given), after)
     assert again.state_dict().keys() == model.state_dict().keys()
+    assert again.num_bytes() == model.num_bytes()
     copied = copy.deepcopy(model)
     assert torch.equal(copied(given), after)
 
@@ -155,10 +157,63 @@ def test_calibration_keeps_the_loss_lower(portion, monkeypatch):
 
 
 def test_gradients_pass_through_to_what_comes_before():
-    model = decoder()
+    model = decoder(tie_embeddings=False)
     pyllm.quantize(model, "int8")
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
     assert model.embedding.weight.grad.abs().sum() > 0 and model.blocks[0].attention_norm.weight.grad is not None
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, (n, k) = layer, layer.size()
+        self.down = torch.nn.Parameter(torch.randn(8, k) / k**0.5)
+        self.up = torch.nn.Parameter(torch.zeros(n, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+def test_an_adapter_trains_on_top():
+    model = decoder()
+    pyllm.quantize(model, "int4")
+    before = model.state_dict()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for block in model.blocks:
+        block.attention.qkv = Adapter(block.attention.qkv)
+        block.feed_forward.down = Adapter(block.feed_forward.down)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 8
+    optimizer, losses = torch.optim.AdamW(trained, 3e-2), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(model.loss(ids[:, :-1], ids[:, 1:]))
+        losses[-1].backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    after = model.state_dict()
+    assert torch.equal(before["head.weight.values"], after["head.weight.values"])
+
+
+def test_a_tied_table_is_held_and_saved_once(tmp_path):
+    model = decoder()
+    count = model.num_parameters()
+    pyllm.quantize(model, "int4")
+    assert model.embedding.packed is model.head.packed and model.num_parameters() == count
+    pyllm.save(model, tmp_path)
+    (file,) = tmp_path.glob("*/model.safetensors")
+    assert file.stat().st_size < model.num_bytes() + 8192
+    for other in (pyllm.load(tmp_path)[0], copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.embedding.packed is other.head.packed
+        assert torch.equal(other(ids), model(ids)) and other.num_bytes() == model.num_bytes()
+    half, _ = pyllm.load(tmp_path, dtype=torch.bfloat16)
+    assert half.embedding(ids).dtype == half(ids).dtype == torch.bfloat16
+    assert torch.equal(half.embedding(ids), model.embedding(ids).bfloat16())
+    encoder = MODELS["encoder"]()
+    pyllm.quantize(encoder, "int8")
+    assert encoder.with_head("masked_lm").head.decoder.packed is encoder.embedding.packed
 
 
 def test_weights_that_are_not_finite_are_refused():
@@ -175,7 +230,7 @@ def test_weights_that_are_not_finite_are_refused():
 def test_a_quantised_model_has_no_form_for_others(gguf, tmp_path):
     model = decoder()
     model.quantize("int8")
-    with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.qkv is quantised"):
+    with pytest.raises(ValueError, match=r"^embedding is quantised"):
         model.save(tmp_path / "other", gguf=gguf)
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,6 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int kQuads = kGroup / 4;
 #if ISA_AVX512
 constexpr int kRows = 6;  // of a tile
 #else
@@ -36,12 +35,12 @@ struct Rows {
   int32_t* starts;        // what a group's whole sums start from
 };
 
-template <class T>
+template <int kGroup, class T>
 void quantize_row(const T* x, int64_t k, Dot dot, int offset, const Rows& out, int64_t row) {
   alignas(64) float block[kGroup];
   alignas(64) int8_t bytes[kGroup];
   for (int64_t g = 0; g < out.groups; g++) {
-    const int64_t count = std::min(kGroup, k - g * kGroup);
+    const int64_t count = std::min<int64_t>(kGroup, k - g * kGroup);
     V largest{}, bad{};
     for (int64_t j = 0; j < kGroup; j += W) {
       const V v = count - j >= W ? load(x + g * kGroup + j) : count > j ? load_n(x + g * kGroup + j, count - j) : V{};
@@ -63,7 +62,7 @@ void quantize_row(const T* x, int64_t k, Dot dot, int offset, const Rows& out, i
       std::memcpy(to, bytes, kGroup);
       continue;
     }
-    for (int q = 0; q < kQuads; q++) {
+    for (int q = 0; q < kGroup / 4; q++) {
       const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
       std::memcpy(to + 8 * q, halves, 8);
     }
@@ -76,7 +75,7 @@ VEC V load_scale(const char* p, DType dtype, int64_t at) {
 }
 
 // R rows from `row` on by one panel, to out (R x kPanel).
-template <int R, int kBits, Dot kDot>
+template <int R, int kBits, int kGroup, Dot kDot>
 void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* panel, float* out) {
   constexpr int64_t kBytes = W * 4, kValues = kPanel * kGroup * kBits / 8;
   const int64_t group_bytes = w.group_bytes(kPanel);
@@ -90,7 +89,7 @@ void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* pane
         set_int(x.starts[first + r * x.groups + g]);
     if constexpr (kBits == 4) {
       VI pairs[R][2] = {};
-      UNROLL for (int q = 0; q < kQuads / 2; q++) UNROLL for (int j = 0; j < 2; j++) {
+      UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
         const VI both = load_lanes(panel + (2 * q + j) * kBytes);
         const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
         UNROLL for (int r = 0; r < R; r++) {
@@ -106,7 +105,7 @@ void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* pane
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
             s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
     } else {
-      for (int q = 0; q < kQuads; q++) UNROLL for (int j = 0; j < 2; j++) {
+      for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
           const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
           if constexpr (kDot == Dot::vnni) {
             UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
@@ -133,13 +132,14 @@ void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* pane
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
 }
 
-template <int kBits, Dot kDot>
+template <int kBits, int kGroup, Dot kDot>
 void run(const QuantizedLinearArgs& p) {
   using Tile = void (*)(const QuantizedWeight&, const Rows&, int64_t, const char*, float*);
   static constexpr Tile tiles[] = {
-      tile<1, kBits, kDot>, tile<2, kBits, kDot>, tile<3, kBits, kDot>, tile<4, kBits, kDot>,
+      tile<1, kBits, kGroup, kDot>, tile<2, kBits, kGroup, kDot>,
+      tile<3, kBits, kGroup, kDot>, tile<4, kBits, kGroup, kDot>,
 #if ISA_AVX512
-      tile<5, kBits, kDot>, tile<6, kBits, kDot>,
+      tile<5, kBits, kGroup, kDot>, tile<6, kBits, kGroup, kDot>,
 #endif
   };
   const int64_t groups = p.weight.groups, count = p.m * groups;
@@ -152,7 +152,7 @@ void run(const QuantizedLinearArgs& p) {
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
     const auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) quantize_row(a + i * p.a_row, p.k, kDot, offset, x, i);
+      for (int64_t i = begin; i < end; i++) quantize_row<kGroup>(a + i * p.a_row, p.k, kDot, offset, x, i);
     };
     p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
   });
@@ -181,21 +181,27 @@ void run(const QuantizedLinearArgs& p) {
   });
 }
 
+template <int kBits, int kGroup, Dot kPlain>
+void run_with_best(const QuantizedLinearArgs& p) {
+#if !ISA_BASELINE
+  if (cpu::has_vnni()) return run<kBits, kGroup, Dot::vnni>(p);
+#endif
+  run<kBits, kGroup, kPlain>(p);
+}
+
 }  // namespace
 
 void quantized_linear(const QuantizedLinearArgs& p) {
   if (p.m == 0 || p.weight.n == 0) return;
-#if !ISA_BASELINE
-  if (cpu::has_vnni()) return p.weight.bits == 4 ? run<4, Dot::vnni>(p) : run<8, Dot::vnni>(p);
-#endif
-  p.weight.bits == 4 ? run<4, Dot::pairs>(p) : run<8, Dot::halves>(p);
+  if (p.weight.bits == 4) return run_with_best<4, 32, Dot::pairs>(p);
+  p.weight.group == 16 ? run_with_best<8, 16, Dot::halves>(p) : run_with_best<8, 32, Dot::halves>(p);
 }
 
 void pack_quantized(const PackQuantizedArgs& p) {
   const QuantizedWeight& w = p.weight;
   if (w.groups == 0) return;
-  const int64_t row_bytes = w.groups * kGroup * w.bits / 8, group_bytes = w.group_bytes(kPanel);
-  const int64_t quads = kQuads * w.bits / 8, size = size_of(w.scale_dtype);
+  const int64_t row_bytes = w.groups * w.value_bytes(), group_bytes = w.group_bytes(kPanel);
+  const int64_t quads = w.value_bytes() / 4, size = size_of(w.scale_dtype);
   parallel_for((w.n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) {
       const int64_t j0 = panel * kPanel, columns = std::min(kPanel, w.n - j0);
@@ -203,7 +209,7 @@ void pack_quantized(const PackQuantizedArgs& p) {
       std::memset(out, 0, w.groups * group_bytes);
       for (int64_t j = 0; j < columns; j++) {
         const uint8_t* values = p.values + (j0 + j) * row_bytes;
-        for (int64_t g = 0; g < w.groups; g++, values += kGroup * w.bits / 8) {
+        for (int64_t g = 0; g < w.groups; g++, values += w.value_bytes()) {
           char* group = out + g * group_bytes;
           for (int64_t q = 0; q < quads; q++) {
             uint8_t lane[4];
@@ -212,7 +218,7 @@ void pack_quantized(const PackQuantizedArgs& p) {
                 lane[b] = values[4 * q + b];
               } else {  // a byte holds element i of the group's first half in its low bits, of its second in its high ones
                 const int64_t i = 4 * q + b, odd = i % 2 * 4;
-                lane[b] = ((values[i / 2] >> odd) & 15) | (((values[kGroup / 4 + i / 2] >> odd) & 15) << 4);
+                lane[b] = ((values[i / 2] >> odd) & 15) | (((values[w.group / 4 + i / 2] >> odd) & 15) << 4);
               }
             }
             std::memcpy(group + (q * kPanel + j) * 4, lane, 4);
