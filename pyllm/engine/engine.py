@@ -27,7 +27,7 @@ SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.f
 class Engine:
     """Runs many requests over one model together, each with the bits that it has alone.
 
-    A step of the engine reads a piece of one prompt and draws the next id of each sequence whose prompt is read, so
+    A step of the engine reads so many ids of prompts and draws the next id of each sequence whose prompt is read, so
     that long prompts do not hold up the others. A request is admitted, by priority and then in order, when there is
     room for all that it may come to need: what is admitted can always end, and memory never grows beyond what was set.
     Prompts that begin as an earlier one did, by whole pages of 64 ids, take over what is known of it.
@@ -42,7 +42,7 @@ class Engine:
         max_length: the longest sequence that room is set aside for; the model's context by default.
         num_pages: the budget: pages of 64 positions of all layers' keys and values; by default what `max_sequences`
             sequences of `max_length` need. Of a recurrent model each sequence needs one slot.
-        chunk: how many ids of a prompt are read in a step.
+        chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
     """
 
@@ -174,15 +174,16 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Admits who is next, reads a piece of one prompt, and draws an id for each sequence whose prompt is read."""
+        """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read."""
         with self._lock:
             if self.model.training:
                 self.model.eval()
             try:
                 self._admit()
-                reading = next((r for r in self._running if not r.decodes), None)
-                if reading is not None:
-                    self._read(reading)
+                left = self.chunk
+                for request in [r for r in self._running if not r.decodes]:
+                    if left > 0 and request.reason is None:  # a callback may have ended it
+                        left -= self._read(request, left)
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self._batch = None
@@ -227,19 +228,22 @@ class Engine:
                 self._running.append(request)
             heapq.heappop(self._waiting)
 
-    def _read(self, request: Request) -> None:
-        ids, first = request.sequence, request.held.length
-        ids = ids[: first + self.chunk]
+    def _read(self, request: Request, most: int) -> int:
+        """Reads up to so many ids of a prompt; says how many that were."""
+        first = request.held.length
+        ids = request.sequence[: first + most]
         try:
             state = self.pool.join([request.held])
             hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
             logits = self.model.head(hidden[:, -1])
         except Exception as error:
-            return self.end(request, "error", error)
+            self.end(request, "error", error)
+            return len(ids) - first
         self.pool.part([request.held], state)
         self.pool.note(request.held, ids, len(ids))
         if len(ids) == len(request.prompt) + len(request.ids):
             self._draw([request], logits)
+        return len(ids) - first
 
     def _decode(self, rows: list[Request]) -> None:
         if self._batch is None or self._batch.rows != rows:
@@ -254,7 +258,8 @@ class Engine:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
             for row in rows:  # each alone, so that one does not end the others
-                self._decode([row])
+                if row.reason is None:
+                    self._decode([row])
             return
         for row in rows:
             self.pool.note(row.held, row.sequence, row.held.length + 1)

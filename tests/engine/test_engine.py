@@ -191,6 +191,18 @@ def test_what_is_too_long_ends_with_a_reason_and_any_budget_for_one_is_enough():
     assert "390 tokens and 11 more do not fit the model's context of 400" in str(found[3].error)
 
 
+@pytest.mark.parametrize("kind", ["llama", "lstm"])
+def test_a_callback_may_cancel_what_has_not_been_read_yet(kind):
+    engine = pyllm.Engine(new(kind), num_pages=8)
+    first = engine.submit([1, 2], max_tokens=3, on_token=lambda i, piece: second.cancel())
+    second = engine.submit([1, 2, 3], max_tokens=3)
+    engine.step()
+    assert second.reason == "cancelled" and not second.ids
+    while first.reason is None:
+        engine.step()
+    assert first.reason == "length" and not engine._running
+
+
 def test_the_higher_priority_goes_first():
     engine = pyllm.Engine(new("lstm"), max_sequences=1)
     ended = []
