@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_vnni", &cpu::set_vnni);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
 
+  m.def("recording", [] { return recording != nullptr; });
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("record", [](Program& program, bool on) { recording = on ? &program : nullptr; })
@@ -108,11 +109,11 @@ PYBIND11_MODULE(_C, m) {
   def(m, "norm_forward", &ops::norm_forward);
   def(m, "norm_backward", &ops::norm_backward);
   def(m, "linear", &ops::linear);
-  def(m, "pack_linear", &ops::pack_linear);
+  m.def("pack_linear", &ops::pack_linear, py::call_guard<py::gil_scoped_release>());  // before a step, not in it
   m.def("panel_width", &panel_width);
   def(m, "matmul", &ops::matmul);
   def(m, "column_sum", &ops::column_sum);
-  def(m, "pack_quantized", &ops::pack_quantized);
+  m.def("pack_quantized", &ops::pack_quantized, py::call_guard<py::gil_scoped_release>());
   def(m, "quantized_linear", &ops::quantized_linear);
   def(m, "quantized_linear_backward", &ops::quantized_linear_backward);
   def(m, "quantized_embedding", &ops::quantized_embedding);

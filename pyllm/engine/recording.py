@@ -5,7 +5,7 @@ allocations happen, its copies and plain arithmetic become `ops.elementwise`, an
 that names it. So a recording that fails has changed nothing, and the model runs unrecorded.
 
 A model can be recorded if what changes from step to step lies in memory that stays: ids, and a state that advances in
-place. Python's own values, shapes among them, are recorded as they are.
+place. Python's own values, shapes among them, are recorded as they are, and so are parameters: small ones are packed.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyllm import _C
 from pyllm.ops.gradients import once_differentiable
@@ -60,7 +61,29 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
         return _forward(x, weight.panels, bias, weight.shape[0], True)
     if grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
+    if _C.recording() and (copy := _for_replays(weight)) is not None:
+        return _forward(x, copy.panels, bias, weight.shape[0], True)
     return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
+
+
+_ROOM = 64 << 20  # bytes that the copies may take together
+_copies = WeakIdKeyDictionary()  # weight -> (its version, the copy)
+
+
+def _for_replays(weight: Tensor) -> PackedLinear | None:
+    """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it about
+    three times as fast. None where that does not pay, or the copies would outgrow their room."""
+    if not isinstance(weight, torch.nn.Parameter) or weight.dtype != torch.float32 or weight.dim() != 2 or weight.device.type != "cpu":
+        return None
+    version, copy = _copies.get(weight, (None, None))
+    if version == weight._version and copy.panels.shape[2] == _C.panel_width():
+        return copy
+    _copies.pop(weight, None)
+    if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
+        return None
+    copy = pack_linear(weight)
+    _copies[weight] = (weight._version, copy)
+    return copy
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:

@@ -36,6 +36,16 @@ def test_a_replay_reads_memory_anew_and_gives_the_same_bits(step):
             assert torch.equal(out, step(x, y))
 
 
+def test_parameters_are_as_they_were_when_recorded():
+    weight, x = torch.nn.Parameter(torch.randn(33, 70)), torch.randn(1, 70)
+    for _ in range(2):
+        program, out = recorded(lambda: ops.linear(x, weight))
+        program.run()
+        with torch.no_grad():
+            assert torch.equal(out, ops.linear(x, weight))
+            weight.mul_(-2)  # a new recording packs it again
+
+
 def test_what_recording_names_stays_alive():
     x = torch.randn(4, 8)
     program, out = recorded(lambda: ops.layer_norm(x, torch.ones(8)) * torch.full((8,), 2.0))
