@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,18 +68,19 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
 
 
 _ROOM = 64 << 20  # bytes that the copies may take together
-_copies = WeakIdKeyDictionary()  # weight -> (its version, the copy)
+_copies: Any = WeakIdKeyDictionary()  # weight -> (its version, the copy)
 
 
 def _for_replays(weight: Tensor) -> PackedLinear | None:
-    """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it about
-    three times as fast. None where that does not pay, or the copies would outgrow their room."""
-    if not isinstance(weight, torch.nn.Parameter) or weight.dtype != torch.float32 or weight.dim() != 2 or weight.device.type != "cpu":
+    """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it
+    about three times as fast. None where that does not pay, or the copies would outgrow their room."""
+    constant = isinstance(weight, torch.nn.Parameter) and weight.device.type == "cpu"
+    if not constant or weight.dtype != torch.float32 or weight.dim() != 2:
         return None
-    version, copy = _copies.get(weight, (None, None))
-    if version == weight._version and copy.panels.shape[2] == _C.panel_width():
-        return copy
-    _copies.pop(weight, None)
+    known = _copies.pop(weight, None)
+    if known is not None and known[0] == weight._version and known[1].panels.shape[2] == _C.panel_width():
+        _copies[weight] = known
+        return known[1]
     if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
         return None
     copy = pack_linear(weight)
