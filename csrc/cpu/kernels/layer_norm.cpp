@@ -3,6 +3,9 @@
 // AVX2 that is as fast as the third-level cache gives and takes rows. Threads take rows. The weights are widened to float
 // once a call. Gradients of the weights are summed by fixed blocks of rows, then over blocks in order, so that they do
 // not depend on the number of threads.
+//
+// Both passes alone are faster than torch's (2048 x 256, 2 AVX2 cores: 1.1 to 1.5 times forward, 1.2 to 1.3 backward).
+// Through autograd it is slower up to some 0.3 M elements: a Function written in Python costs 60 us more than torch's.
 #include "cpu/layer_norm.h"
 
 #include <type_traits>
