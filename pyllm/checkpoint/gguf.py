@@ -139,7 +139,7 @@ class GGUFReader(FileReader):
         blocks = k // packing.values
         heads = change.keywords["heads"] if isinstance(change, functools.partial) else rows
         unit = rows // max(heads, 1)  # rows that are put in order together
-        step = max(1, 8 * _PIECE // max(k * unit, 1)) * unit
+        step = max(1, _PIECE // max(k * unit, 1)) * unit
         for begin in range(0, rows, max(step, 1)):
             count = min(step, rows - begin)
             raw = torch.empty(count, blocks, packing.bytes, dtype=torch.uint8)

@@ -67,8 +67,10 @@ def test_loading_holds_the_weights_and_little_more(tmp_path, model, write, store
     found = describe(path)
     print(write.__name__, found["disk"], found["memory"], found["peak"])
     assert found["stored"] == stored and found["parameters"] == model.num_parameters()
-    assert found["memory"] == 4 * model.num_parameters()
-    # The floor of packed weights is what they are widened to.
+    if write is packed:  # and stays so
+        assert found["disk"] * 0.98 < found["memory"] < found["disk"] * 1.02
+    else:
+        assert found["memory"] == 4 * model.num_parameters()
     assert 0.95 * found["memory"] <= found["peak"] <= 1.05 * max(found["disk"], found["memory"]) + ALLOWED
 
 
