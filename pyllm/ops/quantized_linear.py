@@ -144,13 +144,13 @@ def _empty(like: QuantizedWeight, rows: int) -> PackedQuantizedWeight:
     """With memory, which costs nothing until it is written, for a weight of so many rows."""
     n, k = like.shape
     groups, width = -(-k // like.group), _C.panel_width()
-    if like.bits not in (8, 4):
-        raise ValueError(f"[pack_quantized] bits must be 8 or 4, but got {like.bits}")
-    parts = {"values": groups * like.group * like.bits // 8, "scales": groups, "minimums": groups}
-    for name, columns in parts.items():
-        part = getattr(like, name)
-        if part is not None and tuple(part.shape) != (n, columns):
-            raise ValueError(f"[pack_quantized] {name} must have shape {(n, columns)}, but got {tuple(part.shape)}")
+    if tuple(like.scales.shape) != (n, groups):
+        raise ValueError(f"[pack_quantized] scales must have shape {(n, groups)}, but got {tuple(like.scales.shape)}")
+    if len(like.values) > n:  # what is cut to panels must not lose rows unseen
+        raise ValueError(f"[pack_quantized] values must have {n} rows, but got {len(like.values)}")
+    if like.minimums is not None and tuple(like.minimums.shape) != (n, groups):
+        found = tuple(like.minimums.shape)
+        raise ValueError(f"[pack_quantized] minimums must have shape {(n, groups)}, but got {found}")
     half, minimums = like.scales.dtype == torch.float16, like.minimums is not None
     size = width * (like.group * like.bits // 8 + (2 if half else 4) * (1 + minimums))
     panels = torch.empty(-(-rows // width), groups, size, dtype=torch.uint8)
