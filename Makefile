@@ -20,7 +20,7 @@ install: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt scikit-build-core pybind11 cmake ninja \
 	  torch==$$(sed -n 's/^torch==//p' constraints.txt) numpy safetensors tokenizers typer rich \
-	  pytest hypothesis matplotlib gguf jinja2 sentencepiece transformers
+	  pytest hypothesis matplotlib gguf jinja2 protobuf sentencepiece transformers
 	touch $@
 
 # Every operation against torch and the machine's ceilings: a table, build/bench.csv and build/bench.png.
