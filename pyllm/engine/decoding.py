@@ -25,7 +25,7 @@ def decode(model: Model, state: Any, sample: Sampler, drawn: list[int], max_toke
         return
     ids = torch.tensor(drawn)[:, None]
     ended = torch.tensor([i in stop_ids for i in drawn])
-    whole = type(model).constrain is Model.constrain and not sample.looks_back
+    whole = type(model).constrain is Model.constrain and not sample.params.looks_back
     positions = torch.tensor([len(s) for s in sample.sequences])
     try:
         with Recording() as program:

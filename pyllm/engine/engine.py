@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.engine.draws import Draws
 from pyllm.engine.generation import DEFAULT_MAX_TOKENS, TextStream
 from pyllm.engine.pool import new_pool
-from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
+from pyllm.engine.steps import Steps
 from pyllm.models import Model
 from pyllm.text import Tokenizer
-
-SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32,
-            "typical_p": torch.float32, "repetition_penalty": torch.float32, "frequency_penalty": torch.float32,
-            "presence_penalty": torch.float32}  # fmt: skip
 
 
 class Engine:
@@ -59,8 +56,9 @@ class Engine:
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
         self._waiting: list[tuple[int, int, Request]] = []
         self._running: list[Request] = []
-        self._batch: _Batch | None = None
-        self._order, self._lock, self._recordable = itertools.count(), threading.RLock(), True
+        self._steps, self._draws = Steps(model, self.pool, max_sequences), Draws()
+        self._made_of: list[tuple[Any, ...]] = []
+        self._order, self._lock = itertools.count(), threading.RLock()
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
                max_tokens: int | None = None, stop: str | Sequence[str] = (), stop_ids: Sequence[int] = (),
@@ -186,7 +184,7 @@ class Engine:
                         left -= self._read(request, left)
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
-                self._batch = None
+                self._steps.clear()
                 for request in self._running:
                     self.pool.reset(request.held, len(request.sequence) - 1)
                 raise
@@ -219,6 +217,8 @@ class Engine:
                 self.step()
 
     def _admit(self) -> None:
+        if self._waiting and not self._running:
+            self._look_at_model()
         while self._waiting and len(self._running) < self.max_sequences:
             request = self._waiting[0][2]
             if request.reason is None:
@@ -242,18 +242,26 @@ class Engine:
         self.pool.part([request.held], state)
         self.pool.note(request.held, ids, len(ids))
         if len(ids) == len(request.prompt) + len(request.ids):
-            self._draw([request], logits)
+            self._draw([request], logits, Draws())
         return len(ids) - first
 
+    def _look_at_model(self) -> None:
+        """Where the model has been trained, quantised or taken apart since it last ran, nothing known of it holds."""
+        parts: list[Any] = [*self.model.modules(), *self.model.quantized_weights()]
+        made_of = [*((part,) for part in parts), *((p, p._version) for p in self.model.parameters())]
+        same = len(made_of) == len(self._made_of) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(made_of, self._made_of, strict=True))  # fmt: skip
+        if not same:
+            self._steps.forget()
+            self.pool.forget()
+            self._made_of = made_of
+
     def _decode(self, rows: list[Request]) -> None:
-        if self._batch is None or self._batch.rows != rows:
-            if self._batch is not None:
-                self._batch.part()
-            self._batch = _Batch(self, rows) if rows else None
-        if self._batch is None:
+        if not rows:
             return
+        rows = self._steps.place(rows)
         try:
-            logits = self._batch.run()
+            logits = self._steps.run()
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
@@ -263,16 +271,16 @@ class Engine:
             return
         for row in rows:
             self.pool.note(row.held, row.sequence, row.held.length + 1)
-        self._draw(rows, logits)
+        self._draw(rows, logits, self._draws)
 
-    def _draw(self, rows: list[Request], logits: Tensor) -> None:
+    def _draw(self, rows: list[Request], logits: Tensor, draws: Draws) -> None:
         try:
-            sample = ops.sample(self._constrained(rows, logits), **_settings(rows, logits.shape[1]))
+            sample = draws(rows, self._constrained(rows, logits))
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
             for i, row in enumerate(rows):
-                self._draw([row], logits[i : i + 1])
+                self._draw([row], logits[i : i + 1], Draws())
             return
         for row, *drawn in zip(rows, *(t.tolist() for t in sample), strict=True):
             if row.reason is not None:  # what a callback ended
@@ -290,53 +298,3 @@ class Engine:
             return logits
         return torch.cat([self.model.constrain(own, len(row.ids), row.max_tokens)
                           for row, own in zip(rows, logits.split(1), strict=True)])  # fmt: skip
-
-
-class _Batch:
-    """Sequences that are decoded together, their joint state, and the step, recorded when it comes a second time."""
-
-    def __init__(self, engine: Engine, rows: list[Request]):
-        self.engine, self.rows = engine, rows
-        self.state = engine.pool.join([row.held for row in rows])
-        self.ids = torch.zeros(len(rows), 1, dtype=torch.int64)
-        self.program: Any = None
-        self.logits, self.calls = torch.empty(0), 0
-
-    def run(self) -> Tensor:
-        self.ids.copy_(torch.tensor([[row.ids[-1]] for row in self.rows]))
-        self.calls += 1
-        if self.calls == 2 and self.engine._recordable:
-            try:
-                with Recording() as program:
-                    self.logits = self._step()
-                self.program = program
-            except NotRecordable:
-                self.engine._recordable = False
-        if self.program is None:
-            return self._step()
-        self.program.run()
-        return self.logits
-
-    def _step(self) -> Tensor:
-        return self.engine.model.head(self.engine.model.hidden(self.ids, self.state)[:, 0])
-
-    def part(self) -> None:
-        self.engine.pool.part([row.held for row in self.rows], self.state)
-
-
-def _settings(rows: list[Request], vocabulary: int) -> dict[str, Any]:
-    """What `ops.sample` takes for them."""
-    given: dict[str, Any] = {
-        name: torch.tensor([getattr(row.params, name) for row in rows], dtype=dtype) for name, dtype in SETTINGS.items()
-    }
-    given["seeds"] = torch.tensor([row.params.seed for row in rows])
-    given["positions"] = torch.tensor([len(row.prompt) + len(row.ids) for row in rows])
-    if any((row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty) != (1, 0, 0)
-           for row in rows):  # fmt: skip
-        sequences = [torch.tensor(row.sequence) for row in rows]
-        given["history"] = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1)
-    if any(row.params.logit_bias is not None for row in rows):
-        none = torch.zeros(vocabulary)
-        given["logit_bias"] = torch.stack([none if row.params.logit_bias is None else row.params.logit_bias.float()
-                                           for row in rows])  # fmt: skip
-    return given

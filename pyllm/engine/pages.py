@@ -7,9 +7,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Holding:
     """What one sequence holds: the pages of its positions in order, None for those given back, of which the first
     `length` positions are written."""
@@ -17,6 +18,7 @@ class Holding:
     pages: list[int | None]
     length: int = 0
     digests: list[bytes] = field(default_factory=list)  # of the full pages so far, each with all before it
+    row: Any = None  # of a batch's page table, once there is one
 
 
 class Pages:
@@ -68,9 +70,9 @@ class Pages:
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         """Says that the sequence's first `length` positions are written, and are those of the first ids."""
         holding.length = length
-        if not self.reuse:
-            return
         known = len(holding.digests)
+        if not self.reuse or length < (known + 1) * self.size:
+            return
         last = holding.digests[-1] if holding.digests else b""
         for digest in self._digests(last, ids[known * self.size : length]):
             page = holding.pages[len(holding.digests)]
@@ -104,6 +106,12 @@ class Pages:
                 return
             self._let_go(page)
             holding.pages[i] = None
+
+    def forget(self) -> None:
+        """What is known of the ids of pages no longer holds; who has pages keeps them."""
+        self._free.extend(self._idle)
+        for known in (self._page_of, self._digest_of, self._idle):
+            known.clear()
 
     def give(self, holding: Holding) -> None:
         """Gives back all that the sequence holds."""

@@ -1,5 +1,6 @@
 """What an engine's sequences remember, of either kind: pages of keys and values, or slots of vectors. A pool admits
-sequences, joins some of them to the state of a call of the model, and takes back what the call changed."""
+sequences, joins some of them to the state of a call of the model, and takes back what the call changed. Its seats are
+the state of those that are read an id at a time, which stays where it is as sequences come and go."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ from pyllm.nn.state import PAGE_SIZE
 class AttentionPool:
     """Pages of all layers' keys and values. Layers that all have a window give back what lies before it."""
 
-    def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, reuse: bool):
+    def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool):
         def pool(t: Tensor) -> Tensor:
             return t.new_zeros(num_pages, *t.shape[1:])
 
         self.caches = [KeyValueCache(pool(c.keys), pool(c.values), c.page_table) for c in caches]
         self.pages = Pages(num_pages, PAGE_SIZE, reuse=reuse)
         self.most = num_pages * PAGE_SIZE  # positions of the longest sequence that could ever be admitted
+        self.width = min(self.pages.needed(longest), num_pages)  # pages of the longest that is admitted
         windows = [m.window for m in model.modules() if isinstance(m, nn.Attention) and m.causal]
         self.window = None if None in windows else max(w for w in windows if w is not None)
 
@@ -42,6 +44,9 @@ class AttentionPool:
         state.lengths.copy_(torch.tensor([h.length for h in held]))
         return state
 
+    def seats(self, count: int) -> AttentionSeats:
+        return AttentionSeats(self, count)
+
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         self.pages.note(holding, ids, length)
         if self.window is not None:
@@ -57,12 +62,43 @@ class AttentionPool:
     def give(self, holding: Holding) -> None:
         self.pages.give(holding)
 
+    def forget(self) -> None:
+        """The model has changed: what is known of prompts holds no longer."""
+        self.pages.forget()
+
+
+class AttentionSeats:
+    def __init__(self, pool: AttentionPool, count: int):
+        self.caches = pool.caches
+        self.table = torch.zeros(count, pool.width, dtype=torch.int32)
+        self.lengths = torch.zeros(count, dtype=torch.int64)
+
+    def state(self, count: int) -> AttentionState:
+        """That of the first so many seats."""
+        table = self.table[:count]
+        state = AttentionState([KeyValueCache(c.keys, c.values, table) for c in self.caches],
+                               table.shape[1] * PAGE_SIZE)  # fmt: skip
+        state.lengths = self.lengths[:count]
+        return state
+
+    def place(self, held: Sequence[Holding]) -> None:
+        """Seats sequences, in place of those who sat here."""
+        for h in held:
+            if h.row is None:
+                h.row = torch.zeros(self.table.shape[1], dtype=torch.int32)
+                h.row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
+        torch.stack([h.row for h in held], out=self.table[: len(held)])
+        self.lengths[: len(held)] = torch.tensor([h.length for h in held])
+
+    def clear(self) -> None:
+        """What is in the pages stays there."""
+
 
 class Slot:
-    """One sequence's vectors, (layers, ...) each, and how many ids they have seen."""
+    """One sequence's vectors, (layers, ...) each, unless they are in a seat, and how many ids they have seen."""
 
     def __init__(self, vectors: list[Tensor]):
-        self.vectors, self.length = vectors, 0
+        self.vectors, self.length, self.ended = vectors, 0, False
 
 
 class RecurrentPool:
@@ -84,6 +120,9 @@ class RecurrentPool:
         state.lengths.copy_(torch.tensor([h.length for h in held]))
         return state
 
+    def seats(self, count: int) -> RecurrentSeats:
+        return RecurrentSeats(self, count)
+
     def note(self, slot: Slot, ids: Sequence[int], length: int) -> None:
         slot.length = length
 
@@ -96,7 +135,43 @@ class RecurrentPool:
         slot.vectors, slot.length = [v.clone() for v in self.first], 0
 
     def give(self, slot: Slot) -> None:
+        slot.ended = True
         self.free += 1
+
+    def forget(self) -> None:
+        """Nothing is known of prompts that nobody has."""
+
+
+class RecurrentSeats:
+    def __init__(self, pool: RecurrentPool, count: int):
+        self.vectors = [v.new_zeros(v.shape[0], count, *v.shape[1:]) for v in pool.first]
+        self.lengths = torch.zeros(count, dtype=torch.int64)
+        self.held: list[Slot] = []
+
+    def state(self, count: int) -> RecurrentState:
+        """That of the first so many seats."""
+        state = RecurrentState(*(v[:, :count] for v in self.vectors))
+        state.lengths = self.lengths[:count]
+        return state
+
+    def place(self, held: Sequence[Slot]) -> None:
+        """Seats sequences. Those who sat here before and go on come first, as far as they can where they were."""
+        before = {slot: i for i, slot in enumerate(self.held)}
+        for slot in before.keys() - set(held):
+            if not slot.ended:
+                for own, v in zip(slot.vectors, self.vectors, strict=True):
+                    own.copy_(v[:, before[slot]])
+        moved = [(i, slot) for i, slot in enumerate(held) if before.get(slot) != i]
+        new = [[v[:, before[slot]].clone() for v in self.vectors] if slot in before else slot.vectors
+               for _, slot in moved]  # fmt: skip
+        for (i, _), vectors in zip(moved, new, strict=True):
+            for v, own in zip(self.vectors, vectors, strict=True):
+                v[:, i] = own
+        self.held = list(held)
+
+    def clear(self) -> None:
+        """What is in the seats is nobody's."""
+        self.held = []
 
 
 def new_pool(model: Model, max_sequences: int, num_pages: int | None, max_length: int | None, reuse: bool) -> Any:
@@ -112,9 +187,9 @@ def new_pool(model: Model, max_sequences: int, num_pages: int | None, max_length
     if not isinstance(state, AttentionState) or isinstance(state, SourceState):
         raise TypeError(f"an engine must get a model with an AttentionState or a RecurrentState, but got one with a "
                         f"{type(state).__name__}")  # fmt: skip
+    longest = model.context_length if max_length is None else max_length
     if num_pages is None:
-        longest = model.context_length if max_length is None else max_length
         if longest is None:
             raise ValueError("max_length or num_pages must be given, as the model's context has no limit")
         num_pages = max_sequences * -(-longest // PAGE_SIZE)
-    return AttentionPool(model, state.caches, num_pages, reuse)
+    return AttentionPool(model, state.caches, num_pages, model.context_length or num_pages * PAGE_SIZE, reuse)

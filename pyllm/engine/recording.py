@@ -28,11 +28,15 @@ class NotRecordable(RuntimeError):
 
 
 class Recording(TorchDispatchMode):
-    """`with Recording() as program:` records what runs within to a `_C.Program`."""
+    """`with Recording() as program:` records what runs within to a `_C.Program`.
 
-    def __init__(self) -> None:
+    With `memory`, what is allocated lies where recordings with the same memory before it had theirs: for steps of which
+    only one runs at a time, and whose results are read before another does.
+    """
+
+    def __init__(self, memory: list[torch.UntypedStorage] | None = None) -> None:
         super().__init__()
-        self.program = _C.Program()
+        self.program, self.memory, self.allocated = _C.Program(), memory, 0
 
     def __enter__(self) -> Any:
         if torch.is_grad_enabled() or ops.REFERENCE:
@@ -48,6 +52,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in AS_THEY_ARE:
             return func(*args, **(kwargs or {}))
+        if func in ALLOCATIONS:
+            return self._placed(func(*args, **(kwargs or {})))
         if func in RECORDED:
             return RECORDED[func](*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
@@ -55,12 +61,27 @@ class Recording(TorchDispatchMode):
         raise NotRecordable(f"torch's {func.name().removeprefix('aten::')} cannot be recorded: use an operation of "
                             "pyllm.ops in its place")  # fmt: skip
 
+    def _placed(self, t: Tensor) -> Tensor:
+        if self.memory is None:
+            return t
+        storage, at = t.untyped_storage(), self.allocated
+        self.allocated += 1
+        if at == len(self.memory):
+            self.memory.append(storage)
+        elif self.memory[at].nbytes() < storage.nbytes():
+            self.memory[at] = storage
+        else:
+            return torch.empty(0, dtype=t.dtype).set_(self.memory[at], 0, t.size(), t.stride())
+        return t
+
 
 AS_THEY_ARE = {
     aten.alias.default, aten.as_strided.default, aten.detach.default, aten.expand.default, aten.permute.default,
     aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.t.default, aten.transpose.int, aten.unbind.int, aten.unsqueeze.default,
     aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default,
+}  # fmt: skip
+ALLOCATIONS = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
     aten.new_empty_strided.default,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyllm.engine.generation import TextStream
@@ -28,6 +28,7 @@ class Request:
         self.prompt, self.params, self.max_tokens = prompt, params.with_seed(), max_tokens
         self.priority = priority
         self.ids: list[int] = []
+        self.sequence = list(prompt)  # and ids
         self.text = ""
         self.logprobs: list[float] = []
         self.processed_logprobs: list[float] = []
@@ -42,10 +43,6 @@ class Request:
         self._engine.end(self, "cancelled")
 
     @property
-    def sequence(self) -> Sequence[int]:
-        return self.prompt + self.ids
-
-    @property
     def positions(self) -> int:
         """How many it may come to have in the model's state: its last id is never read."""
         return len(self.prompt) + self.max_tokens - 1
@@ -53,11 +50,12 @@ class Request:
     @property
     def decodes(self) -> bool:
         """Whether all but its last id, a drawn one, is read."""
-        return bool(self.ids) and self.held.length == len(self.prompt) + len(self.ids) - 1
+        return bool(self.ids) and self.held.length == len(self.sequence) - 1
 
     def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
         """Takes the next id; the reason if it is the last."""
         self.ids.append(i)
+        self.sequence.append(i)
         self.logprobs.append(logprob)
         self.processed_logprobs.append(processed_logprob)
         piece = "" if self._stream is None else self._stream.push(i)

@@ -29,6 +29,11 @@ class SamplingParams:
     logit_bias: Tensor | None = None
     seed: int | None = None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether there are penalties, for which the ids so far are needed."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
     def with_seed(self) -> SamplingParams:
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(63))
 
@@ -44,12 +49,6 @@ class Sampler:
     def __post_init__(self):
         self.params = self.params.with_seed()
         self.seeds = torch.full((len(self.sequences),), self.params.seed, dtype=torch.int64)
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether there are penalties, for which it needs the sequences."""
-        p = self.params
-        return (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0)
 
     def draw(self, logits: Tensor, positions: Tensor, history: Tensor | None = None) -> Tensor:
         """The ids (B,) drawn at `positions` (B,) from logits (B, vocabulary)."""
@@ -67,7 +66,7 @@ class Sampler:
     def __call__(self, logits: Tensor) -> list[int]:
         """logits (B, vocabulary) -> the ids drawn, which are appended to the sequences."""
         history = None
-        if self.looks_back:
+        if self.params.looks_back:
             history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
                                                       batch_first=True, padding_value=-1)  # fmt: skip
         ids = self.draw(logits, torch.tensor([len(s) for s in self.sequences]), history).tolist()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyllm import _C
@@ -83,7 +84,8 @@ def _for_replays(weight: Tensor) -> PackedLinear | None:
         return known[1]
     if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
         return None
-    copy = pack_linear(weight)
+    with _disable_current_modes():  # it outlives the recording, and is not of the step
+        copy = pack_linear(weight)
     _copies[weight] = (weight._version, copy)
     return copy
 

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+from pyllm.engine.request import Request
+
+SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32,
+            "typical_p": torch.float32, "repetition_penalty": torch.float32, "frequency_penalty": torch.float32,
+            "presence_penalty": torch.float32}  # fmt: skip
+
+
+class Draws:
+    """Draws the next id of each of some requests, by settings that are gathered anew when the requests change."""
+
+    def __init__(self) -> None:
+        self.rows: list[Request] = []
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, rows: list[Request], logits: Tensor) -> ops.Sample:
+        """logits: (rows, vocabulary)."""
+        lengths = torch.tensor([len(row.sequence) for row in rows])
+        if rows != self.rows:
+            self.given, self.rows = self._gathered(rows, logits.shape[1]), list(rows)
+        elif "history" in self.given:
+            self.given["history"][torch.arange(len(rows)), lengths - 1] = torch.tensor([r.ids[-1] for r in rows])
+        return ops.sample(logits, positions=lengths, **self.given)
+
+    def _gathered(self, rows: list[Request], vocabulary: int) -> dict[str, Any]:
+        given: dict[str, Any] = {name: torch.tensor([getattr(row.params, name) for row in rows], dtype=dtype)
+                                 for name, dtype in SETTINGS.items()}  # fmt: skip
+        given["seeds"] = torch.tensor([row.params.seed for row in rows])
+        if any(row.params.looks_back for row in rows):
+            given["history"] = torch.full((len(rows), max(row.positions + 1 for row in rows)), -1)
+            for own, row in zip(given["history"], rows, strict=True):
+                own[: len(row.sequence)] = torch.tensor(row.sequence)
+        if any(row.params.logit_bias is not None for row in rows):
+            none = torch.zeros(vocabulary)
+            given["logit_bias"] = torch.stack([none if row.params.logit_bias is None else row.params.logit_bias.float()
+                                               for row in rows])  # fmt: skip
+        return given

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyllm.engine.recording import NotRecordable, Recording
+from pyllm.engine.request import Request
+from pyllm.models import Model
+
+
+class Steps:
+    """Reads one id of each of up to `count` sequences together.
+
+    What differs from step to step lies in tensors that stay, so that a step is recorded once for each number of rows,
+    and sequences come and go without another recording. The results of all these steps share their memory.
+    """
+
+    def __init__(self, model: Model, pool: Any, count: int):
+        self.model, self.seats = model, pool.seats(count)
+        self.ids = torch.zeros(count, 1, dtype=torch.int64)
+        self.asked: list[Request] = []
+        self.rows: list[Request] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has changed: what was recorded holds no longer."""
+        self.recordable, self.calls = True, 0
+        self.recorded: dict[int, tuple[Any, Tensor]] = {}  # by the number of rows: the program and its logits
+        self.memory: list[torch.UntypedStorage] = []
+
+    def clear(self) -> None:
+        """Nobody sits any more, and nobody knows what was in the seats."""
+        self.seats.clear()
+        self.asked, self.rows = [], []
+
+    def place(self, rows: list[Request]) -> list[Request]:
+        """Seats requests; who was there stays, as far as can be, and the order is that of the seats."""
+        if rows != self.asked:
+            seated = [row if row in rows else None for row in self.rows[: len(rows)]]
+            new = iter([row for row in rows if row not in seated])
+            self.rows = [next(new) if row is None else row for row in seated] + list(new)
+            self.seats.place([row.held for row in self.rows])
+            self.asked = rows
+        return self.rows
+
+    def run(self) -> Tensor:
+        """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
+        count = len(self.rows)
+        self.ids[:count] = torch.tensor([[row.ids[-1]] for row in self.rows])
+        try:
+            found = self.recorded.get(count) or self._record(count)
+            if found is None:
+                return self._step(count)
+            found[0].run()
+            return found[1]
+        except BaseException:
+            self.asked = []  # nobody knows the lengths
+            raise
+
+    def _record(self, count: int) -> tuple[Any, Tensor] | None:
+        """A single step is not worth its recording, for which weights are packed."""
+        self.calls += 1
+        if self.calls == 1 or not self.recordable:
+            return None
+        try:
+            with Recording(self.memory) as program:
+                logits = self._step(count)
+        except NotRecordable:
+            self.recordable = False
+            return None
+        self.recorded[count] = program, logits
+        return self.recorded[count]
+
+    def _step(self, count: int) -> Tensor:
+        return self.model.head(self.model.hidden(self.ids[:count], self.seats.state(count))[:, 0])

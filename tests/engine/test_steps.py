@@ -1,0 +1,91 @@
+"""Recorded steps of an engine: for each number of rows, whoever comes and goes."""
+
+import random
+
+import pytest
+import torch
+
+import pyllm
+from pyllm.engine import generate_ids, recording, steps
+
+
+def new(kind):
+    torch.manual_seed(3)
+    if kind == "llama":
+        return pyllm.Decoder(40, 16, 2, 4, num_kv_heads=2, context_length=200).eval()
+    if kind == "rwkv":
+        return pyllm.RWKV(40, 24, 2, head_dim=8, decay_rank=4, rate_rank=5, value_rank=3, gate_rank=6).eval()
+    return pyllm.LanguageModel(40, 16, 2, cell=kind).eval()
+
+
+def alone(model, prompt, seed, max_tokens):
+    params = pyllm.SamplingParams(seed=seed)
+    return [i for (i,) in generate_ids(model, [prompt], params, max_tokens=max_tokens)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "lstm", "gru", "rwkv"])
+def test_who_comes_and_goes_makes_no_new_recording(kind, monkeypatch):
+    model, rng, recorded = new(kind), random.Random(0), []
+
+    class Counted(recording.Recording):
+        def __enter__(self):
+            recorded.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(steps, "Recording", Counted)
+    asked = [([rng.randrange(40)] * rng.randrange(1, 9), i, rng.randrange(1, 30)) for i in range(40)]
+    engine = pyllm.Engine(model, max_sequences=5, max_length=64)
+    made = []
+    for prompt, seed, max_tokens in asked:
+        made.append(engine.submit(prompt, pyllm.SamplingParams(seed=seed), max_tokens=max_tokens))
+        for _ in range(rng.randrange(4)):
+            engine.step()
+    while any(r.reason is None for r in made):
+        engine.step()
+    assert [r.ids for r in made] == [alone(model, *one) for one in asked]
+    assert 1 < len(recorded) <= 5 and sorted(engine._steps.recorded) == list(range(1, len(recorded) + 1))
+    held = {storage.data_ptr() for storage in engine._steps.memory}
+    assert all(logits.untyped_storage().data_ptr() in held for _, logits in engine._steps.recorded.values()
+               if len(logits) == 5)  # fmt: skip
+
+
+def test_recordings_with_the_same_memory_share_it():
+    x, memory, made = torch.randn(6, 8), [], []
+    for count in (3, 6, 2):
+        with torch.no_grad(), recording.Recording(memory) as program:
+            made.append((program, count, pyllm.ops.layer_norm(pyllm.ops.gelu(x[:count]))))
+    assert len(memory) == 2
+    assert made[1][2].data_ptr() == made[2][2].data_ptr() == memory[1].data_ptr() != made[0][2].data_ptr()
+    for program, count, out in made:
+        program.run()
+        with torch.no_grad():
+            assert torch.equal(out, pyllm.ops.layer_norm(pyllm.ops.gelu(x[:count])))
+
+
+@pytest.mark.parametrize("kind", ["llama", "lstm"])
+@pytest.mark.parametrize("change", ["trained", "quantised"])
+def test_nothing_known_of_a_model_outlives_a_change_of_it(kind, change):
+    model, prompt = new(kind), [i % 40 for i in range(70)]
+    engine = pyllm.Engine(model, max_length=128)
+    params = pyllm.SamplingParams(seed=1)
+    for _ in range(2):
+        (found,) = engine.generate([prompt], params, max_tokens=20)
+        assert found.ids == alone(model, prompt, 1, 20)
+    before = found.logprobs
+    if change == "quantised":
+        model.quantize("int8")
+    else:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    (found,) = engine.generate([prompt], params, max_tokens=20)
+    assert found.ids == alone(model, prompt, 1, 20) and found.logprobs != before
+
+
+def test_a_model_that_cannot_be_recorded_runs_as_it_is():
+    model = new("llama")
+    model.head.register_forward_hook(lambda module, args, logits: logits.softmax(-1))
+    engine = pyllm.Engine(model, max_length=64)
+    made = engine.generate([[1], [2, 3]], pyllm.SamplingParams(seed=5), max_tokens=9)
+    assert [r.ids for r in made] == [alone(model, prompt, 5, 9) for prompt in ([1], [2, 3])]
+    assert not engine._steps.recorded and not engine._steps.recordable
