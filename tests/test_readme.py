@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, in order, in a folder that holds nothing but a text."""
+"""Every snippet of the README runs, in order, in a folder that holds nothing but a text and a file of prompts."""
 
 import os
 import re
@@ -17,6 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "story.txt").write_text(embedded_corpus()[:30000], encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "The", "temperature": 0}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

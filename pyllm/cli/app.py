@@ -28,6 +28,14 @@ Folder = Annotated[Path, Argument(help="A checkpoint folder.", show_default=Fals
 Data = Annotated[list[Path] | None, Option(help="UTF-8 text; further files may follow. Default: the embedded corpus.")]
 More = Annotated[list[Path] | None, Argument(metavar="[FILE]...", hidden=True)]
 Threads = Annotated[int | None, Option(help="CPU threads. Default: torch's.", min=1, max=4096)]
+MaxTokens = Annotated[int | None, Option(help="Default: what fits the context, of generate at most 256.", min=1)]
+Temperature = Annotated[float, Option(help="0 is greedy.")]
+TopK = Annotated[int, Option(help="Only the k likeliest; 0 is off.")]
+TopP = Annotated[float, Option(help="Only the likeliest that make up p.")]
+MinP = Annotated[float, Option(help="Only those at least p times as likely as the likeliest.")]
+RepetitionPenalty = Annotated[float, Option(help="Above 1: against repeating.")]
+Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, Option(help="End before this text; may be repeated.")]
 
 
 class Bar:
@@ -50,6 +58,9 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
 

@@ -1,37 +1,109 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 import pyllm
-from pyllm.cli.app import Folder, Threads, app, load, set_threads
+from pyllm.cli.app import (
+    Bar,
+    Folder,
+    MaxTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    app,
+    err,
+    fail,
+    load,
+    set_threads,
+)
+from pyllm.engine import Engine, SamplingParams, answer_file
+from pyllm.engine.generation import most_tokens, prompt_ids
+from pyllm.models import Model
+from pyllm.text import Tokenizer
 
 
 @app.command()
 def generate(
     folder: Folder,
     prompt: Annotated[str, Argument(help="The text to go on from.")] = "",
-    max_tokens: Annotated[int | None, Option(help="Default: 256, or what fits the context.", min=1)] = None,
-    temperature: Annotated[float, Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int, Option(help="Only the k likeliest; 0 is off.")] = 0,
-    top_p: Annotated[float, Option(help="Only the likeliest that make up p.")] = 1.0,
-    min_p: Annotated[float, Option(help="Only those at least p times as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, Option(help="Above 1: against repeating.")] = 1.0,
-    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, Option(help="End before this text; may be repeated.")] = None,
+    prompts: Annotated[
+        Path | None,
+        Option(help='In its place, a JSONL file: a line has "prompt" or "messages", and may have "id" and settings.'),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="The JSONL file for what is said to --prompts. What it has is not done again.")
+    ] = None,
+    batch: Annotated[int, Option(help="Of --prompts, how many at once.", min=1)] = 32,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
     stream: Annotated[bool, Option("--stream", help="Print as it comes.")] = False,
     threads: Threads = None,
 ):
-    """Continue a text."""
+    """Continue a text, or those of a file."""
+    if (prompts is None) != (out is None):
+        raise ValueError("--prompts and --out must be given together")
+    if prompts is not None and prompt:
+        raise ValueError("a prompt and --prompts must not both be given")
     set_threads(threads)
     model, tokenizer = load(folder)
-    pieces = pyllm.generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
-                            stop=stop or (), stream=stream)  # fmt: skip
-    sys.stdout.write(prompt)
-    for piece in [pieces] if isinstance(pieces, str) else pieces:
-        sys.stdout.write(piece)
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed)
+    if prompts is not None and out is not None:
+        _file(model, tokenizer, prompts, out, params, max_tokens, stop or (), batch)
+        return
+    params.check()
+    said = "" if model.answers else prompt
+    for piece in _pieces(model, tokenizer, prompt, params, max_tokens, stop or (), stream):
+        sys.stdout.write(said + piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
+        said = ""
+    sys.stdout.write(said + "\n")
+
+
+def _pieces(model: Model, tokenizer: Tokenizer, prompt: str, params: SamplingParams, max_tokens: int | None,
+            stop: Sequence[str], stream: bool) -> Iterable[str]:  # fmt: skip
+    if model.answers:
+        settings = {name: value for name, value in vars(params).items() if name != "logit_bias"}
+        return [str(pyllm.generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **settings))]
+    ids = prompt_ids(model, tokenizer, prompt)
+    most = most_tokens(model, len(ids), max_tokens)
+    engine = Engine(model, tokenizer, max_sequences=1, max_length=len(ids) + most)
+    pieces = engine.stream(ids, params, max_tokens=most, stop=stop)
+    return pieces if stream else ["".join(pieces)]
+
+
+def _file(model: Model, tokenizer: Tokenizer, prompts: Path, out: Path, params: SamplingParams,
+          max_tokens: int | None, stop: Sequence[str], batch: int) -> None:  # fmt: skip
+    done, total = 0, 0
+    with Bar() as bar:
+
+        def progress(now: int, of: int) -> None:
+            nonlocal done, total
+            done, total = now, of
+            bar("generating", now, of)
+
+        try:
+            reasons = answer_file(model, tokenizer, prompts, out, params, max_tokens=max_tokens, stop=stop,
+                                  batch_size=batch, progress=progress)  # fmt: skip
+        except KeyboardInterrupt:
+            bar.close()
+            fail(f"interrupted: {done:,} of {total:,} are in {out}; the same command goes on from there", 130)
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    err.print(f"saved to {out}: {sum(reasons.values()):,} ({counts})")
+    if reasons.get("error"):
+        fail(f"{reasons['error']:,} ended with an error, which {out} says", 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyllm import ops
 from pyllm.engine.draws import Draws
-from pyllm.engine.generation import DEFAULT_MAX_TOKENS, TextStream
+from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
 from pyllm.engine.pool import new_pool
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
@@ -54,6 +54,7 @@ class Engine:
             raise TypeError("an engine must get a model that continues texts, but got an encoder-decoder")
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
+        warn_of_unheeded(model)
         self._waiting: list[tuple[int, int, Request]] = []
         self._running: list[Request] = []
         self._steps, self._draws = Steps(model, self.pool, max_sequences), Draws()
@@ -84,11 +85,7 @@ class Engine:
             raise TypeError("an engine without a tokenizer must get no stop texts")
         end = () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
         ids = self._encoded(prompt)
-        room = self.model.room(len(ids))
-        if max_tokens is None:
-            max_tokens = DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
+        max_tokens = most_tokens(self.model, len(ids), max_tokens)
         stream = None
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
@@ -205,7 +202,7 @@ class Engine:
         elif self.tokenizer is None:
             raise TypeError("an engine without a tokenizer must get ids")
         else:
-            ids = self.tokenizer.encode(text) or list(self.tokenizer.eos_ids)[:1]
+            ids = prompt_ids(self.model, self.tokenizer, text)
         if not ids:
             raise ValueError("a prompt must have at least one id")
         return ids

@@ -14,10 +14,35 @@ from pyllm.text import Tokenizer
 DEFAULT_MAX_TOKENS = 256
 
 
+def prompt_ids(model: Model, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a model reads of a prompt: never none, where the tokenizer has one that ends a text."""
+    ids = tokenizer.encode_framed(text)[0] if model.answers else tokenizer.encode(text)
+    return ids or list(tokenizer.eos_ids[:1])
+
+
+def most_tokens(model: Model, length: int, max_tokens: int | None) -> int:
+    """How many are generated at most from a prompt of so many: `max_tokens`, by default 256 or what fits the model's
+    context, and 1 where nothing does."""
+    if max_tokens is None:
+        room = model.room(length)
+        return DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
+    return max_tokens
+
+
+def warn_of_unheeded(model: Model) -> None:
+    """Warns where the model's checkpoint asks for another way of generating, such as beams."""
+    if model.unheeded:
+        asked = ", ".join(f"{name}={value!r:.80}" for name, value in model.unheeded.items())
+        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here", stacklevel=3)
+
+
 def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, *,
                  max_tokens: int | None = None,
                  stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:  # fmt: skip
-    """Continues a batch of sequences of ids, or answers them, each as if it were alone.
+    """Continues a batch of sequences of ids, or answers them, each as if it were alone: the plain loop, for a batch
+    that begins and ends together. An `Engine`, whose requests come and go, draws the same ids.
 
     Yields, step by step, the next id of each sequence, or None for one that has ended with a stop id, also one
     of the model's own, or at max_tokens. What the model's checkpoint says of how to generate counts for nothing but
@@ -29,17 +54,11 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("each prompt must have at least one id")
     longest = max(len(p) for p in prompts)
-    room = model.room(longest)
-    if max_tokens is None:
-        max_tokens = DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
+    room, max_tokens = model.room(longest), most_tokens(model, longest, max_tokens)
     if room is not None and max_tokens > room:
         raise ValueError(f"a prompt of {longest} tokens and {max_tokens} more do not fit the model's context of "
                          f"{model.context_length}")  # fmt: skip
-    if model.unheeded:
-        asked = ", ".join(f"{name}={value!r:.80}" for name, value in model.unheeded.items())
-        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here", stacklevel=2)
+    warn_of_unheeded(model)
     return _steps(model, prompts, params or SamplingParams(), max_tokens, model.stop_ids.union(stop_ids))
 
 
@@ -75,6 +94,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
              stream: bool = False) -> str | list[str] | Iterator[str]:  # fmt: skip
     """Continues a text, or each of several, or answers it with an encoder-decoder; what is new alone is returned.
 
+    Several are one batch, as in `generate_ids`; `Engine` is for more of them than fit one, or that come one by one.
     Warns where the model's checkpoint asks for another way of generating, such as beams.
 
     Args:
@@ -95,8 +115,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     if stream and not one:
         raise ValueError("stream=True takes one prompt")
     end = list(tokenizer.eos_ids)
-    encode = (lambda text: tokenizer.encode_framed(text)[0]) if model.answers else tokenizer.encode
-    prompts = [encode(p) or end[:1] for p in ([prompt] if isinstance(prompt, str) else prompt)]
+    prompts = [prompt_ids(model, tokenizer, p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
     streams = [TextStream(tokenizer, stops, () if model.answers else p, model.silent_ids) for p in prompts]
     steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
     if stream:

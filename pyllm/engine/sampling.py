@@ -34,6 +34,13 @@ class SamplingParams:
         """Whether there are penalties, for which the ids so far are needed."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
+    def check(self) -> None:
+        """Raises what `pyllm.ops.sample` does of settings out of their bounds."""
+        names = {f.name for f in dataclasses.fields(self)} - {"seed", "logit_bias"}
+        settings = {name: getattr(self, name) for name in names}
+        ops.sample(torch.zeros(1, 1), seeds=self.seed or 0, positions=0, history=torch.zeros(1, 1, dtype=torch.int64),
+                   **settings)  # fmt: skip
+
     def with_seed(self) -> SamplingParams:
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(63))
 
