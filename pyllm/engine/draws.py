@@ -26,7 +26,7 @@ class Draws:
         if rows != self.rows:
             self.given, self.rows = self._gathered(rows, logits.shape[1]), list(rows)
         elif "history" in self.given:
-            self.given["history"][torch.arange(len(rows)), lengths - 1] = torch.tensor([r.ids[-1] for r in rows])
+            self.given["history"][torch.arange(len(rows)), lengths - 1] = torch.tensor([r.sequence[-1] for r in rows])
         return ops.sample(logits, positions=lengths, **self.given)
 
     def _gathered(self, rows: list[Request], vocabulary: int) -> dict[str, Any]:
@@ -37,8 +37,7 @@ class Draws:
             given["history"] = torch.full((len(rows), max(row.positions + 1 for row in rows)), -1)
             for own, row in zip(given["history"], rows, strict=True):
                 own[: len(row.sequence)] = torch.tensor(row.sequence)
-        if any(row.params.logit_bias is not None for row in rows):
+        if any(row.bias is not None for row in rows):
             none = torch.zeros(vocabulary)
-            given["logit_bias"] = torch.stack([none if row.params.logit_bias is None else row.params.logit_bias.float()
-                                               for row in rows])  # fmt: skip
+            given["logit_bias"] = torch.stack([none if row.bias is None else row.bias for row in rows])
         return given

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,11 +43,12 @@ class Engine:
             sequences of `max_length` need. Of a recurrent model each sequence needs one slot.
         chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
+        clock: the seconds by which requests time out.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None = None, *, max_sequences: int = 32,
                  max_length: int | None = None, num_pages: int | None = None, chunk: int = 256,
-                 reuse_prefixes: bool = True):  # fmt: skip
+                 reuse_prefixes: bool = True, clock: Callable[[], float] = time.monotonic):  # fmt: skip
         for name, value in (("max_sequences", max_sequences), ("max_length", max_length), ("num_pages", num_pages),
                             ("chunk", chunk)):  # fmt: skip
             if value is not None and value < 1:
@@ -58,12 +61,14 @@ class Engine:
         self._waiting: list[tuple[int, int, Request]] = []
         self._running: list[Request] = []
         self._steps, self._draws = Steps(model, self.pool, max_sequences), Draws()
+        self._clock = clock
         self._made_of: list[tuple[Any, ...]] = []
         self._order, self._lock = itertools.count(), threading.RLock()
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
                max_tokens: int | None = None, stop: str | Sequence[str] = (), stop_ids: Sequence[int] = (),
-               priority: int = 0, on_token: Callable[[int, str], Any] | None = None) -> Request:  # fmt: skip
+               priority: int = 0, timeout: float | None = None, n: int = 1,
+               on_token: Callable[[int, str], Any] | None = None) -> Request:  # fmt: skip
         """Queues a prompt, a text or ids.
 
         Args:
@@ -72,7 +77,11 @@ class Engine:
             stop: texts that end it, and that are not part of it. The tokenizer's end-of-text ids always end it.
             stop_ids: ids that end it, beside the model's own.
             priority: the higher goes first.
-            on_token: is called with each id and the text that became final with it; what it raises ends the request.
+            timeout: seconds after which it ends, wherever it is.
+            n: how many continuations are drawn; `samples` of the request has them all, itself first. Each is that of a
+                request of its own, whose seed is that of the one before and 1, but the prompt is read once.
+            on_token: is called with each id and the text that became final with it; what it raises ends the request. It
+                is for one continuation.
 
         Raises:
             ValueError, TypeError: no prompt, or a setting that does not fit. A prompt that is too long for the model or
@@ -86,21 +95,33 @@ class Engine:
         end = () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
         ids = self._encoded(prompt)
         max_tokens = most_tokens(self.model, len(ids), max_tokens)
-        stream = None
-        if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
-        request = Request(self, ids, params or SamplingParams(), max_tokens, self.model.stop_ids.union(stop_ids, end),
-                          stream, priority, on_token)  # fmt: skip
+        if n < 1:
+            raise ValueError(f"n must be at least 1, but got {n}")
+        if n > 1 and on_token is not None:
+            raise TypeError(f"on_token must be for one continuation, but n is {n}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be positive, but got {timeout}")
+        params = (params or SamplingParams()).with_seed()
+        bias, ends = params.bias(self.model.vocab_size), self.model.stop_ids.union(stop_ids, end)
+        samples: list[Request] = []
+        for own in params.spread(n):
+            stream = None
+            if self.tokenizer is not None:
+                stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
+            samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token))
         limits = {"the model's context": self.model.context_length, "the engine's pages": self.pool.most}
         for name, most in limits.items():
-            needed = len(ids) + max_tokens if most == self.model.context_length else request.positions
+            needed = len(ids) + max_tokens if most == self.model.context_length else samples[0].positions
             if most is not None and needed > most:
-                request.finish("error", ValueError(f"a prompt of {len(ids)} tokens and {max_tokens} more do not fit "
-                                                   f"{name} of {most}"))  # fmt: skip
-                return request
+                for request in samples:
+                    request.finish("error", ValueError(f"a prompt of {len(ids)} tokens and {max_tokens} more do not "
+                                                       f"fit {name} of {most}"))  # fmt: skip
+                return samples[0]
         with self._lock:
-            heapq.heappush(self._waiting, (-priority, next(self._order), request))
-        return request
+            for request in samples:
+                request.deadline = math.inf if timeout is None else self._clock() + timeout
+                heapq.heappush(self._waiting, (-priority, next(self._order), request))
+        return samples[0]
 
     def generate(
         self,
@@ -118,17 +139,18 @@ class Engine:
             for prompt, own in zip(prompts, params, strict=True):
                 requests.append(self.submit(prompt, own, **options))
             for request in requests:
-                while request.reason is None:
+                while any(sample.reason is None for sample in request.samples):
                     self.step()
         finally:  # an interruption leaves nothing behind
             for request in requests:
-                request.cancel()
+                for sample in request.samples:
+                    sample.cancel()
         return requests
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
                **options: Any) -> Iterator[str]:  # fmt: skip
         """The pieces of one prompt's text, as they become final. Raises what ended the request, if an error did."""
-        request = self.submit(prompt, params, **options)
+        request = self.submit(prompt, params, **_for_one(options))
         try:
             while request.reason is None or request.pieces:
                 if request.pieces:
@@ -143,7 +165,7 @@ class Engine:
     async def astream(self, prompt: str | Sequence[int], params: SamplingParams | None = None,
                       **options: Any) -> AsyncIterator[str]:  # fmt: skip
         """As `stream`, in an event loop: steps are made in its threads."""
-        request = self.submit(prompt, params, **options)
+        request = self.submit(prompt, params, **_for_one(options))
         try:
             while request.reason is None or request.pieces:
                 if request.pieces:
@@ -174,11 +196,13 @@ class Engine:
             if self.model.training:
                 self.model.eval()
             try:
+                self._time_out()
                 self._admit()
                 left = self.chunk
                 for request in [r for r in self._running if not r.decodes]:
                     if left > 0 and request.reason is None:  # a callback may have ended it
                         left -= self._read(request, left)
+                self._admit()  # samples of a prompt that has just been read
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self._steps.clear()
@@ -213,13 +237,24 @@ class Engine:
             if request.reason is None and not request.pieces:
                 self.step()
 
+    def _time_out(self) -> None:
+        now = self._clock()
+        for request in [r for r in itertools.chain(self._running, (w[2] for w in self._waiting)) if r.deadline <= now]:
+            self.end(request, "timeout")
+
     def _admit(self) -> None:
         if self._waiting and not self._running:
             self._look_at_model()
         while self._waiting and len(self._running) < self.max_sequences:
             request = self._waiting[0][2]
             if request.reason is None:
-                request.held = self.pool.admit(request.prompt, request.positions)
+                first, before = request.samples[0], len(request.prompt) - 1
+                if first.held is not None and first.reason is None and first is not request:
+                    if first.held.length < before:  # what it reads is for both
+                        return
+                    request.held = self.pool.fork(first.held, before)
+                if request.held is None:
+                    request.held = self.pool.admit(request.prompt, request.positions)
                 if request.held is None:
                     return
                 self._running.append(request)
@@ -229,6 +264,8 @@ class Engine:
         """Reads up to so many ids of a prompt; says how many that were."""
         first = request.held.length
         ids = request.sequence[: first + most]
+        if len(request.samples) > 1:
+            ids = ids[: len(request.sequence) - 1]  # the last is for each sample to read
         try:
             state = self.pool.join([request.held])
             hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
@@ -238,7 +275,7 @@ class Engine:
             return len(ids) - first
         self.pool.part([request.held], state)
         self.pool.note(request.held, ids, len(ids))
-        if len(ids) == len(request.prompt) + len(request.ids):
+        if len(ids) == len(request.sequence):
             self._draw([request], logits, Draws())
         return len(ids) - first
 
@@ -295,3 +332,9 @@ class Engine:
             return logits
         return torch.cat([self.model.constrain(own, len(row.ids), row.max_tokens)
                           for row, own in zip(rows, logits.split(1), strict=True)])  # fmt: skip
+
+
+def _for_one(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("n", 1) != 1:
+        raise TypeError(f"a stream must be of one continuation, but n is {options['n']}")
+    return options

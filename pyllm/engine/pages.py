@@ -80,19 +80,19 @@ class Pages:
             if page is not None and digest not in self._page_of:
                 self._page_of[digest], self._digest_of[page] = page, digest
 
-    def fork(self, holding: Holding) -> tuple[Holding, tuple[int, int] | None] | None:
-        """(a second sequence that goes on from the first's length, the page to copy and where to, if any); None if
-        there are too few pages now. Full pages are shared."""
-        full = holding.length // self.size
+    def fork(self, holding: Holding, length: int | None = None) -> tuple[Holding, tuple[int, int] | None] | None:
+        """(a second sequence that goes on from the first `length` positions of the first, or all of them, the page to
+        copy and where to, if any); None if there are too few pages now. Full pages are shared."""
+        length = holding.length if length is None else length
+        full = length // self.size
         fresh = len(holding.pages) - full
         if fresh > self.available:
             return None
         for page in holding.pages[:full]:
             if page is not None:
                 self._references[page] += 1
-        twin = Holding([*holding.pages[:full], *(self._fresh() for _ in range(fresh))], holding.length,
-                       list(holding.digests))  # fmt: skip
-        if holding.length % self.size == 0:
+        twin = Holding([*holding.pages[:full], *(self._fresh() for _ in range(fresh))], length, holding.digests[:full])
+        if length % self.size == 0:
             return twin, None
         source, target = holding.pages[full], twin.pages[full]
         assert source is not None and target is not None

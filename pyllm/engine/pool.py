@@ -59,6 +59,22 @@ class AttentionPool:
         """After a step that was broken off: what is noted is written, and what comes after `most` ids is again."""
         holding.length = min(holding.length, most)
 
+    def fork(self, holding: Holding, length: int) -> Holding | None:
+        """Another sequence that goes on from the first positions of one; None if there is no room, or where what it
+        sees has been given back."""
+        seen = 0 if self.window is None else max(0, length - self.window)
+        if None in holding.pages[seen // PAGE_SIZE : length // PAGE_SIZE + 1]:
+            return None
+        made = self.pages.fork(holding, length)
+        if made is None:
+            return None
+        twin, copied = made
+        if copied is not None:
+            for cache in self.caches:
+                for t in (cache.keys, cache.values):
+                    t[copied[1]] = t[copied[0]]
+        return twin
+
     def give(self, holding: Holding) -> None:
         self.pages.give(holding)
 
@@ -98,7 +114,7 @@ class Slot:
     """One sequence's vectors, (layers, ...) each, unless they are in a seat, and how many ids they have seen."""
 
     def __init__(self, vectors: list[Tensor]):
-        self.vectors, self.length, self.ended = vectors, 0, False
+        self.vectors, self.length, self.seated, self.ended = vectors, 0, False, False
 
 
 class RecurrentPool:
@@ -134,6 +150,15 @@ class RecurrentPool:
         """After a step that was broken off: begins again, as nobody knows how far the vectors are."""
         slot.vectors, slot.length = [v.clone() for v in self.first], 0
 
+    def fork(self, slot: Slot, length: int) -> Slot | None:
+        """Another sequence that goes on from where one is; None if there is no room, or if it has gone on itself."""
+        if self.free == 0 or slot.length != length or slot.seated:
+            return None
+        self.free -= 1
+        twin = Slot([v.clone() for v in slot.vectors])
+        twin.length = length
+        return twin
+
     def give(self, slot: Slot) -> None:
         slot.ended = True
         self.free += 1
@@ -158,6 +183,7 @@ class RecurrentSeats:
         """Seats sequences. Those who sat here before and go on come first, as far as they can where they were."""
         before = {slot: i for i, slot in enumerate(self.held)}
         for slot in before.keys() - set(held):
+            slot.seated = False
             if not slot.ended:
                 for own, v in zip(slot.vectors, self.vectors, strict=True):
                     own.copy_(v[:, before[slot]])
@@ -168,9 +194,13 @@ class RecurrentSeats:
             for v, own in zip(self.vectors, vectors, strict=True):
                 v[:, i] = own
         self.held = list(held)
+        for slot in held:
+            slot.seated = True
 
     def clear(self) -> None:
         """What is in the seats is nobody's."""
+        for slot in self.held:
+            slot.seated = False
         self.held = []
 
 

@@ -21,7 +21,7 @@ from pyllm.nn.state import PAGE_SIZE
 from pyllm.text import Tokenizer
 from pyllm.text.tokenizer import write_file
 
-SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logit_bias")
+SETTINGS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in ("logit_bias", "allowed_ids"))
 WHOLE = ("top_k", "seed", "max_tokens")
 IDENTITY = ("line", "id", "prompt", "messages")
 KNOWN = (*IDENTITY[1:], "max_tokens", "stop", *SETTINGS)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from pyllm.engine.generation import TextStream
 from pyllm.engine.sampling import SamplingParams
@@ -19,14 +22,15 @@ class Request:
         text: what they say, without a stop text; final where `reason` is set. Empty without a tokenizer.
         logprobs, processed_logprobs: of each of `ids`, as in `ops.Sample`.
         reason: None while it waits or runs, then "stop" (an id or text that ends it), "length" (`max_tokens`),
-            "cancelled", or "error", with the `error`.
+            "cancelled", "timeout", or "error", with the `error`.
+        samples: all continuations of the prompt that were submitted together, in the order of their seeds.
     """
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, max_tokens: int,
-                 stop_ids: frozenset[int], stream: TextStream | None, priority: int,
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, bias: Tensor | None, max_tokens: int,
+                 stop_ids: frozenset[int], stream: TextStream | None, samples: list[Request],
                  on_token: Callable[[int, str], Any] | None):  # fmt: skip
-        self.prompt, self.params, self.max_tokens = prompt, params.with_seed(), max_tokens
-        self.priority = priority
+        self.prompt, self.params, self.bias, self.max_tokens = prompt, params, bias, max_tokens
+        self.samples, self.deadline = samples, math.inf
         self.ids: list[int] = []
         self.sequence = list(prompt)  # and ids
         self.text = ""
@@ -49,8 +53,8 @@ class Request:
 
     @property
     def decodes(self) -> bool:
-        """Whether all but its last id, a drawn one, is read."""
-        return bool(self.ids) and self.held.length == len(self.sequence) - 1
+        """Whether all but its last id is read."""
+        return self.held.length == len(self.sequence) - 1
 
     def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
         """Takes the next id; the reason if it is the last."""

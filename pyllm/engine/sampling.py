@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ class SamplingParams:
     """How the next token is chosen; the settings are those of `pyllm.ops.sample`, which checks them.
 
     temperature 0 is greedy. With the same seed a sequence is the same whatever it shares a batch with; with seed None
-    one is drawn.
+    one is drawn. With `allowed_ids` no other id is drawn; `logit_bias` is (vocabulary,).
     """
 
     temperature: float = 1.0
@@ -27,6 +28,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Tensor | None = None
+    allowed_ids: Sequence[int] | None = None
     seed: int | None = None
 
     @property
@@ -36,13 +38,38 @@ class SamplingParams:
 
     def check(self) -> None:
         """Raises what `pyllm.ops.sample` does of settings out of their bounds."""
-        names = {f.name for f in dataclasses.fields(self)} - {"seed", "logit_bias"}
+        names = {f.name for f in dataclasses.fields(self)} - {"seed", "logit_bias", "allowed_ids"}
         settings = {name: getattr(self, name) for name in names}
         ops.sample(torch.zeros(1, 1), seeds=self.seed or 0, positions=0, history=torch.zeros(1, 1, dtype=torch.int64),
                    **settings)  # fmt: skip
 
     def with_seed(self) -> SamplingParams:
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(63))
+
+    def spread(self, n: int) -> list[SamplingParams]:
+        """The settings for n samples: each has the seed of the one before, and 1."""
+        assert self.seed is not None
+        return [dataclasses.replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]
+
+    def bias(self, vocabulary: int) -> Tensor | None:
+        """What is added to the logits, (vocabulary,), float32: `logit_bias`, and -infinity where an id is not allowed.
+
+        Raises:
+            ValueError: a bias of another shape, or no allowed id; IndexError: one that is not in the vocabulary.
+        """
+        bias = self.logit_bias
+        if bias is not None and bias.shape != (vocabulary,):
+            raise ValueError(f"[sampling] logit_bias must have shape ({vocabulary},), but got {tuple(bias.shape)}")
+        if self.allowed_ids is None:
+            return None if bias is None else bias.float()
+        allowed = torch.tensor(list(self.allowed_ids), dtype=torch.int64)
+        if not len(allowed):
+            raise ValueError("[sampling] allowed_ids must have at least one id")
+        if (wrong := allowed[(allowed < 0) | (allowed >= vocabulary)]).numel():
+            raise IndexError(f"[sampling] allowed_ids must be from 0 to {vocabulary - 1}, but got {int(wrong[0])}")
+        masked = torch.full((vocabulary,), float("-inf"))
+        masked[allowed] = 0.0 if bias is None else bias.float()[allowed]
+        return masked
 
 
 @dataclass
@@ -52,6 +79,7 @@ class Sampler:
     params: SamplingParams
     sequences: list[list[int]]
     seeds: Tensor = field(init=False)
+    bias: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.params = self.params.with_seed()
@@ -60,10 +88,12 @@ class Sampler:
     def draw(self, logits: Tensor, positions: Tensor, history: Tensor | None = None) -> Tensor:
         """The ids (B,) drawn at `positions` (B,) from logits (B, vocabulary)."""
         p = self.params
+        if self.bias is None:
+            self.bias = p.bias(logits.shape[1])
         return ops.sample(logits, seeds=self.seeds, positions=positions, temperature=p.temperature, top_k=p.top_k,
                           top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p, repetition_penalty=p.repetition_penalty,
                           frequency_penalty=p.frequency_penalty, presence_penalty=p.presence_penalty, history=history,
-                          logit_bias=p.logit_bias).ids  # fmt: skip
+                          logit_bias=self.bias).ids  # fmt: skip
 
     def note(self, ids: list[int]) -> None:
         """Appends what was drawn to the sequences."""

@@ -48,7 +48,7 @@ class Steps:
     def run(self) -> Tensor:
         """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
         count = len(self.rows)
-        self.ids[:count] = torch.tensor([[row.ids[-1]] for row in self.rows])
+        self.ids[:count] = torch.tensor([[row.sequence[-1]] for row in self.rows])
         try:
             found = self.recorded.get(count) or self._record(count)
             if found is None:
