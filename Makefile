@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: demo test install bench wheel lint format sanitize sanitize-address sanitize-undefined sanitize-thread clean
+.PHONY: demo test install bench wheel lint format sanitize sanitize-address sanitize-undefined sanitize-thread emulate-cuda clean
 
 # Two small models trained from nothing, in a few minutes; checkpoints and a picture go to demo-out/.
 demo: install
@@ -65,6 +65,13 @@ sanitize-address sanitize-undefined sanitize-thread: sanitize-%: .venv/ready
 	  TSAN_OPTIONS=halt_on_error=1:suppressions=tests/thread_sanitizer.txt \
 	  $(RUNTIME) $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider --capture=sys \
 	  tests/ops tests/checkpoint/test_malformed_quantized.py
+
+# The CUDA kernels on the CPU, each thread of a block in turn, under their own tests.
+emulate-cuda: .venv/ready
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target build/emulated/site -C build-dir=build/emulated \
+	  -C cmake.define.PYLLM_EMULATE_CUDA=ON -C cmake.define.PYLLM_ISAS=baseline .
+	PYTHONPATH=$(CURDIR)/build/emulated/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') \
+	  $(BIN)/python -S $(BIN)/pytest -q -p no:cacheprovider tests/cuda
 
 clean:
 	rm -rf .venv build dist

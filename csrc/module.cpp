@@ -9,12 +9,10 @@
 #include "cpu/linear.h"
 #include "cpu/threads.h"
 #include "cpu/vnni.h"
+#include "cuda/device.h"
 #include "ops/ops.h"
 #include "program/program.h"
 #include "tensor_caster.h"
-#if PYLLM_WITH_CUDA
-#include "cuda/device.h"
-#endif
 
 namespace py = pybind11;
 using namespace pyllm;
@@ -36,12 +34,21 @@ py::dict info() {
   d["cuda_built"] = false;
   d["cuda_devices"] = 0;
 #endif
+  d["cuda_emulated"] = PYLLM_EMULATE_CUDA != 0;
   return d;
 }
 
 void set_num_threads(int n) {
   check(n >= 1 && n <= 4096, "num_threads must be 1 to 4096, but got ", n);
   cpu::set_num_threads(n);
+}
+
+void synchronize([[maybe_unused]] int device) {
+#if PYLLM_WITH_CUDA
+  cuda::synchronize(device);
+#else
+  fail(Error::not_implemented, "[synchronize] this build of pyllm has no CUDA kernels");
+#endif
 }
 
 // What a recorded call holds of an argument: itself, or a copy of what it points to.
@@ -74,7 +81,8 @@ PYBIND11_MODULE(_C, m) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const Error& e) {
-      PyObject* const types[] = {PyExc_ValueError, PyExc_TypeError, PyExc_IndexError, PyExc_NotImplementedError};
+      PyObject* const types[] = {PyExc_ValueError, PyExc_TypeError, PyExc_IndexError, PyExc_NotImplementedError,
+                                 PyExc_RuntimeError};
       PyErr_SetString(types[e.kind], e.what());
     }
   });
@@ -84,6 +92,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &cpu::set_isa);
   m.def("set_vnni", &cpu::set_vnni);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
+  m.def("synchronize", &synchronize, py::call_guard<py::gil_scoped_release>());
+#if PYLLM_EMULATE_CUDA
+  m.def("_emulate_cuda", [](bool on) { cuda::emulating = on; });
+  m.def("_emulated_launches", &cuda::emulated_launches);
+#endif
 
   m.def("recording", [] { return recording != nullptr; });
   py::class_<Program>(m, "Program")

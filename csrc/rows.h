@@ -19,7 +19,7 @@ struct Rows {
     size[levels] = n;
     step[levels++] = stride;
   }
-  int64_t offset(int64_t row) const {
+  constexpr int64_t offset(int64_t row) const {
     if (levels == 1) return row * step[0];
     int64_t at = 0;
     for (int i = 0; i < levels; i++) {

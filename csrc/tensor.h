@@ -11,7 +11,8 @@
 namespace pyllm {
 
 struct Error : std::runtime_error {
-  enum Kind { value, type, index, not_implemented } kind;  // ValueError, TypeError, IndexError, NotImplementedError
+  // ValueError, TypeError, IndexError, NotImplementedError, RuntimeError
+  enum Kind { value, type, index, not_implemented, runtime } kind;
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
 };
 
@@ -32,7 +33,8 @@ constexpr int kMaxDims = 8;
 struct TensorView {
   char* data = nullptr;
   DType dtype = DType::f32;
-  int32_t device_type = 0, device_id = 0;
+  int32_t device_type = 0, device_id = 0;  // DLPack's
+  void* stream = nullptr;                  // of a CUDA device: where its work is in order
   int32_t ndim = 0;
   bool read_only = false;
   int64_t shape[kMaxDims] = {}, stride[kMaxDims] = {};  // strides in elements
@@ -84,19 +86,31 @@ struct Setting {
   TensorView tensor = TensorView::absent();
 };
 
+constexpr int32_t kCpu = 1, kCuda = 2;  // DLPack's device types
+struct DeviceKey {
+  int32_t type = kCpu, id = 0;
+};
+// Where the tensors of the op that this thread runs must be: on the CPU, unless the op says otherwise (ops/place.h).
+inline thread_local DeviceKey expected_device;
+
+// False while emulated CUDA kernels do, so that ids are checked where a GPU's kernels check them.
+inline thread_local bool reads_ids = true;
+
+[[noreturn]] void fail_device(const char* op, const char* arg, const TensorView& t);
+
 // Checks shared by the files in ops/. `op` and `arg` name the place for the user: "[layer_norm] weight must ...".
-inline void check_cpu(const char* op, const char* arg, const TensorView& t) {
+inline void check_device(const char* op, const char* arg, const TensorView& t) {
   if (!t.present()) fail(Error::type, "[", op, "] ", arg, " must be a tensor, but got None");
-  if (t.device_type != 1)
-    fail(Error::not_implemented, "[", op, "] ", arg, " must be on the cpu, but got DLPack device type ", t.device_type);
+  if (t.device_type != expected_device.type || (t.device_type == kCuda && t.device_id != expected_device.id))
+    fail_device(op, arg, t);
 }
 inline void check_float(const char* op, const char* arg, const TensorView& t) {
-  check_cpu(op, arg, t);
+  check_device(op, arg, t);
   if (t.dtype != DType::f32 && t.dtype != DType::bf16 && t.dtype != DType::f16)
     fail(Error::type, "[", op, "] ", arg, " must be float32, bfloat16 or float16, but got ", name_of(t.dtype));
 }
 inline void check_dtype(const char* op, const char* arg, const TensorView& t, DType expected) {
-  check_cpu(op, arg, t);
+  check_device(op, arg, t);
   if (t.dtype != expected)
     fail(Error::type, "[", op, "] ", arg, " must be ", name_of(expected), ", but got ", name_of(t.dtype));
 }
@@ -124,12 +138,13 @@ inline void check_inner_stride(const char* op, const char* arg, const TensorView
         " must have stride 1 in its last dimension, but got ", t.ndim ? t.step(-1) : 0);
 }
 // Every element a whole number in [0, bound), or `allowed`; `ids` is contiguous. The first that is not is named by its
-// position.
+// position. On a CUDA device the kernels find it (cuda/device.h).
 inline void check_ids(const char* op, const char* arg, const TensorView& ids, int64_t bound, int64_t allowed = 0) {
-  check_cpu(op, arg, ids);
+  check_device(op, arg, ids);
   if (ids.dtype != DType::i64 && ids.dtype != DType::i32)
     fail(Error::type, "[", op, "] ", arg, " must be int64 or int32, but got ", name_of(ids.dtype));
   check_contiguous(op, arg, ids);
+  if (ids.device_type == kCuda || !reads_ids) return;
   const auto scan = [&](const auto* p, int64_t n) {
     bool bad = false;  // without an early end, so that it is vectorised
     for (int64_t i = 0; i < n; i++)

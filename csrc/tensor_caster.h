@@ -86,6 +86,8 @@ struct type_caster<pyllm::TensorView> {
       Tensor t;
       if (api->tensor_from_py_no_sync(source.ptr(), &t) != 0) throw error_already_set();
       value = pyllm::view_of(t, false);
+      if (t.device.type == kCUDA && api->current_work_stream(kCUDA, t.device.id, &value.stream) != 0)
+        throw error_already_set();
       return true;
     }
     if (!hasattr(source, "__dlpack__")) return false;
@@ -106,6 +108,9 @@ struct type_caster<pyllm::TensorView> {
       if (!m) throw error_already_set();
       value = pyllm::view_of(m->tensor, false);
     }
+    if (value.device_type == kCUDA)  // nothing else says on which stream its work is in order
+      pyllm::fail(pyllm::Error::not_implemented,
+                  "a CUDA tensor must come through DLPack's exchange table (torch 2.10 or later)");
     return true;
   }
 

@@ -7,7 +7,7 @@ from pyllm.checkpoint import export, load, save
 from pyllm.engine import Engine, SamplingParams, check, generate
 from pyllm.models import RWKV, Decoder, Encoder, EncoderDecoder, LanguageModel
 from pyllm.quantization import quantize
-from pyllm.runtime import info, num_threads, set_num_threads
+from pyllm.runtime import info, num_threads, set_num_threads, synchronize
 from pyllm.text import Tokenizer
 from pyllm.training import test, train
 
@@ -33,6 +33,7 @@ __all__ = [
     "quantize",
     "save",
     "set_num_threads",
+    "synchronize",
     "test",
     "train",
 ]

@@ -8,6 +8,7 @@ from pyllm import _C, ops
 def info() -> dict:
     """What runs here: version, instruction sets, threads, torch, CUDA, and the backends of each operation."""
     core = _C.info()
+    on_cuda = ops.CUDA if core["cuda_built"] and not ops.REFERENCE else frozenset()
     backend = "reference" if ops.REFERENCE else "cpu"
     return {
         "version": core["version"],
@@ -18,8 +19,19 @@ def info() -> dict:
         "torch": torch.__version__,
         "cuda_built": core["cuda_built"],
         "cuda_devices": core["cuda_devices"],
-        "ops": {name: [backend] for name in ops.__all__ if name[0].islower()},
+        "ops": {name: [backend, "cuda"] if name in on_cuda else [backend] for name in ops.__all__ if name[0].islower()},
     }
+
+
+def synchronize(device: int = 0) -> None:
+    """Waits for all work on a CUDA device, and raises what our kernels have found there since the last call, such as an
+    id outside its table: the host cannot check what lies in the device's memory without waiting for it.
+
+    Raises:
+        IndexError, ValueError: what was found; so does the next operation on that device.
+        RuntimeError: the device reports an error. NotImplementedError: a build without CUDA.
+    """
+    _C.synchronize(device)
 
 
 def num_threads() -> int:

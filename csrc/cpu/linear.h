@@ -1,4 +1,5 @@
 #pragma once
+#include "args/column_sum.h"
 #include "cpu/dispatch.h"
 #include "dtype.h"
 
@@ -26,15 +27,6 @@ struct PackWeightArgs {
 
 // Columns of a panel: two vectors of the chosen instruction set.
 inline int64_t panel_width() { return 8 << cpu::chosen_isa; }
-
-// sums (n, contiguous) = a (m x n) summed over its rows.
-struct ColumnSumArgs {
-  int64_t m, n;
-  const char* a;
-  char* sums;
-  DType dtype, sums_dtype;
-  int64_t a_row;
-};
 
 PYLLM_KERNEL(matmul, MatmulArgs)
 PYLLM_KERNEL(pack_weight, PackWeightArgs)

@@ -1,7 +1,8 @@
 #include "cpu/activations.h"
 
-#include "cpu/pages.h"
+#include "cuda/activations.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -52,28 +53,32 @@ Walk walk_over(const char* op, const TensorView& a, const TensorView& b, const T
 void activation_forward(const TensorView& gate, const TensorView& up, const TensorView& out, const std::string& op_name,
                         const std::string& kind) {
   const char* op = op_name.c_str();
+  const Place place(op, up.present() ? "gate" : "x", gate);
   check_float(op, up.present() ? "gate" : "x", gate);
   if (up.present()) check_like(op, "up", up, gate);
   check_output(op, "out", out, gate);
   const Walk walk = walk_over(op, gate, up, TensorView::absent());
-  cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
-  pyllm::activation_forward(
-      {kind_of(op, kind), gate.dtype, walk.cols, gate.data, up.data, walk.rows(gate), walk.rows(up), out.data});
+  place.prefer_large_pages(out);
+  const ActivationArgs args{kind_of(op, kind), gate.dtype,      walk.cols,     gate.data,
+                            up.data,           walk.rows(gate), walk.rows(up), out.data};
+  place.cuda() ? cuda::activation_forward(args, place.work()) : pyllm::activation_forward(args);
 }
 
 void activation_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,
                          const TensorView& dup, const std::string& op_name, const std::string& kind) {
   const char* op = op_name.c_str();
+  const Place place(op, up.present() ? "gate" : "x", gate);
   check_float(op, up.present() ? "gate" : "x", gate);
   check_like(op, "dy", dy, gate);
   if (up.present()) check_like(op, "up", up, gate);
   check_output(op, "dgate", dgate, gate);
   if (up.present()) check_output(op, "dup", dup, gate);
   const Walk walk = walk_over(op, dy, gate, up);
-  cpu::prefer_large_pages(dgate.data, dgate.numel() * size_of(dgate.dtype));
-  if (up.present()) cpu::prefer_large_pages(dup.data, dup.numel() * size_of(dup.dtype));
-  pyllm::activation_backward({kind_of(op, kind), gate.dtype, walk.cols, dy.data, gate.data, up.data, walk.rows(dy),
-                              walk.rows(gate), walk.rows(up), dgate.data, dup.data});
+  place.prefer_large_pages(dgate);
+  place.prefer_large_pages(dup);
+  const ActivationBackwardArgs args{kind_of(op, kind), gate.dtype,      walk.cols,     dy.data,    gate.data, up.data,
+                                    walk.rows(dy),     walk.rows(gate), walk.rows(up), dgate.data, dup.data};
+  place.cuda() ? cuda::activation_backward(args, place.work()) : pyllm::activation_backward(args);
 }
 
 }  // namespace pyllm::ops

@@ -16,7 +16,7 @@ int64_t integer_at(const TensorView& t, int64_t i) {
 }
 
 void check_integer(const char* op, const std::string& name, const TensorView& t) {
-  check_cpu(op, name.c_str(), t);
+  check_device(op, name.c_str(), t);
   if (t.dtype != DType::i64 && t.dtype != DType::i32)
     fail(Error::type, "[", op, "] ", name, " must be int64 or int32, but got ", name_of(t.dtype));
 }

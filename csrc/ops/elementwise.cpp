@@ -2,7 +2,9 @@
 
 #include <iterator>
 
+#include "cuda/elementwise.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 namespace {
@@ -37,11 +39,12 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
   const char* op = "elementwise";
   const Elementwise kind = kind_of(kind_name);
   const bool binary = kind != Elementwise::copy && kind != Elementwise::relu;
-  check_cpu(op, "a", a);
-  check_cpu(op, "out", out);
+  const Place place(op, "a", a);
+  check_device(op, "a", a);
+  check_device(op, "out", out);
   check_writable(op, "out", out);
   if (binary != b.present()) fail(Error::type, "[", op, "] ", kind_name, binary ? " needs b" : " takes no b");
-  if (binary) check_cpu(op, "b", b);
+  if (binary) check_device(op, "b", b);
   const DType b_dtype = binary ? b.dtype : a.dtype;
   const bool ordering = kind == Elementwise::minimum || kind == Elementwise::maximum;
   const bool numbers = !ordering && floating(a.dtype) && floating(b_dtype) && floating(out.dtype);
@@ -75,7 +78,7 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
     args.a_step[args.ndim] = a_step[d], args.b_step[args.ndim] = b_step[d], args.out_step[args.ndim++] = out.step(d);
   }
   if (args.ndim == 0) args.ndim = 1, args.shape[0] = 1;
-  pyllm::elementwise(args);
+  place.cuda() ? cuda::elementwise(args, place.work()) : pyllm::elementwise(args);
 }
 
 }  // namespace pyllm::ops

@@ -1,12 +1,14 @@
 #include "cpu/embedding.h"
 
-#include "cpu/pages.h"
+#include "cuda/embedding.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
 void embedding_forward(const TensorView& ids, const TensorView& weight, const TensorView& out) {
   const char* op = "embedding";
+  const Place place(op, "weight", weight);
   check_float(op, "weight", weight);
   check_ndim(op, "weight", weight, 2);
   check_inner_stride(op, "weight", weight);
@@ -16,13 +18,15 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
         "] out must have a row of weight for each id, but got shape ", out.shape_text());
   check_contiguous(op, "out", out);
   check_writable(op, "out", out);
-  cpu::prefer_large_pages(out.data, out.numel() * size_of(out.dtype));
-  pyllm::embedding_forward(
-      {ids.numel(), weight.size(1), weight.step(0), ids.dtype, weight.dtype, ids.data, weight.data, out.data});
+  place.prefer_large_pages(out);
+  const EmbeddingArgs args{ids.numel(),  weight.size(1), weight.step(0), weight.size(0), ids.dtype,
+                           weight.dtype, ids.data,       weight.data,    out.data};
+  place.cuda() ? cuda::embedding_forward(args, place.work()) : pyllm::embedding_forward(args);
 }
 
 void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed) {
   const char* op = "embedding backward";
+  const Place place(op, "dweight", dweight);
   check_float(op, "dweight", dweight);
   check_ndim(op, "dweight", dweight, 2);
   check_contiguous(op, "dweight", dweight);
@@ -31,9 +35,10 @@ void embedding_backward(const TensorView& ids, const TensorView& dy, const Tenso
   check_dtype(op, "dy", dy, dweight.dtype);
   check_shape(op, "dy", dy, ids.numel(), dweight.size(1));
   check_inner_stride(op, "dy", dy);
-  if (!zeroed) cpu::prefer_large_pages(dweight.data, dweight.numel() * size_of(dweight.dtype));
-  pyllm::embedding_backward({ids.numel(), dweight.size(1), dweight.size(0), dy.step(0), ids.dtype, dweight.dtype,
-                             zeroed, ids.data, dy.data, dweight.data});
+  if (!zeroed) place.prefer_large_pages(dweight);
+  const EmbeddingBackwardArgs args{ids.numel(),   dweight.size(1), dweight.size(0), dy.step(0), ids.dtype,
+                                   dweight.dtype, zeroed,          ids.data,        dy.data,    dweight.data};
+  place.cuda() ? cuda::embedding_backward(args, place.work()) : pyllm::embedding_backward(args);
 }
 
 }  // namespace pyllm::ops

@@ -1,7 +1,8 @@
 #include "cpu/layer_norm.h"
 
-#include "cpu/pages.h"
+#include "cuda/layer_norm.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -37,6 +38,7 @@ void norm_forward(const TensorView& x, const TensorView& residual, const TensorV
                   const TensorView& y, const TensorView& sum, const TensorView& mean, const TensorView& rstd,
                   bool centred, double eps) {
   const char* op = centred ? "layer_norm" : "rms_norm";
+  const Place place(op, "x", x);
   check_float(op, "x", x);
   check_ndim(op, "x", x, 2);
   check_inner_stride(op, "x", x);
@@ -52,17 +54,20 @@ void norm_forward(const TensorView& x, const TensorView& residual, const TensorV
   if (mean.present()) check_statistic(op, "mean", mean, x);
   if (rstd.present()) check_statistic(op, "rstd", rstd, x);
   check(eps >= 0, "[", op, "] eps must be 0 or more, but got ", eps);
-  cpu::prefer_large_pages(y.data, y.numel() * size_of(y.dtype));
-  if (sum.present()) cpu::prefer_large_pages(sum.data, sum.numel() * size_of(sum.dtype));
-  pyllm::norm_forward({centred, x.size(0), x.size(1), static_cast<float>(eps), x.dtype, weight.dtype, x.data,
-                       residual.data, weight.data, bias.data, x.step(0), residual.present() ? residual.step(0) : 0,
-                       y.data, sum.data, mean.as<float>(), rstd.as<float>()});
+  place.prefer_large_pages(y);
+  place.prefer_large_pages(sum);
+  const NormArgs args{centred,     x.size(0),    x.size(1),        static_cast<float>(eps),
+                      x.dtype,     weight.dtype, x.data,           residual.data,
+                      weight.data, bias.data,    x.step(0),        residual.present() ? residual.step(0) : 0,
+                      y.data,      sum.data,     mean.as<float>(), rstd.as<float>()};
+  place.cuda() ? cuda::norm_forward(args, place.work()) : pyllm::norm_forward(args);
 }
 
 void norm_backward(const TensorView& dy, const TensorView& dsum, const TensorView& h, const TensorView& weight,
                    const TensorView& mean, const TensorView& rstd, const TensorView& dh, const TensorView& dweight,
                    const TensorView& dbias, bool centred) {
   const char* op = centred ? "layer_norm backward" : "rms_norm backward";
+  const Place place(op, "h", h);
   check_float(op, "h", h);
   check_ndim(op, "h", h, 2);
   check_inner_stride(op, "h", h);
@@ -78,10 +83,25 @@ void norm_backward(const TensorView& dy, const TensorView& dsum, const TensorVie
     check_dtype(op, d == &dweight ? "dweight" : "dbias", *d, weight.dtype);
     check_writable(op, d == &dweight ? "dweight" : "dbias", *d);
   }
-  if (dh.present()) cpu::prefer_large_pages(dh.data, dh.numel() * size_of(dh.dtype));
-  pyllm::norm_backward({centred, h.size(0), h.size(1), h.dtype, weight.dtype, dy.data, dsum.data, h.data, weight.data,
-                        dy.step(0), dsum.present() ? dsum.step(0) : 0, h.step(0), mean.as<float>(), rstd.as<float>(),
-                        dh.data, dweight.data, dbias.data});
+  place.prefer_large_pages(dh);
+  const NormBackwardArgs args{centred,
+                              h.size(0),
+                              h.size(1),
+                              h.dtype,
+                              weight.dtype,
+                              dy.data,
+                              dsum.data,
+                              h.data,
+                              weight.data,
+                              dy.step(0),
+                              dsum.present() ? dsum.step(0) : 0,
+                              h.step(0),
+                              mean.as<float>(),
+                              rstd.as<float>(),
+                              dh.data,
+                              dweight.data,
+                              dbias.data};
+  place.cuda() ? cuda::norm_backward(args, place.work()) : pyllm::norm_backward(args);
 }
 
 }  // namespace pyllm::ops

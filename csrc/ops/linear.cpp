@@ -1,7 +1,9 @@
 #include "cpu/linear.h"
 
 #include "cpu/pages.h"
+#include "cuda/column_sum.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -71,6 +73,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, co
 
 void column_sum(const TensorView& a, const TensorView& sums) {
   const char* op = "column_sum";
+  const Place place(op, "a", a);
   check_float(op, "a", a);
   check_ndim(op, "a", a, 2);
   check_inner_stride(op, "a", a);
@@ -78,7 +81,8 @@ void column_sum(const TensorView& a, const TensorView& sums) {
   check_shape(op, "sums", sums, a.size(1));
   check_contiguous(op, "sums", sums);
   check_writable(op, "sums", sums);
-  pyllm::column_sum({a.size(0), a.size(1), a.data, sums.data, a.dtype, sums.dtype, a.step(0)});
+  const ColumnSumArgs args{a.size(0), a.size(1), a.data, sums.data, a.dtype, sums.dtype, a.step(0)};
+  place.cuda() ? cuda::column_sum(args, place.work()) : pyllm::column_sum(args);
 }
 
 }  // namespace pyllm::ops

@@ -52,7 +52,7 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
   check_ndim(op, "page_table", page_table, 2);
   check_inner_stride(op, "page_table", page_table);
   check_shape(op, "page_table", page_table, batch, page_table.size(1));
-  check_cpu(op, "positions", positions);
+  check_device(op, "positions", positions);
   if (positions.dtype != DType::i64 && positions.dtype != DType::i32)
     fail(Error::type, "[", op, "] positions must be int64 or int32, but got ", name_of(positions.dtype));
   check_shape(op, "positions", positions, batch, time);

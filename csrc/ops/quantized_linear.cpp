@@ -35,7 +35,7 @@ QuantizedWeight packed_weight(const char* op, const TensorView& panels, int64_t 
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums,
                     const TensorView& panels, int64_t bits, int64_t group) {
   const char* op = "pack_quantized";
-  check_cpu(op, "scales", scales);
+  check_device(op, "scales", scales);
   if (scales.dtype != DType::f16 && scales.dtype != DType::f32)
     fail(Error::type, "[", op, "] scales must be float16 or float32, but got ", name_of(scales.dtype));
   check_ndim(op, "scales", scales, 2);

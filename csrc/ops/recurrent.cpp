@@ -49,8 +49,8 @@ RecurrentShape shape_of(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& w_hh) {
   check(kind >= 0 && kind <= static_cast<int>(Recurrence::lstm), "[", op, "] kind must be 0 to 3, but got ", kind);
   check_float(op, "x", x);
-  check_cpu(op, "w_ih", w_ih);
-  check_cpu(op, "w_hh", w_hh);
+  check_device(op, "w_ih", w_ih);
+  check_device(op, "w_hh", w_hh);
   check_ndim(op, "w_hh", w_hh, 2);
   RecurrentShape s{};
   s.kind = static_cast<Recurrence>(kind);
@@ -129,7 +129,7 @@ void recurrent_forward(const char* op, int kind, bool reverse, const TensorView&
                        const TensorView& c0, const TensorView& lengths, const TensorView& y, const TensorView& h_n,
                        const TensorView& c_n, const TensorView& gates, const TensorView& new_hidden,
                        const TensorView& tanh_cell, const TensorView& cell) {
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
   check_ndim(op, "x", x, 3);
   RecurrentArgs a{};
   a.shape = shape_of(op, kind, reverse, x, w_ih, w_hh);
@@ -154,7 +154,7 @@ void recurrent_forward(const char* op, int kind, bool reverse, const TensorView&
 void recurrent_cell(const char* op, int kind, const TensorView& x, const TensorView& h, const TensorView& c,
                     const TensorView& w_ih, const TensorView& w_hh, const TensorView& b_ih, const TensorView& b_hh,
                     const TensorView& h_n, const TensorView& c_n) {
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
   check_ndim(op, "x", x, 2);
   RecurrentArgs a{};
   a.shape = shape_of(op, kind, false, x, w_ih, w_hh);
@@ -182,7 +182,7 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& dh_n, const TensorView& dc_n, const TensorView& dx, bool add_dx,
                         const TensorView& dw_ih, const TensorView& dw_hh, const TensorView& db_ih,
                         const TensorView& db_hh, const TensorView& dh0, const TensorView& dc0) {
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
   check_ndim(op, "x", x, 3);
   RecurrentBackwardArgs a{};
   a.shape = shape_of(op, kind, reverse, x, w_ih, w_hh);

@@ -75,7 +75,7 @@ void wkv_forward(const TensorView& r, const TensorView& w, const TensorView& k, 
   WkvArgs args{};
   args.shape = shape_of(r, w, k, v, a, b, state, lengths);
   args.y = take_output("y", y, args.shape);
-  check_cpu(kOp, "final_state", final_state);
+  check_device(kOp, "final_state", final_state);
   args.final_state = take_state("final_state", final_state, args.shape);
   check_writable(kOp, "final_state", final_state);
   if (kept.present()) {

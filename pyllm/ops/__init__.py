@@ -59,6 +59,12 @@ __all__ = [
     "write_pages",
 ]
 
+# With kernels for CUDA devices; `linear` is torch's own there. The others take tensors on the CPU alone.
+CUDA = frozenset({
+    "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear", "relu_squared", "rms_norm", "rope", "sigmoid",
+    "silu", "swiglu", "tanh",
+})  # fmt: skip
+
 globals().update(library.register({name: globals()[name] for name in __all__}))
 
 REFERENCE = os.environ.get("PYLLM_REFERENCE", "0") not in ("", "0")

@@ -101,7 +101,7 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = torch.empty(gate.shape, dtype=gate.dtype)
-        dup = None if up is None else torch.empty(up.shape, dtype=up.dtype)
+        dgate = gate.new_empty(gate.shape)
+        dup = None if up is None else up.new_empty(up.shape)
         _C.activation_backward(_rows(dy), gate, up, dgate, dup, *ctx.names)
         return None, None, dgate, dup

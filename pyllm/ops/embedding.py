@@ -22,7 +22,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
         (*ids.shape, D), typed like weight.
 
     Raises:
-        IndexError: an id outside [0, V); the message has the id, its position and the bound.
+        IndexError: an id outside [0, V); the message has the id, its position and the bound. On a CUDA device its row
+            is NaN, and the next call on the device or `pyllm.synchronize` raises.
         ValueError, TypeError: a shape or dtype that does not fit.
     """
     if weight.requires_grad and torch.is_grad_enabled():
@@ -33,7 +34,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 def _forward(ids: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2 and weight.stride(1) != 1:
         weight = weight.contiguous()
-    out = torch.empty(*ids.shape, weight.shape[-1], dtype=weight.dtype)
+    out = weight.new_empty(*ids.shape, weight.shape[-1])
     _C.embedding_forward(ids, weight, out)
     return out
 
@@ -60,7 +61,8 @@ class _Embedding(torch.autograd.Function):
         rows = dy.reshape(ids.numel(), ctx.shape[1])
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        fresh = ctx.shape.numel() * dy.dtype.itemsize >= 1 << 25 and 8 * ids.numel() <= ctx.shape[0]
-        dweight = _zeros(ctx.shape, dy.dtype) if fresh else torch.empty(ctx.shape, dtype=dy.dtype)
+        large = ctx.shape.numel() * dy.dtype.itemsize >= 1 << 25 and 8 * ids.numel() <= ctx.shape[0]
+        fresh = large and not dy.is_cuda
+        dweight = _zeros(ctx.shape, dy.dtype) if fresh else dy.new_empty(ctx.shape)
         _C.embedding_backward(ids, rows, dweight, fresh)
         return None, dweight

@@ -73,8 +73,8 @@ def _forward(centred, x, weight, bias, residual, eps, statistics):
     rows = _rows(x)
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
     h = None if residual is None else torch.empty_like(y)
-    rstd = torch.empty(len(rows), dtype=torch.float32) if statistics else None
-    mean = torch.empty(len(rows), dtype=torch.float32) if statistics and centred else None
+    rstd = rows.new_empty(len(rows), dtype=torch.float32) if statistics else None
+    mean = rows.new_empty(len(rows), dtype=torch.float32) if statistics and centred else None
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -101,9 +101,9 @@ class _Norm(torch.autograd.Function):
             return None, dsum, None, None, dsum, None
         h, weight, mean, rstd = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        dh = torch.empty(h.shape, dtype=h.dtype) if needs_x or needs_residual else None
-        dweight = torch.empty(weight.shape, dtype=weight.dtype) if needs_weight else None
-        dbias = torch.empty(weight.shape, dtype=weight.dtype) if needs_bias else None
+        dh = h.new_empty(h.shape) if needs_x or needs_residual else None
+        dweight = weight.new_empty(weight.shape) if needs_weight else None
+        dbias = weight.new_empty(weight.shape) if needs_bias else None
         if weight is not None and not weight.is_contiguous():
             weight = weight.contiguous()
         rows = dh if dh is None or dh.dim() == 2 else dh.view(-1, h.shape[-1])

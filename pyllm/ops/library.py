@@ -157,8 +157,10 @@ def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error:
             if isinstance(part, Tensor):
                 if part.dim() > 8:
                     raise ValueError(f"{where} must have at most 8 dimensions, but got {part.dim()}") from error
-                if part.device.type != "cpu":
-                    raise NotImplementedError(f"{where} must be on the cpu, but got {part.device}") from error
+                if part.device.type not in ("cpu", "cuda"):
+                    raise NotImplementedError(
+                        f"{where} must be on the cpu or a CUDA device, but got {part.device}"
+                    ) from error
                 if part.dtype not in _DTYPES:
                     raise TypeError(f"{where} must have one of {_DTYPES}, but got {part.dtype}") from error
             elif kind.startswith("Tensor or"):

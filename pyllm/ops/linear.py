@@ -39,7 +39,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
 def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, accumulated in float32.
 
-    A row's result has the same bits alone, in any batch, for any number of threads, and for a packed weight.
+    On the CPU a row's result has the same bits alone, in any batch, for any number of threads, and for a packed weight.
+    On a CUDA device the product and its gradients are torch's (cuBLAS), which promises no such thing.
 
     Args:
         x: (..., K), float32, bfloat16 or float16, of any strides.
@@ -52,6 +53,8 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, or a weight packed for another instruction set.
     """
+    if x.is_cuda:
+        return _on_cuda(x, weight, bias)
     grad = torch.is_grad_enabled()
     if isinstance(weight, PackedLinear):
         if grad and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -66,6 +69,20 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
     if _C.recording() and (copy := _for_replays(weight)) is not None:
         return _forward(x, copy.panels, bias, weight.shape[0], True)
     return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
+
+
+def _on_cuda(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, PackedLinear):
+        raise NotImplementedError("[linear] a packed weight must be used on the cpu, but x is on a CUDA device")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise TypeError(f"[linear] {name} must be {x.dtype} on {x.device}, but got {t.dtype} on {t.device}")
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"[linear] x (..., K) and weight (N, K) must share K, but got {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"[linear] bias must have shape {tuple(weight.shape[:1])}, but got {tuple(bias.shape)}")
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 _ROOM = 64 << 20  # bytes that the copies may take together

@@ -36,7 +36,7 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
     """
     rotary = rotary_dim if rotary_dim is not None else x.shape[-1] if x.dim() else 0
     if inv_freq is None:
-        inv_freq = _frequencies(theta, rotary)
+        inv_freq = _frequencies(theta, rotary, x.device if x.is_cuda else None)
     elif inv_freq.requires_grad:
         raise ValueError("[rope] inv_freq must not require a gradient: rope has none for it")
     else:
@@ -48,11 +48,12 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
 
 
 @lru_cache(maxsize=64)
-def _frequencies(theta: float, rotary: int) -> Tensor:
+def _frequencies(theta: float, rotary: int, device: torch.device | None) -> Tensor:
     if not theta > 0:
         raise ValueError(f"[rope] theta must be more than 0, but got {theta}")
     with torch.inference_mode(False), _disable_current_modes():  # a cached tensor must do for training too
-        return 1 / theta ** (torch.arange(0, max(rotary, 0), 2, dtype=torch.float32, device="cpu") / rotary)
+        steps = torch.arange(0, max(rotary, 0), 2, dtype=torch.float32, device="cpu") / rotary
+        return (1 / theta**steps).to(device or "cpu")  # the CPU's bits on any device
 
 
 def _turn(x, positions, inv_freq, rotary, interleaved, scale, inverse):

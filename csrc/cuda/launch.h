@@ -1,0 +1,95 @@
+// For kernels alone: CUDA's own header, or the emulator's, and how a kernel is launched.
+#pragma once
+#if PYLLM_EMULATE_CUDA
+#include "cuda/emulator/emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <algorithm>
+
+#include "cuda/device.h"
+
+namespace pyllm::cuda {
+
+constexpr size_t kMaxShared = 99 * 1024;  // bytes of a block on any GPU from sm_80 on (sm_86 has the least)
+constexpr int kWarp = 32;
+
+void check_cuda(cudaError_t error, const char* what);  // throws Error::runtime
+[[noreturn]] void fail_launch(const dim3& grid, const dim3& block, size_t shared);
+
+// Memory of the device that lives until the work given to the stream so far is done.
+class Scratch {
+ public:
+  Scratch(const Work& work, size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  cudaStream_t stream_;
+};
+
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+// kernel(args...) on `grid` blocks of `block` threads with `shared` bytes; nothing for an empty grid.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared, const Work& work,
+            const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const auto fits = [](int64_t n, int64_t most) { return n > 0 && n <= most; };
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
+  if (!fits(grid.x, 2147483647) || !fits(grid.y, 65535) || !fits(grid.z, 65535) || !fits(threads, 1024) ||
+      shared > kMaxShared)
+    fail_launch(blocks, block, shared);
+#if PYLLM_EMULATE_CUDA
+  (void)work;
+  emulate(blocks, block, shared, [&] { kernel(args...); });
+#else
+  if (shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+               "a kernel's shared memory");
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(work.stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), "a kernel's launch");
+#endif
+}
+
+inline void set_zero(void* p, size_t bytes, const Work& work) {
+  if (bytes) check_cuda(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(work.stream)), "filling with zeros");
+}
+
+// Blocks for n pieces of work that each block takes in steps of the grid: enough to fill any GPU some times over.
+inline int64_t blocks_for(int64_t n) { return std::min<int64_t>(n, 132 * 32); }
+
+#if !PYLLM_EMULATE_CUDA
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char pyllm_shared[];
+  return pyllm_shared;
+}
+#endif
+
+// The first thread of any call to find something wrong says so.
+__device__ __forceinline__ void report(FaultRecord* record, Fault fault, int64_t at, int64_t value, int64_t bound) {
+  if (atomicCAS(&record->claimed, 0, 1) != 0) return;
+  record->fault = fault;
+  record->at = at;
+  record->value = value;
+  record->bound = bound;
+  __threadfence_system();
+  *static_cast<volatile int32_t*>(&record->ready) = 1;
+}
+
+}  // namespace pyllm::cuda
