@@ -267,6 +267,7 @@ def sample(
     presence_penalty: float | Array,
     history: Array | None,
     logit_bias: Array | None,
+    given: Array | None,
     ids: Array,
     logprobs: Array,
     processed_logprobs: Array,

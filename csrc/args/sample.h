@@ -25,6 +25,7 @@ struct SampleArgs {
   int64_t history_length, history_stride, history_step;
   const float* bias;  // or null
   int64_t bias_stride;
+  const int64_t* given;  // (rows,): an id that is taken in place of a draw, or -1; or null
   int64_t* ids;
   float *logprobs, *processed;
   SampleStatus* status;  // (rows,)

@@ -87,8 +87,8 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
 void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,
             const Setting& top_k, const Setting& top_p, const Setting& min_p, const Setting& typical_p,
             const Setting& repetition_penalty, const Setting& frequency_penalty, const Setting& presence_penalty,
-            const TensorView& history_or_none, const TensorView& logit_bias_or_none, const TensorView& ids,
-            const TensorView& logprobs, const TensorView& processed_logprobs);
+            const TensorView& history_or_none, const TensorView& logit_bias_or_none, const TensorView& given_or_none,
+            const TensorView& ids, const TensorView& logprobs, const TensorView& processed_logprobs);
 int64_t wkv_chunk();  // steps between the states that are kept
 void wkv_forward(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
                  const TensorView& a, const TensorView& b, const TensorView& state_or_none,

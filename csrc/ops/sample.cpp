@@ -63,6 +63,16 @@ void check_history(const TensorView& history, int64_t rows, int64_t vocab) {
     }
 }
 
+void check_given(const TensorView& given, int64_t rows, int64_t vocab) {
+  check_dtype(kOp, "given", given, DType::i64);
+  check_shape(kOp, "given", given, rows);
+  check_contiguous(kOp, "given", given);
+  for (int64_t i = 0; i < rows; i++)
+    if (const int64_t id = given.as<int64_t>()[i]; id < -1 || id >= vocab)
+      fail(Error::index, "[", kOp, "] given must hold ids from 0 to ", vocab - 1, ", or -1 for a draw, but row ", i,
+           " has ", id);
+}
+
 void check_output(const char* name, const TensorView& t, DType dtype, int64_t rows) {
   check_dtype(kOp, name, t, dtype);
   check_shape(kOp, name, t, rows);
@@ -93,8 +103,8 @@ void check_status(const std::vector<SampleStatus>& status) {
 void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,
             const Setting& top_k, const Setting& top_p, const Setting& min_p, const Setting& typical_p,
             const Setting& repetition_penalty, const Setting& frequency_penalty, const Setting& presence_penalty,
-            const TensorView& history, const TensorView& logit_bias, const TensorView& ids, const TensorView& logprobs,
-            const TensorView& processed_logprobs) {
+            const TensorView& history, const TensorView& logit_bias, const TensorView& given, const TensorView& ids,
+            const TensorView& logprobs, const TensorView& processed_logprobs) {
   check_float(kOp, "logits", logits);
   check_ndim(kOp, "logits", logits, 2);
   check_inner_stride(kOp, "logits", logits);
@@ -135,12 +145,13 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
       check_shape(kOp, "logit_bias", logit_bias, rows, vocab);
     check_inner_stride(kOp, "logit_bias", logit_bias);
   }
+  if (given.present()) check_given(given, rows, vocab);
   std::vector<SampleStatus> status(rows);
   pyllm::sample({rows, vocab, logits.dtype, logits.data, logits.step(0), settings.data(), history.as<int64_t>(),
                  history.present() ? history.size(1) : 0, history.present() ? history.step(0) : 0,
                  history.present() ? history.step(1) : 0, logit_bias.as<float>(),
-                 logit_bias.ndim == 2 ? logit_bias.step(0) : 0, ids.as<int64_t>(), logprobs.as<float>(),
-                 processed_logprobs.as<float>(), status.data()});
+                 logit_bias.ndim == 2 ? logit_bias.step(0) : 0, given.as<int64_t>(), ids.as<int64_t>(),
+                 logprobs.as<float>(), processed_logprobs.as<float>(), status.data()});
   check_status(status);
 }
 

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from rich.table import Table
 from typer import Option
 
-import pyllm
 from pyllm.cli.app import Data, Folder, More, Threads, app, err, load, out, read_text, set_threads
-from pyllm.data import SequenceLoader
+from pyllm.engine import Engine
 from pyllm.models import Model
 from pyllm.text import Tokenizer
 from pyllm.training import Metrics
+
+LONGEST = 1024
 
 
 @app.command()
@@ -18,7 +20,9 @@ def evaluate(
     folder: Folder,
     data: Data = None,
     more: More = None,
-    context: Annotated[int | None, Option(help="Tokens a window. Default: the model's context, or 256.", min=1)] = None,
+    context: Annotated[
+        int | None, Option(help="Tokens a window. Default: the model's context, at most 1024, or all.", min=1)
+    ] = None,
     batch: Annotated[int, Option(help="Windows at once.", min=1)] = 16,
     threads: Threads = None,
 ):
@@ -34,13 +38,22 @@ def evaluate(
 
 
 def score(model: Model, tokenizer: Tokenizer, text: str, context: int | None = None, batch: int = 16) -> Metrics:
-    """How well a model predicts a text, in windows side by side."""
+    """How well a model predicts a text, cut into windows of `context` tokens, which know nothing of each other."""
+    if model.answers:
+        raise ValueError("a text is scored by models that go on with texts, but this one answers them")
     ids = tokenizer.encode(text)
     unknown = 0 if tokenizer.unknown_id is None else ids.count(tokenizer.unknown_id)
     if unknown:
         err.print(f"{unknown:,} of {len(ids):,} tokens are unknown to the tokenizer: their bits a byte mean little")
     if tokenizer.eos_id is not None and not (ids and ids[0] == tokenizer.bos_id):  # what the first token follows
         ids.insert(0, tokenizer.eos_id)
-    context = min(context or model.context_length or 256, len(ids) - 1)
-    batch = max(1, min(batch, (len(ids) - 1) // context))
-    return pyllm.test(model, SequenceLoader(ids, batch, context, drop_last=False))
+    tokens = len(ids) - 1
+    if tokens < 1:
+        raise ValueError("a text must have at least 1 token to score, but there is none")
+    if context is None:
+        context = tokens if model.context_length is None else min(model.context_length, LONGEST)
+    context = min(context, tokens)
+    windows = [ids[i : i + context + 1] for i in range(0, tokens, context)]
+    scores = Engine(model, max_sequences=min(batch, len(windows)), max_length=context).score(windows)
+    logprobs, first_choices = (torch.cat([getattr(s, name) for s in scores]) for name in ("logprobs", "first_choices"))
+    return Metrics(-float(logprobs.double().mean()), float(first_choices.double().mean()), tokens)

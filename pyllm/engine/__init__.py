@@ -7,8 +7,9 @@ from pyllm.engine.description import describe
 from pyllm.engine.engine import Engine
 from pyllm.engine.generation import generate, generate_ids
 from pyllm.engine.prompt_file import PromptFileError, answer_file
+from pyllm.engine.reading import Score
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 
-__all__ = ["Difference", "Engine", "PromptFileError", "Request", "SamplingParams", "answer_file", "check", "describe",
-           "generate", "generate_ids", "why_unrecorded"]  # fmt: skip
+__all__ = ["Difference", "Engine", "PromptFileError", "Request", "SamplingParams", "Score", "answer_file", "check",
+           "describe", "generate", "generate_ids", "why_unrecorded"]  # fmt: skip

@@ -7,20 +7,22 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyllm import ops
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
 from pyllm.engine.pool import new_pool
+from pyllm.engine.reading import POOLINGS, Embedding, Reading, Score, Scoring
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 from pyllm.engine.steps import Steps
 from pyllm.models import Model
 from pyllm.text import Tokenizer
+
+R = TypeVar("R", bound=Reading)
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
         warn_of_unheeded(model)
-        self._waiting: list[tuple[int, int, Request]] = []
+        self._waiting: list[tuple[float, int, Request]] = []
         self._running: list[Request] = []
         self._steps, self._draws = Steps(model, self.pool, max_sequences), Draws()
         self._clock = clock
@@ -109,18 +111,9 @@ class Engine:
             if self.tokenizer is not None:
                 stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
             samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token))
-        limits = {"the model's context": self.model.context_length, "the engine's pages": self.pool.most}
-        for name, most in limits.items():
-            needed = len(ids) + max_tokens if most == self.model.context_length else samples[0].positions
-            if most is not None and needed > most:
-                for request in samples:
-                    request.finish("error", ValueError(f"a prompt of {len(ids)} tokens and {max_tokens} more do not "
-                                                       f"fit {name} of {most}"))  # fmt: skip
-                return samples[0]
-        with self._lock:
-            for request in samples:
-                request.deadline = math.inf if timeout is None else self._clock() + timeout
-                heapq.heappush(self._waiting, (-priority, next(self._order), request))
+        for request in samples:
+            request.deadline = math.inf if timeout is None else self._clock() + timeout
+            self._queue(request, priority)
         return samples[0]
 
     def generate(
@@ -177,17 +170,34 @@ class Engine:
         finally:
             request.cancel()
 
-    @torch.no_grad()
-    def score(self, texts: Sequence[str | Sequence[int]]) -> list[Tensor]:
-        """The log-probability of each id of each text but its first, given those before: float32, (ids - 1,) each."""
-        scores = []
-        for text in texts:
-            ids = torch.tensor(self._encoded(text), dtype=torch.int64)
-            with self._lock:
-                self.model.eval()
-                logits = self.model(ids[None])[0, :-1]
-            scores.append(-ops.cross_entropy(logits, ids[1:], reduction="none"))
-        return scores
+    def score(self, texts: Sequence[str | Sequence[int]], params: SamplingParams | None = None) -> list[Score]:
+        """The log-probabilities of texts, under the logits and under what `params` make of them: the same bits as when
+        their ids are drawn. Texts are read in pieces, like prompts, among all requests.
+
+        Raises:
+            ValueError, TypeError: no ids, or more than the model's context or the pages hold; a setting out of bounds.
+            IndexError: an id outside the vocabulary.
+        """
+        return [r.score for r in self._read_all([Scoring(self, self._encoded(t), params or SamplingParams())
+                                                 for t in texts])]  # fmt: skip
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str = "mean",
+              normalize: bool = True) -> Tensor:  # fmt: skip
+        """One vector a text, (texts, hidden), float32, of those that the model's head would read. A text has the same
+        bits alone or among others.
+
+        Args:
+            pooling: "mean" of a text's vectors, or the "last" of them, which has seen all of the text.
+            normalize: makes them of length 1.
+
+        Raises:
+            ValueError, TypeError, IndexError: as in `score`, or another pooling.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, but got {pooling!r}")
+        readings = [Embedding(self, self._encoded(t), pooling, normalize) for t in texts]
+        vectors = [r.vector for r in self._read_all(readings)]
+        return torch.stack(vectors) if vectors else torch.empty(0, self.model.head.in_features)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -206,8 +216,14 @@ class Engine:
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self._steps.clear()
-                for request in self._running:
-                    self.pool.reset(request.held, len(request.sequence) - 1)
+                for request in list(self._running):
+                    if request.begins_again:
+                        self._running.remove(request)
+                        self.pool.give(request.held)
+                        request.held = None
+                        self._queue(request, math.inf)
+                    else:
+                        self.pool.reset(request.held, len(request.sequence) - 1)
                 raise
 
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
@@ -230,6 +246,32 @@ class Engine:
         if not ids:
             raise ValueError("a prompt must have at least one id")
         return ids
+
+    def _queue(self, request: Request, priority: float = 0) -> None:
+        limits = (("the model's context", self.model.context_length, request.length),
+                  ("the engine's pages", self.pool.most, request.positions))  # fmt: skip
+        for name, most, needed in limits:
+            if most is not None and needed > most:
+                more = request.length - len(request.prompt)
+                beyond = f"a prompt of {len(request.prompt)} tokens and {more} more do not fit {name} of {most}"
+                return request.finish("error", ValueError(beyond))
+        with self._lock:
+            heapq.heappush(self._waiting, (-priority, next(self._order), request))
+
+    def _read_all(self, readings: list[R]) -> list[R]:
+        """Runs them to their ends; raises what ended one of them, if an error did."""
+        try:
+            for reading in readings:
+                self._queue(reading)
+            for reading in readings:
+                while reading.reason is None:
+                    self.step()
+                if reading.error is not None:
+                    raise reading.error
+        finally:
+            for reading in readings:
+                reading.cancel()
+        return readings
 
     def _advance(self, request: Request) -> None:
         """Makes a step for who waits for a piece of a request's text, unless another's step has brought one."""
@@ -254,7 +296,7 @@ class Engine:
                         return
                     request.held = self.pool.fork(first.held, before)
                 if request.held is None:
-                    request.held = self.pool.admit(request.prompt, request.positions)
+                    request.held = self.pool.admit(request.known, request.positions)
                 if request.held is None:
                     return
                 self._running.append(request)
@@ -269,14 +311,16 @@ class Engine:
         try:
             state = self.pool.join([request.held])
             hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
-            logits = self.model.head(hidden[:, -1])
+            logits = request.read(self.model, hidden, first)
         except Exception as error:
             self.end(request, "error", error)
             return len(ids) - first
         self.pool.part([request.held], state)
         self.pool.note(request.held, ids, len(ids))
-        if len(ids) == len(request.sequence):
+        if logits is not None:
             self._draw([request], logits, Draws())
+        elif len(ids) == len(request.sequence):
+            self.end(request, "stop")
         return len(ids) - first
 
     def _look_at_model(self) -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pyllm.engine.generation import TextStream
 from pyllm.engine.sampling import SamplingParams
+from pyllm.models import Model
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -25,6 +26,8 @@ class Request:
             "cancelled", "timeout", or "error", with the `error`.
         samples: all continuations of the prompt that were submitted together, in the order of their seeds.
     """
+
+    begins_again = False  # after a step that was broken off
 
     def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, bias: Tensor | None, max_tokens: int,
                  stop_ids: frozenset[int], stream: TextStream | None, samples: list[Request],
@@ -52,9 +55,24 @@ class Request:
         return len(self.prompt) + self.max_tokens - 1
 
     @property
+    def length(self) -> int:
+        """How many ids it may come to have."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def known(self) -> Sequence[int]:
+        """The ids of which the keys and values may be those of another request."""
+        return self.prompt
+
+    @property
     def decodes(self) -> bool:
         """Whether all but its last id is read."""
         return self.held.length == len(self.sequence) - 1
+
+    def read(self, model: Model, hidden: Tensor, first: int) -> Tensor | None:
+        """Takes the vectors (1, T, hidden) of ids from the first-th on; the logits (1, vocabulary) of what comes next
+        if they are the last."""
+        return model.head(hidden[:, -1]) if first + hidden.shape[1] == len(self.sequence) else None
 
     def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
         """Takes the next id; the reason if it is the last."""

@@ -4,6 +4,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +39,13 @@ class SamplingParams:
 
     def check(self) -> None:
         """Raises what `pyllm.ops.sample` does of settings out of their bounds."""
-        names = {f.name for f in dataclasses.fields(self)} - {"seed", "logit_bias", "allowed_ids"}
-        settings = {name: getattr(self, name) for name in names}
         ops.sample(torch.zeros(1, 1), seeds=self.seed or 0, positions=0, history=torch.zeros(1, 1, dtype=torch.int64),
-                   **settings)  # fmt: skip
+                   **self.settings())  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """What `pyllm.ops.sample` takes, but for seed and `bias`."""
+        names = {f.name for f in dataclasses.fields(self)} - {"seed", "logit_bias", "allowed_ids"}
+        return {name: getattr(self, name) for name in names}
 
     def with_seed(self) -> SamplingParams:
         return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbits(63))
@@ -87,13 +91,10 @@ class Sampler:
 
     def draw(self, logits: Tensor, positions: Tensor, history: Tensor | None = None) -> Tensor:
         """The ids (B,) drawn at `positions` (B,) from logits (B, vocabulary)."""
-        p = self.params
         if self.bias is None:
-            self.bias = p.bias(logits.shape[1])
-        return ops.sample(logits, seeds=self.seeds, positions=positions, temperature=p.temperature, top_k=p.top_k,
-                          top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p, repetition_penalty=p.repetition_penalty,
-                          frequency_penalty=p.frequency_penalty, presence_penalty=p.presence_penalty, history=history,
-                          logit_bias=self.bias).ids  # fmt: skip
+            self.bias = self.params.bias(logits.shape[1])
+        return ops.sample(logits, seeds=self.seeds, positions=positions, history=history, logit_bias=self.bias,
+                          **self.params.settings()).ids  # fmt: skip
 
     def note(self, ids: list[int]) -> None:
         """Appends what was drawn to the sequences."""

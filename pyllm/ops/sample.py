@@ -9,8 +9,8 @@ from pyllm import _C
 
 
 class Sample(NamedTuple):
-    """What `sample` drew, (B,) each: the ids (int64) and their log-probabilities (float32), under the logits as they
-    came and under the distribution that was drawn from."""
+    """What `sample` drew, or was given, (B,) each: the ids (int64) and their log-probabilities (float32), under the
+    logits as they came and under the distribution that was drawn from."""
 
     ids: Tensor
     logprobs: Tensor
@@ -21,7 +21,8 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
            top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0,
            typical_p: float | Tensor = 1.0, repetition_penalty: float | Tensor = 1.0,
            frequency_penalty: float | Tensor = 0.0, presence_penalty: float | Tensor = 0.0,
-           history: Tensor | None = None, logit_bias: Tensor | None = None) -> Sample:  # fmt: skip
+           history: Tensor | None = None, logit_bias: Tensor | None = None,
+           given: Tensor | None = None) -> Sample:  # fmt: skip
     """Draws one id from each row of logits.
 
     Each setting is a number, or a tensor (B,) with one for each row: float32, or int64 for seeds, positions and top_k.
@@ -51,20 +52,24 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
         seeds, positions: say which random number a row gets. Any 64-bit integers; the same pair gives the same number.
         history: (B, L), int64: the ids that the penalties apply to, -1 for none. A penalty needs it.
         logit_bias: (V,) or (B, V), float32; -infinity masks an id.
+        given: (B,), int64: an id that is taken in place of a draw, with the log-probabilities that it has when drawn,
+            or -infinity where it cannot be drawn; -1 for a draw.
 
     Raises:
         ValueError, TypeError: a shape, dtype or setting that does not fit; a row with NaN, infinity or -infinity only.
-        IndexError: an id of the history that is not from 0 to V - 1 or -1.
+        IndexError: an id of the history, or one given, that is not from 0 to V - 1 or -1.
     """
     if logits.dim() == 2 and logits.stride(1) != 1:
         logits = logits.contiguous()
     if logit_bias is not None and logit_bias.stride(-1) != 1:
         logit_bias = logit_bias.contiguous()
+    if given is not None:
+        given = given.contiguous()
     rows = logits.shape[:1]
     ids = torch.empty(rows, dtype=torch.int64)
     logprobs, processed = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
     if logits.requires_grad:
         logits = logits.detach()
     _C.sample(logits, seeds, positions, temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
-              frequency_penalty, presence_penalty, history, logit_bias, ids, logprobs, processed)  # fmt: skip
+              frequency_penalty, presence_penalty, history, logit_bias, given, ids, logprobs, processed)  # fmt: skip
     return Sample(ids, logprobs, processed)

@@ -16,13 +16,16 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
            top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0,
            typical_p: float | Tensor = 1.0, repetition_penalty: float | Tensor = 1.0,
            frequency_penalty: float | Tensor = 0.0, presence_penalty: float | Tensor = 0.0,
-           history: Tensor | None = None, logit_bias: Tensor | None = None) -> Sample:  # fmt: skip
+           history: Tensor | None = None, logit_bias: Tensor | None = None,
+           given: Tensor | None = None) -> Sample:  # fmt: skip
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     processed = distribution(x, temperature, top_k, top_p, min_p, typical_p, repetition_penalty, frequency_penalty,
                              presence_penalty, history, logit_bias)  # fmt: skip
     cdf = processed.double().exp().cumsum(-1)
     u = uniform(seeds, positions, len(logits))[:, None] * cdf[:, -1:]
     ids = (cdf > u).int().argmax(-1)
+    if given is not None:
+        ids = torch.where(given < 0, ids, given)
     pick = ids[:, None]
     return Sample(ids, x.log_softmax(-1).gather(1, pick)[:, 0].to(torch.promote_types(x.dtype, torch.float32)),
                   processed.gather(1, pick)[:, 0])  # fmt: skip

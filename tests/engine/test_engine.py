@@ -213,19 +213,6 @@ def test_the_higher_priority_goes_first():
     assert ended == ["b", "c", "d", "a"]
 
 
-def test_scores_are_log_probabilities(texts):
-    model, tokenizer = texts
-    engine = pyllm.Engine(model, tokenizer)
-    text = "the quick brown fox"
-    ids = tokenizer.encode(text)
-    with torch.no_grad():
-        expected = torch.log_softmax(model(torch.tensor([ids]))[0, :-1], -1).gather(1, torch.tensor(ids)[1:, None])[
-            :, 0
-        ]
-    for found in engine.score([text, ids]):
-        torch.testing.assert_close(found, expected)
-
-
 def test_settings_are_checked():
     model = new("llama")
     for name in ("max_sequences", "max_length", "num_pages", "chunk"):

@@ -116,6 +116,24 @@ def test_every_setting_has_a_value_for_each_row(isa):
             assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, one, strict=True))
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_ids_that_are_given_are_scored_as_if_drawn(settings, isa):
+    for vocab in (21, 5000):
+        logits, given = logits_of(40, vocab), torch.randint(vocab, (40,))
+        given[::3] = logits.topk(8).indices[::3, 0]
+        options = {"seeds": 5, "positions": torch.arange(40), **settings}
+        drawn = ops.sample(logits, **options)
+        again = ops.sample(logits, **options, given=drawn.ids)
+        assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
+        found = ops.sample(logits, **options, given=given)
+        expected = reference.sample(logits.double(), **options, given=given)
+        assert torch.equal(found.ids, given)
+        torch.testing.assert_close(found.logprobs.double(), expected.logprobs, atol=5e-5, rtol=2e-6)
+        torch.testing.assert_close(found.processed_logprobs.double(), expected.processed_logprobs, atol=5e-5, rtol=2e-6)
+        some = ops.sample(logits, **options, given=torch.where(torch.arange(40) % 2 == 0, given, -1))
+        assert torch.equal(some.ids[::2], given[::2]) and torch.equal(some.ids[1::2], drawn.ids[1::2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_penalties_and_bias(dtype, isa):
     for vocab in (40, 4001):
@@ -298,6 +316,12 @@ def test_errors_name_the_argument():
     for bad in (8, -2):
         with pytest.raises(IndexError, match=f"history must hold ids from 0 to 7, or -1 for none, but row 1 has {bad}"):
             ops.sample(logits, **options, history=torch.tensor([[3, 7], [-1, bad]]))
+        with pytest.raises(IndexError, match=f"given must hold ids from 0 to 7, or -1 for a draw, but row 1 has {bad}"):
+            ops.sample(logits, **options, given=torch.tensor([-1, bad]))
+    with pytest.raises(TypeError, match="given must be int64, but got int32"):
+        ops.sample(logits, **options, given=torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"given must have shape \(2,\), but got \(1,\)"):
+        ops.sample(logits, **options, given=torch.zeros(1, dtype=torch.int64))
     with pytest.raises(TypeError, match="history must be int64, but got int32"):
         ops.sample(logits, **options, history=torch.zeros(2, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"history must have shape \(2, 3\), but got \(1, 3\)"):

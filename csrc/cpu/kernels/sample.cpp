@@ -83,7 +83,9 @@ struct Row {
   const float cold = greedy ? 1.0f : s.temperature < 1e-30f ? 1e30f : 1.0f / s.temperature;
   const Room m{chunks, penalised ? a.history_length : 0};
   const float* z = copied ? m.copy : reinterpret_cast<const float*>(x);
-  float best = 0, lowest_kept = -kInfinity;
+  const int64_t given = a.given ? a.given[row] : -1;  // an id that is taken, whatever would be drawn
+  bool given_stays = false;
+  float best = 0;
   double total = 0;  // of the weights exp((z - best) * cold) that are left
 
   V weight(V logits) const { return exp((logits - best) * cold); }
@@ -293,6 +295,7 @@ struct Row {
     if (t > -kInfinity) n = filter(m.keys, n, t);
     if (s.typical_p < 1) n = keep_typical(n);
     total = weigh_all(n);
+    for (int64_t i = 0; i < n; i++) given_stays |= m.ids[i] == given;
     double passed = 0;
     int64_t id = 0;
     for (int64_t i = 0; i < n && passed <= u * total; i++) {
@@ -387,6 +390,7 @@ struct Row {
     if (s.typical_p < 1) return draw_from_list(list_from(lowest), false, u);
     if (lowest > t) each_chunk([&](int64_t c) { m.kept[c] = sum_from(c, lowest); });
     for (int64_t c = 0; c < chunks; c++) total += m.kept[c];
+    given_stays = given >= 0 && z[given] >= lowest;
     double passed = 0;
     int64_t chosen = 0;
     for (int64_t c = 0; c < chunks; c++) {
@@ -434,10 +438,14 @@ struct Row {
     if (wide && !same) rescale(m.chunk_max, best, cold, m.all);
 
     const double u = uniform(s.seed, s.position);
-    const int64_t id = greedy ? greedy_id() : wide ? draw_wide(low, high, u) : draw_top_k(u);
+    const int64_t drawn = greedy ? greedy_id() : wide ? draw_wide(low, high, u) : draw_top_k(u);
+    const int64_t id = given < 0 ? drawn : given;
+    const bool possible = id == drawn || (given_stays && !greedy);
     a.ids[row] = id;
     a.logprobs[row] = static_cast<float>(static_cast<double>(to_float(x[id])) - raw_best - __builtin_log(raw_total));
-    a.processed[row] = greedy ? 0.0f : static_cast<float>((z[id] - best) * cold - __builtin_log(total));
+    a.processed[row] = !possible ? -kInfinity
+                       : greedy  ? 0.0f
+                                 : static_cast<float>((z[id] - best) * cold - __builtin_log(total));
     return SampleStatus::ok;
   }
 };
