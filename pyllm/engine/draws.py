@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.engine.request import Request
 
 SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32,
             "typical_p": torch.float32, "repetition_penalty": torch.float32, "frequency_penalty": torch.float32,
@@ -17,19 +16,26 @@ class Draws:
     """Draws the next id of each of some requests, by settings that are gathered anew when the requests change."""
 
     def __init__(self) -> None:
-        self.rows: list[Request] = []
+        self.rows: list[Any] = []
+        self.lengths: list[int] = []
         self.given: dict[str, Any] = {}
 
-    def __call__(self, rows: list[Request], logits: Tensor) -> ops.Sample:
+    def __call__(self, rows: list[Any], logits: Tensor) -> ops.Sample:
         """logits: (rows, vocabulary)."""
-        lengths = torch.tensor([len(row.sequence) for row in rows])
-        if rows != self.rows:
+        lengths = [len(row.sequence) for row in rows]
+        if rows != self.rows or (self.looks_back and lengths != [n + 1 for n in self.lengths]):
             self.given, self.rows = self._gathered(rows, logits.shape[1]), list(rows)
-        elif "history" in self.given:
-            self.given["history"][torch.arange(len(rows)), lengths - 1] = torch.tensor([r.sequence[-1] for r in rows])
-        return ops.sample(logits, positions=lengths, **self.given)
+        elif self.looks_back:
+            for own, row, length in zip(self.given["history"], rows, lengths, strict=True):
+                own[length - 1] = row.sequence[-1]
+        self.lengths = lengths
+        return ops.sample(logits, positions=torch.tensor(lengths), **self.given)
 
-    def _gathered(self, rows: list[Request], vocabulary: int) -> dict[str, Any]:
+    @property
+    def looks_back(self) -> bool:
+        return "history" in self.given
+
+    def _gathered(self, rows: list[Any], vocabulary: int) -> dict[str, Any]:
         given: dict[str, Any] = {name: torch.tensor([getattr(row.params, name) for row in rows], dtype=dtype)
                                  for name, dtype in SETTINGS.items()}  # fmt: skip
         given["seeds"] = torch.tensor([row.params.seed for row in rows])

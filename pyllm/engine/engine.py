@@ -12,13 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
 from pyllm.engine.pool import new_pool
 from pyllm.engine.reading import POOLINGS, Embedding, Reading, Score, Scoring
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
+from pyllm.engine.speculation import rows_of
 from pyllm.engine.steps import Steps
+from pyllm.engine.watch import Watch
 from pyllm.models import Model
 from pyllm.text import Tokenizer
 
@@ -45,12 +48,16 @@ class Engine:
             sequences of `max_length` need. Of a recurrent model each sequence needs one slot.
         chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
+        speculate: "lookup", or a smaller model with the same vocabulary, a draft: what they propose is read together
+            with a sequence's last id, and the ids that come of it are those that plain decoding draws. Proposed is what
+            pays, by how many stood before. For models with attention.
         clock: the seconds by which requests time out.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None = None, *, max_sequences: int = 32,
                  max_length: int | None = None, num_pages: int | None = None, chunk: int = 256,
-                 reuse_prefixes: bool = True, clock: Callable[[], float] = time.monotonic):  # fmt: skip
+                 reuse_prefixes: bool = True, speculate: str | Model | None = None,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
         for name, value in (("max_sequences", max_sequences), ("max_length", max_length), ("num_pages", num_pages),
                             ("chunk", chunk)):  # fmt: skip
             if value is not None and value < 1:
@@ -62,9 +69,10 @@ class Engine:
         warn_of_unheeded(model)
         self._waiting: list[tuple[float, int, Request]] = []
         self._running: list[Request] = []
-        self._steps, self._draws = Steps(model, self.pool, max_sequences), Draws()
+        self._speculation = None if speculate is None else new_speculation(model, self.pool, speculate, max_sequences)
+        self._steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
+        self._draws, self._watch = Draws(), Watch(model)
         self._clock = clock
-        self._made_of: list[tuple[Any, ...]] = []
         self._order, self._lock = itertools.count(), threading.RLock()
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
@@ -216,6 +224,8 @@ class Engine:
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self._steps.clear()
+                if self._speculation is not None:
+                    self._speculation.reset(self._running)
                 for request in list(self._running):
                     if request.begins_again:
                         self._running.remove(request)
@@ -232,6 +242,8 @@ class Engine:
             if request.reason is not None:
                 return
             request.finish(reason, error)
+            if self._speculation is not None:
+                self._speculation.proposer.end(request)
             if request.held is not None:
                 self._running.remove(request)
                 self.pool.give(request.held)
@@ -285,8 +297,9 @@ class Engine:
             self.end(request, "timeout")
 
     def _admit(self) -> None:
-        if self._waiting and not self._running:
-            self._look_at_model()
+        if self._waiting and not self._running and self._watch.changed():
+            self._steps.forget()
+            self.pool.forget()
         while self._waiting and len(self._running) < self.max_sequences:
             request = self._waiting[0][2]
             if request.reason is None:
@@ -323,19 +336,11 @@ class Engine:
             self.end(request, "stop")
         return len(ids) - first
 
-    def _look_at_model(self) -> None:
-        """Where the model has been trained, quantised or taken apart since it last ran, nothing known of it holds."""
-        parts: list[Any] = [*self.model.modules(), *self.model.quantized_weights()]
-        made_of = [*((part,) for part in parts), *((p, p._version) for p in self.model.parameters())]
-        same = len(made_of) == len(self._made_of) and all(
-            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(made_of, self._made_of, strict=True))  # fmt: skip
-        if not same:
-            self._steps.forget()
-            self.pool.forget()
-            self._made_of = made_of
-
     def _decode(self, rows: list[Request]) -> None:
         if not rows:
+            return
+        proposed = {} if self._speculation is None else self._speculation.propose(rows)
+        if proposed and self._decode_ahead(rows, proposed):
             return
         rows = self._steps.place(rows)
         try:
@@ -351,6 +356,27 @@ class Engine:
             self.pool.note(row.held, row.sequence, row.held.length + 1)
         self._draw(rows, logits, self._draws)
 
+    def _decode_ahead(self, rows: list[Request], proposed: dict[Request, list[int]]) -> bool:
+        """A step that reads what is proposed, too. False if it fails: what is at fault may never be drawn."""
+        assert self._speculation is not None
+        flat = self._steps.place(rows_of(rows, proposed))
+        try:
+            found = iter([t.tolist() for t in Draws()(flat, self._constrained(flat, self._steps.run()))])
+        except Exception:
+            for row in proposed:
+                self._speculation.learn(row, proposed[row], [], len(rows))
+            return False
+        drawn = zip(*found, strict=True)
+        for row in rows:
+            ids = proposed.get(row, [])
+            own = list(itertools.islice(drawn, len(ids) + 1))
+            stood = self._speculation.learn(row, ids, [i for i, *_ in own], len(rows))
+            for one in own[: stood + 1]:
+                self._push(row, one)
+            if row.reason is None:
+                self.pool.note(row.held, row.sequence, len(row.sequence) - 1)
+        return True
+
     def _draw(self, rows: list[Request], logits: Tensor, draws: Draws) -> None:
         try:
             sample = draws(rows, self._constrained(rows, logits))
@@ -361,20 +387,23 @@ class Engine:
                 self._draw([row], logits[i : i + 1], Draws())
             return
         for row, *drawn in zip(rows, *(t.tolist() for t in sample), strict=True):
-            if row.reason is not None:  # what a callback ended
-                continue
-            try:
-                reason = row.push(*drawn)
-            except Exception as error:
-                self.end(row, "error", error)
-            else:
-                if reason is not None:
-                    self.end(row, reason)
+            self._push(row, drawn)
+
+    def _push(self, row: Request, drawn: Sequence[Any]) -> None:
+        if row.reason is not None:  # what a callback ended
+            return
+        try:
+            reason = row.push(*drawn)
+        except Exception as error:
+            self.end(row, "error", error)
+        else:
+            if reason is not None:
+                self.end(row, reason)
 
     def _constrained(self, rows: list[Request], logits: Tensor) -> Tensor:
         if type(self.model).constrain is Model.constrain:
             return logits
-        return torch.cat([self.model.constrain(own, len(row.ids), row.max_tokens)
+        return torch.cat([self.model.constrain(own, len(row.sequence) - len(row.prompt), row.max_tokens)
                           for row, own in zip(rows, logits.split(1), strict=True)])  # fmt: skip
 
 

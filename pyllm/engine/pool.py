@@ -97,14 +97,14 @@ class AttentionSeats:
         state.lengths = self.lengths[:count]
         return state
 
-    def place(self, held: Sequence[Holding]) -> None:
-        """Seats sequences, in place of those who sat here."""
+    def place(self, held: Sequence[Holding], ahead: Sequence[int]) -> None:
+        """Seats sequences, in place of those who sat here, each so many positions beyond its length."""
         for h in held:
             if h.row is None:
                 h.row = torch.zeros(self.table.shape[1], dtype=torch.int32)
                 h.row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
         torch.stack([h.row for h in held], out=self.table[: len(held)])
-        self.lengths[: len(held)] = torch.tensor([h.length for h in held])
+        self.lengths[: len(held)] = torch.tensor([h.length + more for h, more in zip(held, ahead, strict=True)])
 
     def clear(self) -> None:
         """What is in the pages stays there."""
@@ -179,8 +179,9 @@ class RecurrentSeats:
         state.lengths = self.lengths[:count]
         return state
 
-    def place(self, held: Sequence[Slot]) -> None:
-        """Seats sequences. Those who sat here before and go on come first, as far as they can where they were."""
+    def place(self, held: Sequence[Slot], ahead: Sequence[int]) -> None:
+        """Seats sequences. Those who sat here before and go on come first, as far as they can where they were.
+        None can be ahead of its length."""
         before = {slot: i for i, slot in enumerate(self.held)}
         for slot in before.keys() - set(held):
             slot.seated = False

@@ -28,6 +28,7 @@ class Request:
     """
 
     begins_again = False  # after a step that was broken off
+    ahead = 0  # a row that reads its last id stands at the end of what it holds
 
     def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, bias: Tensor | None, max_tokens: int,
                  stop_ids: frozenset[int], stream: TextStream | None, samples: list[Request],
@@ -43,6 +44,8 @@ class Request:
         self.error: Exception | None = None
         self.pieces: deque[str] = deque()  # of the text, that nobody has taken yet
         self.held: Any = None  # of the engine's pool
+        self.luck: Any = None  # with what was proposed for it
+        self.guess: Any = None  # what the proposer keeps of it
         self._engine, self._stop_ids, self._stream, self._on_token = engine, stop_ids, stream, on_token
 
     def cancel(self) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pyllm.engine.recording import NotRecordable, Recording
-from pyllm.engine.request import Request
 from pyllm.models import Model
 
 
@@ -20,8 +19,8 @@ class Steps:
     def __init__(self, model: Model, pool: Any, count: int):
         self.model, self.seats = model, pool.seats(count)
         self.ids = torch.zeros(count, 1, dtype=torch.int64)
-        self.asked: list[Request] = []
-        self.rows: list[Request] = []
+        self.asked: list[Any] = []
+        self.rows: list[Any] = []
         self.forget()
 
     def forget(self) -> None:
@@ -35,13 +34,17 @@ class Steps:
         self.seats.clear()
         self.asked, self.rows = [], []
 
-    def place(self, rows: list[Request]) -> list[Request]:
-        """Seats requests; who was there stays, as far as can be, and the order is that of the seats."""
+    def place(self, rows: list[Any]) -> list[Any]:
+        """Seats requests; who was there stays, as far as can be, and the order is that of the seats. Rows that stand
+        `ahead` of what their request holds keep theirs: where there are such, they come with those between."""
         if rows != self.asked:
-            seated = [row if row in rows else None for row in self.rows[: len(rows)]]
-            new = iter([row for row in rows if row not in seated])
-            self.rows = [next(new) if row is None else row for row in seated] + list(new)
-            self.seats.place([row.held for row in self.rows])
+            if any(row.ahead for row in rows):
+                self.rows = rows
+            else:
+                seated = [row if row in rows else None for row in self.rows[: len(rows)]]
+                new = iter([row for row in rows if row not in seated])
+                self.rows = [next(new) if row is None else row for row in seated] + list(new)
+            self.seats.place([row.held for row in self.rows], [row.ahead for row in self.rows])
             self.asked = rows
         return self.rows
 
