@@ -7,7 +7,6 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-import pyllm
 from pyllm.cli.app import (
     Bar,
     Folder,
@@ -35,7 +34,7 @@ from pyllm.text import Tokenizer
 @app.command()
 def generate(
     folder: Folder,
-    prompt: Annotated[str, Argument(help="The text to go on from.")] = "",
+    prompt: Annotated[str, Argument(help="The text to go on from, or to answer.")] = "",
     prompts: Annotated[
         Path | None,
         Option(help='In its place, a JSONL file: a line has "prompt" or "messages", and may have "id" and settings.'),
@@ -55,7 +54,7 @@ def generate(
     stream: Annotated[bool, Option("--stream", help="Print as it comes.")] = False,
     threads: Threads = None,
 ):
-    """Continue a text, or those of a file."""
+    """Continue a text, or answer it, or those of a file."""
     if (prompts is None) != (out is None):
         raise ValueError("--prompts and --out must be given together")
     if prompts is not None and prompt:
@@ -77,9 +76,6 @@ def generate(
 
 def _pieces(model: Model, tokenizer: Tokenizer, prompt: str, params: SamplingParams, max_tokens: int | None,
             stop: Sequence[str], stream: bool) -> Iterable[str]:  # fmt: skip
-    if model.answers:
-        settings = {name: value for name, value in vars(params).items() if name != "logit_bias"}
-        return [str(pyllm.generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **settings))]
     ids = prompt_ids(model, tokenizer, prompt)
     most = most_tokens(model, len(ids), max_tokens)
     engine = Engine(model, tokenizer, max_sequences=1, max_length=len(ids) + most)

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from pyllm.engine.budget import new_pool
 from pyllm.engine.draws import Draws
-from pyllm.engine.pool import AttentionPool, new_pool
+from pyllm.engine.pool import AttentionPool
 from pyllm.engine.request import Request
 from pyllm.engine.speculation import MOST, Ahead, Lookup, Proposer, Speculation
 from pyllm.engine.steps import Steps

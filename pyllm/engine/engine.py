@@ -7,16 +7,17 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyllm.engine import reading
+from pyllm.engine.budget import new_pool
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
-from pyllm.engine.pool import new_pool
-from pyllm.engine.reading import POOLINGS, Embedding, Reading, Score, Scoring
+from pyllm.engine.reading import Score
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 from pyllm.engine.speculation import rows_of
@@ -24,8 +25,6 @@ from pyllm.engine.steps import Steps
 from pyllm.engine.watch import Watch
 from pyllm.models import Model
 from pyllm.text import Tokenizer
-
-R = TypeVar("R", bound=Reading)
 
 
 class Engine:
@@ -40,12 +39,13 @@ class Engine:
     once, and their requests run together. The model is put into evaluation mode.
 
     Args:
-        model: a model with an attention or recurrent state, not an encoder-decoder.
+        model: a model with an attention or recurrent state, or an encoder-decoder, whose prompts are answered.
         tokenizer: for prompts and results that are texts; without one they are ids.
         max_sequences: how many run together.
         max_length: the longest sequence that room is set aside for; the model's context by default.
         num_pages: the budget: pages of 64 positions of all layers' keys and values; by default what `max_sequences`
-            sequences of `max_length` need. Of a recurrent model each sequence needs one slot.
+            sequences of `max_length` need. Of a recurrent model each sequence needs one slot; of an encoder-decoder
+            pages for what is answered too, which those who answer the same share.
         chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
         speculate: "lookup", or a smaller model with the same vocabulary, a draft: what they propose is read together
@@ -62,8 +62,6 @@ class Engine:
                             ("chunk", chunk)):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
-        if model.answers:
-            raise TypeError("an engine must get a model that continues texts, but got an encoder-decoder")
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
         warn_of_unheeded(model)
@@ -73,7 +71,7 @@ class Engine:
         self._steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
         self._draws, self._watch = Draws(), Watch(model)
         self._clock = clock
-        self._order, self._lock = itertools.count(), threading.RLock()
+        self._order, self.lock = itertools.count(), threading.RLock()
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
                max_tokens: int | None = None, stop: str | Sequence[str] = (), stop_ids: Sequence[int] = (),
@@ -103,8 +101,9 @@ class Engine:
         if stops and self.tokenizer is None:
             raise TypeError("an engine without a tokenizer must get no stop texts")
         end = () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
-        ids = self._encoded(prompt)
+        ids = self.encode(prompt)
         max_tokens = most_tokens(self.model, len(ids), max_tokens)
+        source, ids = (ids, list(self.model.start_ids)) if self.model.answers else ([], ids)
         if n < 1:
             raise ValueError(f"n must be at least 1, but got {n}")
         if n > 1 and on_token is not None:
@@ -117,11 +116,11 @@ class Engine:
         for own in params.spread(n):
             stream = None
             if self.tokenizer is not None:
-                stream = TextStream(self.tokenizer, stops, ids, self.model.silent_ids)
-            samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token))
+                stream = TextStream(self.tokenizer, stops, () if source else ids, self.model.silent_ids)
+            samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token, source))
         for request in samples:
             request.deadline = math.inf if timeout is None else self._clock() + timeout
-            self._queue(request, priority)
+            self.queue(request, priority)
         return samples[0]
 
     def generate(
@@ -178,21 +177,25 @@ class Engine:
         finally:
             request.cancel()
 
-    def score(self, texts: Sequence[str | Sequence[int]], params: SamplingParams | None = None) -> list[Score]:
+    def score(self, texts: Sequence[str | Sequence[int]], params: SamplingParams | None = None, *,
+              sources: Sequence[str | Sequence[int]] | None = None) -> list[Score]:  # fmt: skip
         """The log-probabilities of texts, under the logits and under what `params` make of them: the same bits as when
         their ids are drawn. Texts are read in pieces, like prompts, among all requests.
 
+        Args:
+            sources: of an encoder-decoder, what the texts answer, one each; their scores are of all of their ids.
+
         Raises:
-            ValueError, TypeError: no ids, or more than the model's context or the pages hold; a setting out of bounds.
+            ValueError, TypeError: no ids, or more than the model's context or the pages hold; a setting out of bounds;
+                sources that are missing, or of no use.
             IndexError: an id outside the vocabulary.
         """
-        return [r.score for r in self._read_all([Scoring(self, self._encoded(t), params or SamplingParams())
-                                                 for t in texts])]  # fmt: skip
+        return reading.score(self, texts, params or SamplingParams(), sources)
 
     def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str = "mean",
               normalize: bool = True) -> Tensor:  # fmt: skip
-        """One vector a text, (texts, hidden), float32, of those that the model's head would read. A text has the same
-        bits alone or among others.
+        """One vector a text, (texts, hidden), float32, of those that the model's head would read or, of an
+        encoder-decoder, of its encoder's. A text has the same bits alone or among others.
 
         Args:
             pooling: "mean" of a text's vectors, or the "last" of them, which has seen all of the text.
@@ -201,16 +204,12 @@ class Engine:
         Raises:
             ValueError, TypeError, IndexError: as in `score`, or another pooling.
         """
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, but got {pooling!r}")
-        readings = [Embedding(self, self._encoded(t), pooling, normalize) for t in texts]
-        vectors = [r.vector for r in self._read_all(readings)]
-        return torch.stack(vectors) if vectors else torch.empty(0, self.model.head.in_features)
+        return reading.embed(self, texts, pooling, normalize)
 
     @torch.no_grad()
     def step(self) -> None:
         """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read."""
-        with self._lock:
+        with self.lock:
             if self.model.training:
                 self.model.eval()
             try:
@@ -218,8 +217,8 @@ class Engine:
                 self._admit()
                 left = self.chunk
                 for request in [r for r in self._running if not r.decodes]:
-                    if left > 0 and request.reason is None:  # a callback may have ended it
-                        left -= self._read(request, left)
+                    if left > 0 and request.reason is None and not request.decodes:  # a callback may have ended it
+                        left -= self._encode(request, left) if request.encodes else self._read(request, left)
                 self._admit()  # samples of a prompt that has just been read
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
@@ -231,14 +230,14 @@ class Engine:
                         self._running.remove(request)
                         self.pool.give(request.held)
                         request.held = None
-                        self._queue(request, math.inf)
+                        self.queue(request, math.inf)
                     else:
                         self.pool.reset(request.held, len(request.sequence) - 1)
                 raise
 
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """Ends a request, unless it has ended, and frees what it holds."""
-        with self._lock:
+        with self.lock:
             if request.reason is not None:
                 return
             request.finish(reason, error)
@@ -248,46 +247,38 @@ class Engine:
                 self._running.remove(request)
                 self.pool.give(request.held)
 
-    def _encoded(self, text: str | Sequence[int]) -> list[int]:
+    def encode(self, text: str | Sequence[int], answer: bool = False) -> list[int]:
+        """The ids of a prompt, or of an answer to one.
+
+        Raises:
+            ValueError, TypeError: there are none.
+        """
         if not isinstance(text, str):
             ids = [int(i) for i in text]
         elif self.tokenizer is None:
             raise TypeError("an engine without a tokenizer must get ids")
+        elif answer:
+            ids = getattr(self.tokenizer, "targets", self.tokenizer).encode_framed(text)[0]
         else:
             ids = prompt_ids(self.model, self.tokenizer, text)
         if not ids:
             raise ValueError("a prompt must have at least one id")
         return ids
 
-    def _queue(self, request: Request, priority: float = 0) -> None:
+    def queue(self, request: Request, priority: float = 0) -> None:
+        """Puts a request where it waits for its turn, unless it is too long for that."""
         limits = (("the model's context", self.model.context_length, request.length),
-                  ("the engine's pages", self.pool.most, request.positions))  # fmt: skip
+                  ("the engine's max_length", self.pool.longest, request.length),
+                  ("the engine's pages", self.pool.most, request.positions + request.source_positions))  # fmt: skip
         for name, most, needed in limits:
             if most is not None and needed > most:
-                more = request.length - len(request.prompt)
-                beyond = f"a prompt of {len(request.prompt)} tokens and {more} more do not fit {name} of {most}"
-                return request.finish("error", ValueError(beyond))
-        with self._lock:
+                return request.finish("error", ValueError(f"{request} do not fit {name} of {most}"))
+        with self.lock:
             heapq.heappush(self._waiting, (-priority, next(self._order), request))
-
-    def _read_all(self, readings: list[R]) -> list[R]:
-        """Runs them to their ends; raises what ended one of them, if an error did."""
-        try:
-            for reading in readings:
-                self._queue(reading)
-            for reading in readings:
-                while reading.reason is None:
-                    self.step()
-                if reading.error is not None:
-                    raise reading.error
-        finally:
-            for reading in readings:
-                reading.cancel()
-        return readings
 
     def _advance(self, request: Request) -> None:
         """Makes a step for who waits for a piece of a request's text, unless another's step has brought one."""
-        with self._lock:
+        with self.lock:
             if request.reason is None and not request.pieces:
                 self.step()
 
@@ -309,11 +300,28 @@ class Engine:
                         return
                     request.held = self.pool.fork(first.held, before)
                 if request.held is None:
-                    request.held = self.pool.admit(request.known, request.positions)
+                    request.held = self.pool.admit(request.known, request.positions, request.source)
                 if request.held is None:
                     return
                 self._running.append(request)
             heapq.heappop(self._waiting)
+
+    def _encode(self, request: Request, most: int) -> int:
+        """Reads what a request answers, and with it what others do, up to so many ids; says how many that were."""
+        sources = [request.held.source]
+        for other in [r.held.source for r in self._running if r.encodes]:
+            longest = max(len(s.ids) for s in (*sources, other))
+            if other not in sources and (len(sources) + 1) * longest <= most:
+                sources.append(other)
+        try:
+            self.pool.read(sources)
+            return len(sources) * max(len(s.ids) for s in sources)
+        except Exception as error:
+            if len(sources) > 1:  # each alone, so that one does not end the others
+                return self._encode(request, 0)
+            for reader in [r for r in self._running if r.held.source is request.held.source]:
+                self.end(reader, "error", error)
+            return len(request.source)
 
     def _read(self, request: Request, most: int) -> int:
         """Reads up to so many ids of a prompt; says how many that were."""

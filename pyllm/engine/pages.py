@@ -19,6 +19,7 @@ class Holding:
     length: int = 0
     digests: list[bytes] = field(default_factory=list)  # of the full pages so far, each with all before it
     row: Any = None  # of a batch's page table, once there is one
+    source: Any = None  # of an answer: what it answers
 
 
 class Pages:

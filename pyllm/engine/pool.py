@@ -5,7 +5,6 @@ the state of those that are read an id at a time, which stays where it is as seq
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +12,14 @@ from torch import Tensor
 from pyllm import nn
 from pyllm.engine.pages import Holding, Pages
 from pyllm.models import Model
-from pyllm.nn import AttentionState, KeyValueCache, RecurrentState, SourceState
+from pyllm.nn import AttentionState, KeyValueCache, RecurrentState
 from pyllm.nn.state import PAGE_SIZE
 
 
 class AttentionPool:
     """Pages of all layers' keys and values. Layers that all have a window give back what lies before it."""
+
+    longest: int | None = None  # positions, where it is less than `most`
 
     def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool):
         def pool(t: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class AttentionPool:
         windows = [m.window for m in model.modules() if isinstance(m, nn.Attention) and m.causal]
         self.window = None if None in windows else max(w for w in windows if w is not None)
 
-    def admit(self, ids: Sequence[int], positions: int) -> Holding | None:
+    def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Holding | None:
         return self.pages.take(ids, positions)
 
     def join(self, held: Sequence[Holding]) -> AttentionState:
@@ -120,12 +121,12 @@ class Slot:
 class RecurrentPool:
     """So many slots of a recurrent model's vectors."""
 
-    most = None
+    most = longest = None
 
     def __init__(self, vectors: Sequence[Tensor], count: int):
         self.first, self.free = [v.select(1, 0).clone() for v in vectors], count
 
-    def admit(self, ids: Sequence[int], positions: int) -> Slot | None:
+    def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Slot | None:
         if self.free == 0:
             return None
         self.free -= 1
@@ -203,24 +204,3 @@ class RecurrentSeats:
         for slot in self.held:
             slot.seated = False
         self.held = []
-
-
-def new_pool(model: Model, max_sequences: int, num_pages: int | None, max_length: int | None, reuse: bool) -> Any:
-    """The pool for a model's kind of state.
-
-    Raises:
-        ValueError: a model without a limit to its context needs max_length or num_pages.
-        TypeError: a state of another kind.
-    """
-    state = model.new_state(1, 1)
-    if isinstance(state, RecurrentState):
-        return RecurrentPool(state.vectors, max_sequences)
-    if not isinstance(state, AttentionState) or isinstance(state, SourceState):
-        raise TypeError(f"an engine must get a model with an AttentionState or a RecurrentState, but got one with a "
-                        f"{type(state).__name__}")  # fmt: skip
-    longest = model.context_length if max_length is None else max_length
-    if num_pages is None:
-        if longest is None:
-            raise ValueError("max_length or num_pages must be given, as the model's context has no limit")
-        num_pages = max_sequences * -(-longest // PAGE_SIZE)
-    return AttentionPool(model, state.caches, num_pages, model.context_length or num_pages * PAGE_SIZE, reuse)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.checkpoint.files import check_plain, parse_json, short
+from pyllm.engine.budget import pages_for
 from pyllm.engine.engine import Engine
 from pyllm.engine.generation import most_tokens, prompt_ids
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 from pyllm.models import Model
-from pyllm.nn.state import PAGE_SIZE
 from pyllm.text import Tokenizer
 from pyllm.text.tokenizer import write_file
 
@@ -85,7 +85,7 @@ def answer_file(model: Model, tokenizer: Tokenizer, prompts: str | os.PathLike, 
             file.truncate(size)
             if progress is not None:
                 progress(len(done), len(lines))
-            engine = Engine(model, tokenizer, max_sequences=batch_size, num_pages=_pages(waiting, batch_size))
+            engine = Engine(model, tokenizer, max_sequences=batch_size, num_pages=_pages(model, waiting, batch_size))
             for line, request in _run(engine, waiting, 2 * batch_size):
                 done[line.number] = answer = line.identity | _result(request)
                 _write(file, _encoded(answer))
@@ -194,9 +194,9 @@ def read_answers(path: Path, prompts: Path, lines: Iterable[Line]) -> tuple[dict
     return done, len(whole)
 
 
-def _pages(lines: Iterable[Line], batch_size: int) -> int:
+def _pages(model: Model, lines: Iterable[Line], batch_size: int) -> int:
     """As many as the largest that may come together need."""
-    needed = [-(-(len(line.ids) + line.max_tokens) // PAGE_SIZE) for line in lines]
+    needed = [pages_for(model, len(line.ids), line.max_tokens) for line in lines]
     return sum(sorted(needed)[-batch_size:])
 
 

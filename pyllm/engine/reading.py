@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from pyllm import ops
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
-from pyllm.models import Model
+from pyllm.models import EncoderDecoder, Model
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -41,21 +42,24 @@ class Reading(Request):
     known: tuple[int, ...] = ()
     decodes, begins_again = False, True
 
-    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams):
+    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, source: Sequence[int] = ()):
         bias = params.bias(engine.model.vocab_size)
-        super().__init__(engine, ids, params, bias, 1, frozenset(), None, [], None)
+        super().__init__(engine, ids, params, bias, 1, frozenset(), None, [], None, source)
         self.samples.append(self)
+
+    def __str__(self) -> str:
+        return f"the {len(self.source or self.prompt)} tokens of a text"
 
     @property
     def length(self) -> int:
-        return len(self.prompt)
+        return max(len(self.source), len(self.prompt))
 
 
 class Scoring(Reading):
     """Collects the score of a text, whose last id is not read."""
 
-    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams):
-        super().__init__(engine, ids[:-1] or ids, params)
+    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, source: Sequence[int] = ()):
+        super().__init__(engine, ids[:-1] or ids, params, source)
         self.text_ids = torch.tensor(ids)
 
     def read(self, model: Model, hidden: Tensor, first: int) -> None:
@@ -64,7 +68,12 @@ class Scoring(Reading):
         last = min(first + hidden.shape[1], len(self.text_ids) - 1)
         for begin in range(first, last, ROWS):
             end = min(begin + ROWS, last)
-            self.parts.append(self._scored(model.head(hidden[0, begin - first : end - first]), begin, end))
+            logits = model.head(hidden[0, begin - first : end - first])
+            if type(model).constrain is not Model.constrain:
+                most = len(self.text_ids) + 1  # more could follow
+                rows = enumerate(logits.split(1), begin)
+                logits = torch.cat([model.constrain(row, step, most) for step, row in rows])
+            self.parts.append(self._scored(logits, begin, end))
 
     def _scored(self, logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         given, history = self.text_ids[begin + 1 : end + 1], None
@@ -99,3 +108,48 @@ class Embedding(Reading):
     def vector(self) -> Tensor:
         y = self.total if self.pooling == "last" else self.total / len(self.prompt)
         return (y / y.norm().clamp(min=1e-12) if self.normalize else y).float()
+
+
+def score(engine: Engine, texts: Sequence[str | Sequence[int]], params: SamplingParams,
+          sources: Sequence[str | Sequence[int]] | None) -> list[Score]:  # fmt: skip
+    model = engine.model
+    if (sources is not None) != model.answers:
+        raise TypeError(f"sources must be given for an encoder-decoder alone, but got {sources!r:.80}")
+    if sources is not None and len(sources) != len(texts):
+        raise ValueError(f"sources must be {len(texts)}, one for each text, but got {len(sources)}")
+    if sources is None:
+        readings = [Scoring(engine, engine.encode(t), params) for t in texts]
+    else:
+        readings = [Scoring(engine, [*model.start_ids, *engine.encode(t, answer=True)], params, engine.encode(s))
+                    for t, s in zip(texts, sources, strict=True)]  # fmt: skip
+    _run(engine, readings)
+    return [r.score for r in readings]
+
+
+def embed(engine: Engine, texts: Sequence[str | Sequence[int]], pooling: str, normalize: bool) -> Tensor:
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, but got {pooling!r}")
+    readings = [Embedding(engine, engine.encode(t), pooling, normalize) for t in texts]
+    if isinstance(engine.model, EncoderDecoder):
+        with engine.lock, torch.no_grad():
+            for r in readings:
+                r.read(engine.model.eval(), engine.model.encode(torch.tensor([r.prompt])).hidden, 0)
+    else:
+        _run(engine, readings)
+    vectors = [r.vector for r in readings]
+    return torch.stack(vectors) if vectors else torch.empty(0, engine.model.head.in_features)
+
+
+def _run(engine: Engine, readings: Sequence[Reading]) -> None:
+    """Runs them to their ends; raises what ended one of them, if an error did."""
+    try:
+        for reading in readings:
+            engine.queue(reading)
+        for reading in readings:
+            while reading.reason is None:
+                engine.step()
+            if reading.error is not None:
+                raise reading.error
+    finally:
+        for reading in readings:
+            reading.cancel()

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyllm.engine.generation import TextStream
 from pyllm.engine.sampling import SamplingParams
 from pyllm.models import Model
+from pyllm.nn.state import PAGE_SIZE
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -20,6 +21,7 @@ class Request:
 
     Attributes:
         prompt, ids: the prompt's ids, and those generated so far.
+        source: of an encoder-decoder, the ids that are answered; `prompt` is then what answers begin with.
         text: what they say, without a stop text; final where `reason` is set. Empty without a tokenizer.
         logprobs, processed_logprobs: of each of `ids`, as in `ops.Sample`.
         reason: None while it waits or runs, then "stop" (an id or text that ends it), "length" (`max_tokens`),
@@ -32,7 +34,8 @@ class Request:
 
     def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, bias: Tensor | None, max_tokens: int,
                  stop_ids: frozenset[int], stream: TextStream | None, samples: list[Request],
-                 on_token: Callable[[int, str], Any] | None):  # fmt: skip
+                 on_token: Callable[[int, str], Any] | None, source: Sequence[int] = ()):  # fmt: skip
+        self.source = source
         self.prompt, self.params, self.bias, self.max_tokens = prompt, params, bias, max_tokens
         self.samples, self.deadline = samples, math.inf
         self.ids: list[int] = []
@@ -52,15 +55,23 @@ class Request:
         """Ends it here, and frees what it holds."""
         self._engine.end(self, "cancelled")
 
+    def __str__(self) -> str:
+        return f"a prompt of {len(self.source or self.prompt)} tokens and {self.max_tokens} more"
+
     @property
     def positions(self) -> int:
         """How many it may come to have in the model's state: its last id is never read."""
         return len(self.prompt) + self.max_tokens - 1
 
     @property
+    def source_positions(self) -> int:
+        """How many its source takes of the pool: whole pages."""
+        return -(-len(self.source) // PAGE_SIZE) * PAGE_SIZE
+
+    @property
     def length(self) -> int:
-        """How many ids it may come to have."""
-        return len(self.prompt) + self.max_tokens
+        """How many ids it may come to have, of the source or of the answer where there is a source."""
+        return max(len(self.source), self.max_tokens) if self.source else len(self.prompt) + self.max_tokens
 
     @property
     def known(self) -> Sequence[int]:
@@ -70,7 +81,12 @@ class Request:
     @property
     def decodes(self) -> bool:
         """Whether all but its last id is read."""
-        return self.held.length == len(self.sequence) - 1
+        return self.held.length == len(self.sequence) - 1 and not self.encodes
+
+    @property
+    def encodes(self) -> bool:
+        """Whether its source is still to be read."""
+        return bool(self.source) and not self.held.source.read
 
     def read(self, model: Model, hidden: Tensor, first: int) -> Tensor | None:
         """Takes the vectors (1, T, hidden) of ids from the first-th on; the logits (1, vocabulary) of what comes next

@@ -22,6 +22,9 @@ class Pair(NamedTuple):
     lengths: Tensor | None = None
 
 
+Attended = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # a source's keys, values, lengths and page table
+
+
 class Memory(NamedTuple):
     """What an encoder makes of sources: vectors (B, S, hidden), of which the first `lengths` (B,), or all, are real."""
 
@@ -53,10 +56,9 @@ class Block(torch.nn.Module):
 
     def forward(self, delta: Tensor | None, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None,
                 lengths: Tensor | None = None, bias: Tensor | None = None,
-                source: tuple[Tensor, Tensor, Tensor | None] | None = None,
-                ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+                source: Attended | None = None) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """x: the stream so far, and delta what is still to be added to it, if anything; returns the next such pair.
-        source: keys, values and lengths of what the cross-attention sees; the rest is as in `nn.Attention`."""
+        source: what the cross-attention sees; the rest is as in `nn.Attention`."""
         layers: list = [(self.attention_norm, lambda y: self.attention(y, positions, cache, lengths, bias))]
         if source is not None:
             layers.append((self.cross_attention_norm, lambda y: self.cross_attention(y, *source)))
@@ -94,7 +96,7 @@ class Side(torch.nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, lengths: Tensor | None = None,
                 caches: Sequence[KeyValueCache] | None = None,
-                sources: Sequence[tuple[Tensor, Tensor, Tensor | None]] | None = None) -> Tensor:  # fmt: skip
+                sources: Sequence[Attended] | None = None) -> Tensor:  # fmt: skip
         """Embedded ids (B, T, hidden) and their positions, (T,) or (B, T) -> (B, T, hidden)."""
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions + self.offset).to(x.dtype)
@@ -187,7 +189,7 @@ class EncoderDecoder(Model):
                        "suppressed_ids": list(suppressed_ids), "dropout": dropout,
                        "attention_dropout": attention_dropout, "activation_dropout": activation_dropout}  # fmt: skip
         self.context_length = context_length
-        self.stop_ids = frozenset(eos_ids)
+        self.start_ids, self.stop_ids = (start_id,), frozenset(eos_ids)
         self.silent_ids = frozenset(i for i in (pad_id, start_id, forced_bos_id, *eos_ids) if i is not None)
         self.embedding_scale, self.output_scale = embedding_scale, output_scale
         self.embedding = nn.Embedding(vocab_size, hidden_size)
@@ -226,16 +228,17 @@ class EncoderDecoder(Model):
         self._check_fits((ids.ids if isinstance(ids, Pair) else ids).shape[1])
         if isinstance(ids, Pair) and state is None:
             memory = self.encode(ids.source, ids.lengths)
-            ids, sources, source_lengths = ids.ids, self._sources(memory), memory.lengths
+            ids, sources = ids.ids, self._sources(memory)
+            source_lengths, source_table = memory.lengths, None
             positions, total = torch.arange(ids.shape[1]), None
         elif isinstance(ids, Tensor) and state is not None:
-            sources, source_lengths = state.sources, state.source_lengths
+            sources, source_lengths, source_table = state.sources, state.source_lengths, state.source_table
             positions, total = state.positions(ids.shape[1])
         else:
             wanted = "a Pair of source and ids" if state is None else "ids alone, as the state has the source"
             raise TypeError(f"an encoder-decoder must get {wanted}, but got a {type(ids).__name__}")
         h = self.decoder(self._embedded(ids), positions, total, None if state is None else state.caches,
-                         [(k, v, source_lengths) for k, v in sources])  # fmt: skip
+                         [(k, v, source_lengths, source_table) for k, v in sources])  # fmt: skip
         if state is not None:
             state.advance(ids.shape[1] if lengths is None else lengths)
         return h if self.output_scale is None else h * self.output_scale
@@ -255,7 +258,7 @@ class EncoderDecoder(Model):
         return SourceState(caches, min(limits), self._sources(memory), memory.lengths)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[SourceState, Tensor, Tensor]:
-        first = torch.full((len(ids), 1), self.config["start_id"], dtype=torch.int64)
+        first = torch.tensor([self.start_ids] * len(ids), dtype=torch.int64)
         return self.new_state(len(ids), max_tokens, self.encode(ids, lengths)), first, torch.ones_like(lengths)
 
     def room(self, length: int) -> int | None:

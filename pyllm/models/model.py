@@ -24,6 +24,7 @@ class Model(torch.nn.Module):
     family: str | None = None  # the model_type of the Hugging Face checkpoint that it was loaded from
     unheeded: Mapping[str, Any] = {}  # what its checkpoint asks for that generating does not do: beams and the like
     answers: ClassVar[bool] = False  # prompts are sources that get an answer, not texts that are gone on with
+    start_ids: tuple[int, ...] = ()  # that an answer begins with, before what is generated
     stop_ids: frozenset[int] = frozenset()  # that end what is generated, beside those of the tokenizer
     silent_ids: frozenset[int] = frozenset()  # that have no place in a text that was generated
     causal: ClassVar[bool] = True  # a place sees only those before it, so that a text may come in pieces

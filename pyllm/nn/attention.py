@@ -98,8 +98,8 @@ class Attention(torch.nn.Module):
 class CrossAttention(torch.nn.Module):
     """Attention from (B, T, hidden) to a source (B, S, hidden), of which the first `lengths` (B,) count.
 
-    Keys and values are one product, which `keys_and_values` makes once for all that attends to them; `dropout` is as in
-    `Attention`.
+    Keys and values are one product, which `keys_and_values` makes once for all that attends to them; they may lie in
+    pages, as in `ops.attention`. `dropout` is as in `Attention`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None, *, scale: float | None = None,
@@ -118,10 +118,12 @@ class CrossAttention(torch.nn.Module):
         k, v = self.kv(source).view(*source.shape[:2], 2, self.num_heads, self.head_dim).unbind(2)
         return k, v
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None,
+                page_table: Tensor | None = None) -> Tensor:  # fmt: skip
         q = self.query(x).view(*x.shape[:2], self.num_heads, self.head_dim)
         dropout = self.dropout if self.training else 0.0
-        return self.out(_attention(q, keys, values, dropout, scale=self.scale, key_lengths=lengths).flatten(2))
+        y = _attention(q, keys, values, dropout, scale=self.scale, key_lengths=lengths, page_table=page_table)
+        return self.out(y.flatten(2))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -101,9 +101,10 @@ class AttentionState:
 
 class SourceState(AttentionState):
     """The state of a decoder that also attends to a source: `sources` are each layer's keys and values of that,
-    (B, S, heads, head size) each, of which the first `source_lengths` (B,), or all, count."""
+    (B, S, heads, head size) each, of which the first `source_lengths` (B,), or all, count; or they are pages, and
+    `source_table` says, like that of a `KeyValueCache`, which of them are whose."""
 
     def __init__(self, caches: Sequence[KeyValueCache], capacity: int, sources: list[tuple[Tensor, Tensor]],
-                 source_lengths: Tensor | None):  # fmt: skip
+                 source_lengths: Tensor | None, source_table: Tensor | None = None):  # fmt: skip
         super().__init__(caches, capacity)
-        self.sources, self.source_lengths = sources, source_lengths
+        self.sources, self.source_lengths, self.source_table = sources, source_lengths, source_table

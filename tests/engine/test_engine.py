@@ -218,8 +218,6 @@ def test_settings_are_checked():
     for name in ("max_sequences", "max_length", "num_pages", "chunk"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, but got 0"):
             pyllm.Engine(model, **{name: 0})
-    with pytest.raises(TypeError, match="continues texts, but got an encoder-decoder"):
-        pyllm.Engine(pyllm.EncoderDecoder(20, 16, 1, 2))
     engine = pyllm.Engine(model)
     for error, message, arguments in (
         (TypeError, "must get ids", {"prompt": "text"}),

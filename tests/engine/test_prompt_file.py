@@ -17,13 +17,16 @@ LINES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "lstm"])
+@pytest.fixture(scope="module", params=["llama", "lstm", "t5"])
 def made(request):
     tokenizer = pyllm.Tokenizer.train("bpe:300", [TEXT])
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(3)
     if request.param == "lstm":
         return pyllm.LanguageModel(tokenizer.vocab_size, 16, 1), tokenizer
+    if request.param == "t5":
+        model = pyllm.EncoderDecoder(tokenizer.vocab_size, 16, 1, 2, context_length=200, start_id=tokenizer.eos_id)
+        return model, tokenizer
     return pyllm.Decoder(tokenizer.vocab_size, 16, 2, 2, context_length=200), tokenizer
 
 

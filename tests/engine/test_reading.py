@@ -110,7 +110,7 @@ def test_an_interrupted_reading_begins_again(kind, monkeypatch):
     for border in (50, 150, None):
         for reading in (Embedding(engine, text, "mean", True), Scoring(engine, text, pyllm.SamplingParams())):
             fails_at.append(border or len(reading.prompt))
-            engine._queue(reading)
+            engine.queue(reading)
             while reading.reason is None:
                 try:
                     engine.step()
@@ -129,7 +129,7 @@ def test_an_interrupted_reading_begins_again(kind, monkeypatch):
 def test_what_is_wrong_is_raised_and_leaves_nothing():
     engine = pyllm.Engine(new("llama"), num_pages=2)
     for error, message, call in (
-        (ValueError, "a prompt of 200 tokens and 0 more do not fit the engine's pages of 128",
+        (ValueError, "the 200 tokens of a text do not fit the engine's pages of 128",
          lambda: engine.score([[1, 2], [1] * 201])),
         (ValueError, "fit the model's context of 300", lambda: engine.embed([[1] * 301])),
         (IndexError, "40", lambda: engine.embed([[1, 40]])),

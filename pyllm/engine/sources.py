@@ -1,0 +1,111 @@
+"""What an engine's answers remember of what they answer: each layer's keys and values of a source, in pages of the same
+pool as those of the answer, read by all who answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyllm import ops
+from pyllm.engine.pages import Holding
+from pyllm.engine.pool import AttentionPool, AttentionSeats
+from pyllm.models import Model
+from pyllm.nn import SourceState
+from pyllm.nn.state import PAGE_SIZE
+
+
+class Source:
+    """What is answered, the pages that its keys and values have, and whether they are there."""
+
+    def __init__(self, ids: tuple[int, ...], held: Holding):
+        self.ids, self.held, self.users, self.read = ids, held, 0, False
+        self.row = torch.tensor(held.pages, dtype=torch.int32)
+
+
+class SourcePool(AttentionPool):
+    """Pages of answers' keys and values, and of their sources', which live as long as an answer to them."""
+
+    def __init__(self, model: Model, state: SourceState, num_pages: int, longest: int):
+        super().__init__(model, state.caches, num_pages, longest, reuse=False)
+        shapes = {t.shape[2:] for c in state.caches for t in (c.keys, c.values)}
+        shapes |= {t.shape[2:] for pair in state.sources for t in pair}
+        if len(shapes) > 1:
+            raise TypeError(f"an engine must get a model whose layers all have keys and values of one shape, but got "
+                            f"{', '.join(str(tuple(shape)) for shape in shapes)}")  # fmt: skip
+        self.model, self.longest = model, self.width * PAGE_SIZE
+        self.live: dict[tuple[int, ...], Source] = {}
+
+    def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Holding | None:
+        key = tuple(source)
+        found = self.live.get(key)
+        if found is None:
+            own = self.pages.take((), len(key))
+            if own is None:
+                return None
+            found = Source(key, own)
+        held = super().admit((), positions)
+        if held is None:
+            if not found.users:
+                self.pages.give(found.held)
+            return None
+        return self._used(held, found)
+
+    def fork(self, holding: Holding, length: int) -> Holding | None:
+        twin = super().fork(holding, length)
+        return None if twin is None else self._used(twin, holding.source)
+
+    def _used(self, held: Holding, source: Source) -> Holding:
+        held.source = self.live[source.ids] = source
+        source.users += 1
+        return held
+
+    def give(self, holding: Holding) -> None:
+        super().give(holding)
+        holding.source.users -= 1
+        if not holding.source.users:
+            del self.live[holding.source.ids]
+            self.pages.give(holding.source.held)
+
+    def read(self, sources: Sequence[Source]) -> None:
+        """Writes the keys and values of sources, which are encoded together."""
+        lengths = torch.tensor([len(s.ids) for s in sources])
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in sources], batch_first=True)
+        state = self.model.begin(ids, lengths, 1)[0]
+        for i, source in enumerate(sources):
+            positions = torch.arange(len(source.ids))[None]
+            for cache, pair in zip(self.caches, state.sources, strict=True):
+                for pages, t in zip((cache.keys, cache.values), pair, strict=True):
+                    ops.write_pages(pages, t[i : i + 1, : len(source.ids)], source.row[None], positions)
+        for source in sources:
+            source.read = True
+
+    def join(self, held: Sequence[Holding]) -> SourceState:
+        rows = torch.nn.utils.rnn.pad_sequence([h.source.row for h in held], batch_first=True)
+        return self.with_sources(super().join(held), rows, torch.tensor([len(h.source.ids) for h in held]))
+
+    def with_sources(self, state: Any, table: Tensor, lengths: Tensor) -> SourceState:
+        made = SourceState(state.caches, state.capacity, [(c.keys, c.values) for c in self.caches], lengths, table)
+        made.lengths = state.lengths
+        return made
+
+    def seats(self, count: int) -> SourceSeats:
+        return SourceSeats(self, count)
+
+
+class SourceSeats(AttentionSeats):
+    def __init__(self, pool: SourcePool, count: int):
+        super().__init__(pool, count)
+        self.pool = pool
+        self.source_table, self.source_lengths = torch.zeros_like(self.table), torch.zeros_like(self.lengths)
+
+    def state(self, count: int) -> SourceState:
+        return self.pool.with_sources(super().state(count), self.source_table[:count], self.source_lengths[:count])
+
+    def place(self, held: Sequence[Holding], ahead: Sequence[int]) -> None:
+        super().place(held, ahead)
+        for row, h in zip(self.source_table, held, strict=False):
+            row[: len(h.source.row)] = h.source.row
+        self.source_lengths[: len(held)] = torch.tensor([len(h.source.ids) for h in held])
