@@ -5,6 +5,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/dispatch.h"
 #include "cpu/linear.h"
 #include "cpu/threads.h"
@@ -25,6 +26,7 @@ py::dict info() {
   d["isa"] = cpu::isa_name();
   d["isas"] = cpu::available_isas();
   d["vnni"] = cpu::has_vnni();
+  d["amx"] = cpu::has_amx();
   d["threads"] = cpu::num_threads();
   d["thread_backend"] = cpu::thread_backend();
 #if PYLLM_WITH_CUDA
@@ -91,6 +93,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", &cpu::num_threads);
   m.def("set_isa", &cpu::set_isa);
   m.def("set_vnni", &cpu::set_vnni);
+  m.def("set_amx", &cpu::set_amx);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
   m.def("synchronize", &synchronize, py::call_guard<py::gil_scoped_release>());
 #if PYLLM_EMULATE_CUDA

@@ -20,6 +20,30 @@ def isa(request):
     _C.set_isa(chosen)
 
 
+def _kernels():
+    """Each instruction set of this machine, whole and then without each of what a processor may have beside it."""
+    chosen, found = _C.info()["isa"], []
+    for isa in _C.info()["isas"]:
+        _C.set_isa(isa)
+        found += [isa] + [f"{isa} without {part}" for part in ("amx", "vnni") if _C.info()[part]]
+    _C.set_isa(chosen)
+    return found
+
+
+@pytest.fixture(params=_kernels())
+def kernels(request):
+    """As `isa`, for kernels that take tile registers or dot products of bytes where the processor has them."""
+    chosen = _C.info()["isa"]
+    isa, _, missing = request.param.partition(" without ")
+    _C.set_isa(isa)
+    _C.set_amx(not missing)  # tiles come first: what is without dot products is without tiles too
+    _C.set_vnni(missing != "vnni")
+    yield request.param
+    _C.set_amx(True)
+    _C.set_vnni(True)
+    _C.set_isa(chosen)
+
+
 @pytest.fixture
 def threads():
     """A function that sets the number of threads; the number is put back at the end."""

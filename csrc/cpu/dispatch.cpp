@@ -2,10 +2,15 @@
 
 #include <cstdlib>
 
+#include "cpu/amx.h"
 #include "cpu/vnni.h"
 #include "tensor.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace pyllm::cpu {
@@ -56,7 +61,23 @@ bool vnni_of(Isa isa) {
   return false;
 }
 
-bool vnni_wanted = true;
+// Whether there are tile registers for bf16 and bytes, and the system grants them: their state is large, so Linux wants to
+// be asked, once a process.
+bool amx_granted() {
+#if PYLLM_EMULATE_AVX512
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25, kAll = kBf16 | kTiles | kBytes;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool vnni_wanted = true, amx_wanted = true;
 
 }  // namespace
 
@@ -68,6 +89,13 @@ bool has_vnni() {
 }
 
 void set_vnni(bool wanted) { vnni_wanted = wanted; }
+
+bool has_amx() {
+  static const bool granted = amx_granted();
+  return amx_wanted && granted && chosen_isa == static_cast<int>(Isa::avx512);
+}
+
+void set_amx(bool wanted) { amx_wanted = wanted; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

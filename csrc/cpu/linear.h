@@ -16,7 +16,7 @@ struct MatmulArgs {
   bool packed = false;
 };
 
-// panels, (n / panel_width() rounded up) x k x panel_width(), of b (k x n, of any strides) and of its type.
+// panels, (n / panel_width() rounded up) x panel_rows() x panel_width(), of b (k x n, of any strides) and of its type.
 struct PackWeightArgs {
   int64_t n, k;
   const char* b;
@@ -27,6 +27,8 @@ struct PackWeightArgs {
 
 // Columns of a panel: two vectors of the chosen instruction set.
 inline int64_t panel_width() { return 8 << cpu::chosen_isa; }
+// Rows of a panel: those of 16 bits lie by pairs, as many as fill tiles of 32.
+inline int64_t panel_rows(int64_t k, DType dtype) { return dtype == DType::f32 ? k : (k + 31) / 32 * 32; }
 
 PYLLM_KERNEL(matmul, MatmulArgs)
 PYLLM_KERNEL(pack_weight, PackWeightArgs)

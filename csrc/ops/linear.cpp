@@ -16,7 +16,7 @@ void linear(const TensorView& x, const TensorView& weight, const TensorView& bia
   if (packed) {
     check(weight.ndim == 3 && weight.size(2) == panel_width(), "[linear] weight must be packed for ", cpu::isa_name(),
           ", in panels of ", panel_width(), " columns, but got shape ", weight.shape_text(), ": pack it again");
-    check_shape(op, "weight", weight, (n + panel_width() - 1) / panel_width(), k, panel_width());
+    check_shape(op, "weight", weight, (n + panel_width() - 1) / panel_width(), panel_rows(k, x.dtype), panel_width());
     check_contiguous(op, "weight", weight);
   } else {
     check(weight.ndim == 2 && weight.size(1) == k, "[linear] x (..., K) and weight (N, K) must share K, but got ",
@@ -45,7 +45,7 @@ void pack_linear(const TensorView& weight, const TensorView& panels) {
   check_ndim(op, "weight", weight, 2);
   const int64_t width = panel_width(), n = weight.size(0), k = weight.size(1);
   check_dtype(op, "panels", panels, weight.dtype);
-  check_shape(op, "panels", panels, (n + width - 1) / width, k, width);
+  check_shape(op, "panels", panels, (n + width - 1) / width, panel_rows(k, weight.dtype), width);
   check_contiguous(op, "panels", panels);
   check_writable(op, "panels", panels);
   pyllm::pack_weight({n, k, weight.data, panels.data, weight.dtype, weight.step(1), weight.step(0)});

@@ -16,7 +16,7 @@ from pyllm.ops.gradients import once_differentiable
 class PackedLinear:
     """A weight in the order that the products read it, made by `pack_linear` for the instruction set in use then."""
 
-    panels: Tensor  # (N / P rounded up, K, P)
+    panels: Tensor  # (N / P rounded up, K, P); of 16-bit types K rounded up to 32, by pairs of its elements
     shape: tuple[int, int]  # (N, K)
 
 
@@ -31,7 +31,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     """
     width = _C.panel_width()
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
-    panels = torch.empty((n + width - 1) // width, k, width, dtype=weight.dtype)
+    rows = k if weight.dtype == torch.float32 else (k + 31) // 32 * 32
+    panels = torch.empty((n + width - 1) // width, rows, width, dtype=weight.dtype)
     _C.pack_linear(weight, panels)
     return PackedLinear(panels, (n, k))
 

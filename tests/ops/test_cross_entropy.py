@@ -88,7 +88,7 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(classes, dtype, isa, thr
     ("shape", "classes"), [((1, 1), 1), ((7, 5), 13), ((2, 3, 40), 100), ((290, 33), 65), ((0, 4), 3)]
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_linear_equals_its_twin(shape, classes, reduction, dtype, isa, monkeypatch):
+def test_linear_equals_its_twin(shape, classes, reduction, dtype, kernels, monkeypatch):
     monkeypatch.setattr(sys.modules["pyllm.ops.cross_entropy"], "_BLOCK", 1)  # blocks of 120 rows
     targets = targets_for(shape[:-1], classes)
     if targets.numel():
@@ -105,7 +105,7 @@ def test_linear_equals_its_twin(shape, classes, reduction, dtype, isa, monkeypat
     check_twin(ops.linear_cross_entropy, reference.linear_cross_entropy, inputs, slack=32, reduction=reduction)
 
 
-def test_linear_layouts(isa):
+def test_linear_layouts(kernels):
     base, weight = torch.randn(6, 5, 40), torch.randn(40, 90)
     for x, w in ((base[:, :-1], weight.T), (base[0].T, torch.randn(9, 10)[:, ::2]), (base[:, 1, :37], weight[:37].T)):
         inputs = {"x": x, "weight": w, "targets": targets_for(x.shape[:-1], w.shape[0])}
@@ -131,7 +131,7 @@ def test_linear_backward_twice():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_same_bits_alone_in_a_batch_and_for_any_threads(dtype, isa, threads):
+def test_linear_same_bits_alone_in_a_batch_and_for_any_threads(dtype, kernels, threads):
     x, w, b = (torch.randn(s).to(dtype).requires_grad_() for s in ((130, 40), (9001, 40), (9001,)))
     targets = targets_for((130,), 9001)
     targets[7:9] = 5

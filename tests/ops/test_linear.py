@@ -12,13 +12,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     ("shape", "n"),
     [((1, 1), 1), ((3, 5), 7), ((2, 13, 40), 33), ((1, 300), 100), ((25, 513), 65), ((0, 4), 3), ((2, 0), 3)],
 )
-def test_equals_its_twin(shape, n, dtype, isa):
+def test_equals_its_twin(shape, n, dtype, kernels):
     inputs = {"x": torch.randn(shape), "weight": torch.randn(n, shape[-1]), "bias": torch.randn(n)}
     check_twin(ops.linear, reference.linear, {k: v.to(dtype) for k, v in inputs.items()}, slack=32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(dtype, isa):
+def test_layouts(dtype, kernels):
     base, weight = torch.randn(6, 4, 50).to(dtype), torch.randn(50, 90).to(dtype)
     for x, w in (
         (base[:, 1, :37], weight.T[:41, 3:40]),
@@ -30,8 +30,8 @@ def test_layouts(dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, isa, threads):
-    x, w, b = (torch.randn(s).to(dtype).requires_grad_() for s in ((150, 600), (170, 600), (170,)))
+def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, kernels, threads):
+    x, w, b = (torch.randn(s).to(dtype).requires_grad_() for s in ((150, 1300), (170, 1300), (170,)))
     results = []
     for n in (1, 2, 5):
         threads(n)
@@ -57,7 +57,7 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize(
     ("rows", "k", "n"), [(1, 300, 70), (2, 5, 3), (3, 513, 33), (40, 600, 130), (0, 4, 3), (2, 0, 3)]
 )
-def test_a_packed_weight_gives_the_same_bits(rows, k, n, dtype, isa):
+def test_a_packed_weight_gives_the_same_bits(rows, k, n, dtype, kernels):
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (k, n), (n,)))
     packed = ops.pack_linear(weight.T)
     assert packed.panels.dtype == dtype and packed.shape == (n, k)

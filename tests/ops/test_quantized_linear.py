@@ -10,26 +10,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.float32]
 
 
-def with_and_without_vnni():
-    chosen, found = _C.info()["isa"], []
-    for isa in _C.info()["isas"]:
-        _C.set_isa(isa)
-        found += [(isa, vnni) for vnni in {_C.info()["vnni"], False}]
-    _C.set_isa(chosen)
-    return sorted(found)
-
-
-@pytest.fixture(params=with_and_without_vnni(), ids=lambda p: p[0] + "-vnni" * p[1])
-def kernels(request):
-    """Each instruction set of this machine, with and without its dot product of bytes."""
-    chosen = _C.info()["isa"]
-    _C.set_isa(request.param[0])
-    _C.set_vnni(request.param[1])
-    yield
-    _C.set_isa(chosen)
-    _C.set_vnni(True)
-
-
 def random_weight(n, k, bits, minimums, dtype=torch.float16, group=32):
     groups = -(-k // group)
     return QuantizedWeight(torch.randint(0, 256, (n, groups * group * bits // 8), dtype=torch.uint8),

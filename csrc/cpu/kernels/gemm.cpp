@@ -22,6 +22,36 @@ VEC void load_transposed(const T* p, int64_t column_step, int64_t height, int64_
   transpose(rows);
 }
 
+// Pairs of 16-bit rows, element by element, and back.
+template <class T>
+VEC void store_pairs(T* p, V even, V odd) {
+  T rows[2][W];
+  store(rows[0], even);
+  store(rows[1], odd);
+  const VI pairs = __builtin_convertvector(load_bits(rows[0]), VI) | __builtin_convertvector(load_bits(rows[1]), VI)
+                                                                         << 16;
+  std::memcpy(static_cast<void*>(p), &pairs, sizeof pairs);
+}
+VEC void store_pairs(float*, V, V) {}  // with_dtype's third case, which has no narrow panels
+
+template <class T>
+VEC V widen_bits(VI low_halves) {
+  const VH h = __builtin_convertvector(low_halves, VH);
+  return load(reinterpret_cast<const T*>(&h));
+}
+template <class T>
+void widen_pairs(const T* p, int64_t count, float* out) {  // `count` rows of a narrow panel
+  for (int64_t i = 0; i < count; i += 2, out += 2 * kPanel)
+    for (int64_t j = 0; j < kPanel; j += W, p += 2 * W) {
+      VI pairs;
+      std::memcpy(&pairs, static_cast<const void*>(p), sizeof pairs);
+      store(out + j, widen_bits<T>(pairs));
+      if (i + 1 < count) store(out + kPanel + j, widen_bits<T>(pairs >> 16));
+    }
+}
+template <>
+void widen_pairs(const float*, int64_t, float*) {}
+
 // `count` rows of a panel of columns that do not lie side by side; the columns `next` elements on are fetched meanwhile.
 template <class T>
 void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t next, int64_t count, float* out) {
@@ -88,15 +118,19 @@ void pack(const Matrix& b, int64_t n, int64_t k, float* out) {
 }
 
 void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
+  const int64_t rows = narrow_rows(k);
   parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     auto* wide = static_cast<float*>(cpu::scratch(kPanel * kBlockK * sizeof(float), 7));
     with_dtype(b.dtype, [&](auto* tag) {
       for (int64_t p = begin; p < end; p++)
-        for (int64_t k0 = 0; k0 < k; k0 += kBlockK) {
-          const int64_t count = std::min(kBlockK, k - k0);
+        for (int64_t k0 = 0; k0 < rows; k0 += kBlockK) {
+          const int64_t count = std::clamp<int64_t>(k - k0, 0, kBlockK), padded = std::min(kBlockK, rows - k0);
           pack_panels<std::remove_pointer_t<decltype(tag)>>(b, n, p * kPanel, (p + 1) * kPanel, k0, count, wide, 0);
-          for (int64_t i = 0; i < count * kPanel; i += W)
-            store(static_cast<decltype(tag)>(out) + (p * k + k0) * kPanel + i, load(wide + i));
+          std::fill(wide + count * kPanel, wide + padded * kPanel, 0.0f);
+          auto* to = static_cast<decltype(tag)>(out) + (p * rows + k0) * kPanel;
+          for (int64_t i = 0; i < padded; i += 2)
+            for (int64_t j = 0; j < kPanel; j += W, to += 2 * W)
+              store_pairs(to, load(wide + i * kPanel + j), load(wide + (i + 1) * kPanel + j));
         }
     });
   });
@@ -340,6 +374,7 @@ constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A
 
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (i0 >= i1 || j0 >= j1) return;
+  if (on_tiles(p)) return tiles_block(p, i0, i1, j0, j1);
   const int64_t few = p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0;
   if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few) return few_rows(p, i0, i1, j0, j1);
   const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
@@ -392,7 +427,7 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
                 const T* narrow = static_cast<const T*>(p.packed_narrow);
                 if (!narrow) pack_panels<T>(p.b, p.n, group, end, k0, count, panels, kPanel * kBlockK);
                 for (int64_t j = group; narrow && j < end; j += kPanel)
-                  as_floats(narrow + j * p.k + k0 * kPanel, p.b.dtype, count * kPanel, panels + (j - group) * kBlockK);
+                  widen_pairs(narrow + j * narrow_rows(p.k) + k0 * kPanel, count, panels + (j - group) * kBlockK);
               });
             for (int64_t j = group; j < end; j += kPanel) {
               const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - group) * kBlockK;

@@ -2,6 +2,7 @@
 //
 // An element of C is the sum, in order, of blocks of kBlockK products, each block one chain of fused multiply-adds from
 // zero. Nothing else about the call enters: a row has the same bits alone, in a batch, and for any number of threads.
+// Products of bf16 on tile registers have another order (gemm_tiles.cpp), as fixed.
 #pragma once
 #include <algorithm>
 
@@ -42,17 +43,23 @@ namespace {
 
 [[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 [[maybe_unused]] int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPanel) * k; }  // floats
+[[maybe_unused]] int64_t narrow_rows(int64_t k) { return round_up(k, 32); }                     // of a narrow panel
 
 }  // namespace
 
 // All of b (k x n) as panels: [panel][k][kPanel], the columns beyond n zeros.
 void pack(const Matrix& b, int64_t n, int64_t k, float* out);
-void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out);  // the same in b's own 16-bit type
+// The same in b's own 16-bit type, by pairs of k: [panel][narrow_rows(k) / 2][kPanel][2], the rows beyond k zeros.
+void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out);
 
 // The whole product, shared out to the threads.
 void product(const Product& p);
 
 // Rows i0..i1 of C's columns j0..j1 (j0 a multiple of kPanel), on the calling thread.
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
+
+// The same on the tile registers, which take bf16 by bf16 where the processor has them, in an order of their own.
+bool on_tiles(const Product& p);
+void tiles_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
 
 }  // namespace pyllm::ISA

@@ -1,0 +1,293 @@
+// bf16 by bf16 on the tile registers: C's squares of 32 x 32, two tiles of A by two of B for every 32 of k, sums in the
+// registers. A's rows are read where they lie if k lies along them; B's panels are packed by pairs of k into the
+// first-level cache, and every square of a column passes by. Between blocks of k the sums rest in memory as they are.
+// Where A has few rows and k lies along B's columns, the two change places: B is read where it lies and A is packed, for
+// the price of transposing C.
+//
+// An element of C is one chain over k's tiles, in order, from zero or from what was in C.
+#include "cpu/amx.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/tiles.h"
+
+namespace pyllm::ISA {
+
+#if ISA_AVX512
+
+namespace {
+
+constexpr int64_t kSide = 2 * kTileSide;      // of a square
+constexpr int64_t kDepth = 32, kPairs = 16;   // k and pairs of k in a tile
+constexpr int64_t kMaxDepth = 1024;           // of k, whose sums stay in registers
+constexpr int64_t kBlockDepth = 256;          // of more, between which they rest in memory
+constexpr int64_t kStrip = 512;               // columns whose sums rest together
+constexpr int64_t kMaxHeight = 2048;          // rows that pass by a panel
+constexpr int64_t kRowBytes = 2 * kSide * 2;  // of a panel: a pair of k for each column
+constexpr int64_t kAheadBytes = 128;          // of the next panel, fetched with each tile of k
+constexpr int64_t kFewRows = 32;
+static_assert(kSide == kPanel);
+
+// Where a factor's lines (A's rows, B's columns) lie, in elements.
+struct Lines {
+  const bf16* data;
+  int64_t step, k_step, count;
+};
+Lines columns_of(const Product& p) { return {static_cast<const bf16*>(p.b.data), p.b.column_step, p.b.row_step, p.n}; }
+
+V load_bytes(const bf16* p, int64_t count) {  // of 2 W elements, zeros beyond
+  bf16 block[2 * W] = {};
+  std::memcpy(static_cast<void*>(block), p, std::max<int64_t>(count, 0) * sizeof(bf16));
+  V v;
+  std::memcpy(&v, block, sizeof v);
+  return v;
+}
+
+// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros: as a left tile's rows, a line each, or as a
+// right one's, pairs of k.
+void pack_tile(const Lines& x, int64_t k, int64_t line, int64_t k0, bool right, char* out, int64_t out_step) {
+  const int64_t lines = std::min(kTileSide, x.count - line), depth = std::min(kDepth, k - k0);
+  const bf16* corner = x.data + line * x.step + k0 * x.k_step;
+  V rows[W] = {};
+  const bool by_pairs = x.k_step != 1 && x.step == 1;
+  if (by_pairs) {
+    for (int64_t q = 0; 2 * q < depth; q++) {
+      const bf16 *even = corner + 2 * q * x.k_step, *odd = even + x.k_step;
+      const bool both = 2 * q + 1 < depth;
+      const auto some = [&](const bf16* from) {
+        VH h{};
+        lines == kTileSide ? std::memcpy(&h, from, sizeof h) : std::memcpy(&h, from, lines * sizeof(bf16));
+        return h;
+      };
+      const VH low = some(even), high = both ? some(odd) : VH{};
+      rows[q] = as_float(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
+    }
+  } else {
+    for (int64_t l = 0; l < lines; l++) {
+      const bf16* from = corner + l * x.step;
+      __builtin_prefetch(from + kSide * x.step);
+      bf16 block[kDepth];
+      if (x.k_step != 1) {
+        for (int64_t i = 0; i < depth; i++) block[i] = from[i * x.k_step];
+        from = block;
+      }
+      if (depth == kDepth)
+        std::memcpy(&rows[l], from, sizeof rows[l]);
+      else
+        rows[l] = load_bytes(from, depth);
+    }
+  }
+  if (by_pairs != right) transpose(rows);
+  for (int64_t r = 0; r < W; r++, out += out_step) std::memcpy(out, &rows[r], sizeof rows[r]);
+}
+
+struct Left {  // rows of A: tile after tile along k
+  const char* data;
+  int64_t row_bytes, step_bytes;
+};
+
+// kDown tiles of rows by two of columns, `steps` tiles of k: sums to c (32 x 32).
+template <int kDown>
+void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead) {
+  constexpr int64_t c_bytes = kSide * sizeof(float);
+  float* below = c + kTileSide * kSide;
+  if (first) {
+    zero_tile<0>(), zero_tile<1>();
+    if constexpr (kDown == 2) zero_tile<2>(), zero_tile<3>();
+  } else {
+    load_tile<0>(c, c_bytes), load_tile<1>(c + W, c_bytes);
+    if constexpr (kDown == 2) load_tile<2>(below, c_bytes), load_tile<3>(below + W, c_bytes);
+  }
+  const char* left = a.data;
+  for (int64_t s = 0; s < steps; s++, left += a.step_bytes, b += kPairs * kRowBytes) {
+    for (int l = 0; l < kAheadBytes / 64; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    load_tile<4>(left, a.row_bytes);
+    load_tile<6>(b, kRowBytes);
+    load_tile<7>(b + kRowBytes / 2, kRowBytes);
+    dot_bf16_tiles<0, 4, 6>();
+    dot_bf16_tiles<1, 4, 7>();
+    if constexpr (kDown == 2) {
+      load_tile<5>(left + kTileSide * a.row_bytes, a.row_bytes);
+      dot_bf16_tiles<2, 5, 6>();
+      dot_bf16_tiles<3, 5, 7>();
+    }
+  }
+  store_tile<0>(c, c_bytes), store_tile<1>(c + W, c_bytes);
+  if constexpr (kDown == 2) store_tile<2>(below, c_bytes), store_tile<3>(below + W, c_bytes);
+}
+
+VEC void finish(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
+  if (p.bias) v = v + get(p.bias + j, n);
+  with_dtype(p.c_dtype, [&](auto* tag) { write(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, v, n); });
+}
+VEC V start(const Product& p, int64_t i, int64_t j, int64_t n) {
+  V v{};
+  with_dtype(p.c_dtype, [&](auto* tag) { v = get(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, n); });
+  return v;
+}
+
+// `count` rows of a square from row i and column j on, all of its columns, to bf16.
+void finish_bf16(const Product& p, int64_t i, int64_t count, int64_t j, const float* from) {
+  const V low = p.bias ? load(p.bias + j) : V{}, high = p.bias ? load(p.bias + j + W) : V{};
+  auto* to = static_cast<bf16*>(p.c) + i * p.c_step + j;
+  for (int64_t r = 0; r < count; r++, from += kSide, to += p.c_step)
+    store_bf16(to, load(from) + low, load(from + W) + high);
+}
+
+// Rows i0..i1, at most kMaxHeight, by columns j0..j1.
+void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const int64_t rows = i1 - i0, height = round_up(rows, kSide);
+  const int64_t block = p.k <= kMaxDepth ? round_up(p.k, kDepth) : kBlockDepth, blocks = (p.k + block - 1) / block;
+  const int64_t left_bytes = height * block * sizeof(bf16), right_bytes = block / 2 * kRowBytes;
+  auto* copy = static_cast<char*>(cpu::scratch(
+      left_bytes + right_bytes + (blocks == 1 ? kSide : height * kStrip / kSide) * kSide * sizeof(float), 7));
+  char* panel = copy + left_bytes;
+  auto* wide = reinterpret_cast<float*>(panel + right_bytes);
+  const Lines a = {static_cast<const bf16*>(p.a.data) + i0 * p.a.row_step, p.a.row_step, p.a.column_step, rows};
+  const Lines b = columns_of(p);
+  const int64_t packed_rows = round_up(p.k, kDepth) / 2;  // of a packed panel
+  const TileShapes shapes(kTileSide, kPairs);
+  for (int64_t left = j0; left < j1; left += kStrip) {
+    const int64_t right = std::min(left + kStrip, j1);
+    for (int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += block) {
+      const int64_t depth = std::min(block, p.k - k0), steps = (depth + kDepth - 1) / kDepth;
+      // Rows a multiple of 2 kB apart would fall into few sets of the first-level cache, and push each other out.
+      const bool in_place = a.k_step == 1 && depth % kDepth == 0 && a.step % 1024 != 0, last = k0 + block >= p.k;
+      const int64_t whole = in_place ? rows / kSide * kSide : 0;  // rows that are read where they lie
+      if (left == j0 || blocks > 1)
+        for (int64_t i = whole; i < height; i += kTileSide)
+          for (int64_t s = 0; i < rows && s < steps; s++)
+            pack_tile(a, p.k, i, k0 + s * kDepth, false,
+                      copy + i / kSide * kSide * block * 2 + s * kSide * 64 + i % kSide * 64, 64);
+      for (int64_t j = left; j < right; j += kSide) {
+        const char* right_tiles = static_cast<const char*>(p.packed_narrow);
+        if (right_tiles) {
+          right_tiles += (j / kSide * packed_rows + k0 / 2) * kRowBytes;
+        } else {
+          for (int64_t s = 0; s < steps; s++)
+            for (int64_t side = 0; side < 2 && j + side * kTileSide < p.n; side++)
+              pack_tile(b, p.k, j + side * kTileSide, k0 + s * kDepth, true,
+                        panel + s * kPairs * kRowBytes + side * kRowBytes / 2, kRowBytes);
+          right_tiles = panel;
+        }
+        const char* ahead = right_tiles + (p.packed_narrow ? packed_rows * kRowBytes : 0);
+        const int64_t columns = std::min(kSide, right - j);
+        for (int64_t i = 0; i < rows; i += kSide) {
+          const Left tiles = i < whole
+                                 ? Left{reinterpret_cast<const char*>(a.data + i * a.step + k0), 2 * a.step, 2 * kDepth}
+                                 : Left{copy + i * block * 2, 64, kSide * 64};
+          float* c = blocks == 1 ? wide : wide + (j - left) * height + i * kSide;
+          const int64_t live = std::min(kSide, rows - i);
+          const auto each = [&](const auto& f) {
+            for (int64_t r = 0; r < live; r++)
+              for (int64_t at = 0; at < columns; at += W)
+                f(i0 + i + r, j + at, std::min<int64_t>(W, columns - at), c + r * kSide + at);
+          };
+          const bool first = k0 == 0 && !p.accumulate;
+          if (k0 == 0 && p.accumulate)
+            each([&](int64_t row, int64_t column, int64_t n, float* to) { store(to, start(p, row, column, n)); });
+          (live > kTileSide ? square<2> : square<1>)(tiles, right_tiles, steps, c, first,
+                                                     ahead + i / kSide * steps * kAheadBytes);
+          if (last && columns == kSide && p.c_dtype == DType::bf16)
+            finish_bf16(p, i0 + i, live, j, c);
+          else if (last)
+            each([&](int64_t row, int64_t at, int64_t n, float* from) { finish(p, row, at, n, load(from)); });
+        }
+      }
+    }
+  }
+}
+
+// At most kFewRows rows i0..i1 of A, packed as right factors, by columns j0..j1 of B, read where they lie: C transposed.
+template <int kRight>
+void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  constexpr int kLeft = 2;
+  constexpr int64_t kWide = kLeft * kTileSide, kAhead = 8;
+  const int64_t rows = i1 - i0, steps = (p.k + kDepth - 1) / kDepth, whole = p.k / kDepth;
+  const int64_t width = kRight == 1 ? rows : kTileSide;  // columns of a tile of C transposed
+  const int64_t left_bytes = kLeft * (steps + 1) * kTileBytes;
+  auto* x = static_cast<char*>(cpu::scratch(kRight * steps * kTileBytes + left_bytes, 7));
+  char* copy = x + kRight * steps * kTileBytes;  // of B's columns at its edges
+  const Lines a = {static_cast<const bf16*>(p.a.data) + i0 * p.a.row_step, p.a.row_step, p.a.column_step, rows};
+  const Lines b = columns_of(p);
+  for (int64_t s = 0; s < steps; s++)
+    for (int r = 0; r < kRight; r++)
+      pack_tile(a, p.k, r * kTileSide, s * kDepth, true, x + (s * kRight + r) * kTileBytes, 64);
+  const TileShapes shapes(static_cast<int>(width), kPairs);
+  const int64_t c_bytes = width == 1 ? 4 : 64;
+  alignas(64) float c[kLeft][kRight][kTileSide * kTileSide];
+  for (int64_t j = j0; j < j1; j += kWide) {
+    const auto live = [&](int l) { return std::clamp<int64_t>(j1 - j - l * kTileSide, 0, kTileSide); };
+    for (int l = 0; p.accumulate && l < kLeft; l++)
+      for (int r = 0; live(l) && r < kRight; r++) {
+        V lines[W] = {};
+        for (int64_t i = 0; i < std::min(kTileSide, rows - r * kTileSide); i++)
+          lines[i] = start(p, i0 + r * kTileSide + i, j + l * kTileSide, live(l));
+        if (width > 1) transpose(lines);
+        for (int64_t i = 0; i < (width > 1 ? W : 1); i++) store(c[l][r] + i * W, lines[i]);
+      }
+    if (p.accumulate) {
+      load_tile<0>(c[0][0], c_bytes), load_tile<1>(c[1][0], c_bytes);
+      if constexpr (kRight == 2) load_tile<2>(c[0][1], c_bytes), load_tile<3>(c[1][1], c_bytes);
+    } else {
+      zero_tile<0>(), zero_tile<1>();
+      if constexpr (kRight == 2) zero_tile<2>(), zero_tile<3>();
+    }
+    const bool inside = j + kWide <= j1;
+    const auto step = [&](const char* first, const char* second, int64_t row_bytes, int64_t s) {
+      load_tile<4>(first, row_bytes);
+      load_tile<5>(second, row_bytes);
+      load_tile<6>(x + s * kRight * kTileBytes, 64);
+      dot_bf16_tiles<0, 4, 6>();
+      dot_bf16_tiles<1, 5, 6>();
+      if constexpr (kRight == 2) {
+        load_tile<7>(x + (s * kRight + 1) * kTileBytes, 64);
+        dot_bf16_tiles<2, 4, 7>();
+        dot_bf16_tiles<3, 5, 7>();
+      }
+    };
+    const int64_t in_place = inside ? whole : 0, row_bytes = 2 * b.step;
+    const auto* column = reinterpret_cast<const char*>(b.data + j * b.step);
+    for (int64_t s = 0; s < in_place; s++) {
+      const int64_t next = s + kAhead;
+      const char* ahead = next < steps ? column + next * 64 : column + kWide * row_bytes + (next - steps) * 64;
+      UNROLL for (int64_t l = 0; l < kWide; l++) __builtin_prefetch(ahead + l * row_bytes);
+      step(column + s * 64, column + s * 64 + kTileSide * row_bytes, row_bytes, s);
+    }
+    const Lines edge = {b.data, b.step, b.k_step, j1};
+    for (int64_t s = in_place; s < steps; s++) {
+      for (int l = 0; l < kLeft; l++)
+        if (live(l)) pack_tile(edge, p.k, j + l * kTileSide, s * kDepth, false, copy + l * kTileBytes, 64);
+      step(copy, copy + kTileBytes, 64, s);
+    }
+    store_tile<0>(c[0][0], c_bytes), store_tile<1>(c[1][0], c_bytes);
+    if constexpr (kRight == 2) store_tile<2>(c[0][1], c_bytes), store_tile<3>(c[1][1], c_bytes);
+    for (int l = 0; l < kLeft; l++)
+      for (int r = 0; live(l) && r < kRight; r++) {
+        V lines[W];
+        for (int64_t i = 0; i < (width > 1 ? W : 1); i++) lines[i] = load(c[l][r] + i * W);
+        if (width > 1) transpose(lines);
+        for (int64_t i = 0; i < std::min(kTileSide, rows - r * kTileSide); i++)
+          finish(p, i0 + r * kTileSide + i, j + l * kTileSide, live(l), lines[i]);
+      }
+  }
+}
+
+}  // namespace
+
+bool on_tiles(const Product& p) {
+  return p.a.dtype == DType::bf16 && p.b.dtype == DType::bf16 && !p.packed && p.k > 0 && cpu::has_amx();
+}
+
+void tiles_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  if (!p.packed_narrow && p.b.row_step == 1 && i1 - i0 <= kFewRows)
+    return (i1 - i0 <= kTileSide ? few_rows<1> : few_rows<2>)(p, i0, i1, j0, j1);
+  for (int64_t i = i0; i < i1; i += kMaxHeight) many_rows(p, i, std::min(i + kMaxHeight, i1), j0, j1);
+}
+
+#else
+
+bool on_tiles(const Product&) { return false; }
+void tiles_block(const Product&, int64_t, int64_t, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace pyllm::ISA
