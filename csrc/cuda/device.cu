@@ -27,6 +27,8 @@ const char* text_of(Fault fault) {
       return "[write_pages] positions must be in [0, ";
     case Fault::history_id:
       return "[sample] history must be -1 or in [0, ";
+    case Fault::given_id:
+      return "[sample] given must be -1 or in [0, ";
     case Fault::logits_not_finite:
       return "[sample] logits must be finite or -infinity, but NaN or infinity is in row ";
     case Fault::logits_all_masked:

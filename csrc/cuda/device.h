@@ -42,6 +42,7 @@ enum class Fault : int32_t {
   processed_not_finite,
   processed_all_masked,
   history_id,
+  given_id,
 };
 struct FaultRecord {
   int32_t claimed, ready;

@@ -1,7 +1,9 @@
 #include "cpu/cross_entropy.h"
 
 #include "cpu/pages.h"
+#include "cuda/cross_entropy.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -65,28 +67,32 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets, 
                            const TensorView& statistics, const TensorView& total, int64_t ignore_index,
                            double label_smoothing, const std::string& reduction) {
   const char* op = "cross_entropy";
+  const Place place(op, "logits", logits);
   check_logits(op, logits);
   const Loss loss = loss_for(op, targets, logits, logits.size(-1), ignore_index, label_smoothing, reduction);
   const Rows rows = logits.rows();
   check_results(op, loss, losses, total, rows.count);
   if (statistics.present()) check_floats(op, "statistics", statistics, 2 * rows.count);
-  pyllm::cross_entropy_forward({rows, logits.size(-1), logits.dtype, logits.data, loss, losses.as<float>(),
-                                statistics.as<float>(), total.as<float>()});
+  const CrossEntropyArgs args{rows, logits.size(-1),    logits.dtype,           logits.data,
+                              loss, losses.as<float>(), statistics.as<float>(), total.as<float>()};
+  place.cuda() ? cuda::cross_entropy_forward(args, place.work()) : pyllm::cross_entropy_forward(args);
 }
 
 void cross_entropy_backward(const TensorView& logits, const TensorView& targets, const TensorView& statistics,
                             const TensorView& dloss, const TensorView& dlogits, int64_t ignore_index,
                             double label_smoothing, const std::string& reduction) {
   const char* op = "cross_entropy backward";
+  const Place place(op, "logits", logits);
   check_logits(op, logits);
   const Loss loss = loss_for(op, targets, logits, logits.size(-1), ignore_index, label_smoothing, reduction);
   const Rows rows = logits.rows();
   check_floats(op, "statistics", statistics, 2 * rows.count);
   check_floats(op, "dloss", dloss, loss.reduction == Reduction::none ? rows.count : 1);
   check_gradient(op, "dlogits", dlogits, logits.dtype, logits.numel());
-  cpu::prefer_large_pages(dlogits.data, dlogits.numel() * size_of(dlogits.dtype));
-  pyllm::cross_entropy_backward({rows, logits.size(-1), logits.dtype, logits.data, loss, statistics.as<float>(),
-                                 dloss.as<float>(), dlogits.data});
+  place.prefer_large_pages(dlogits);
+  const CrossEntropyBackwardArgs args{rows, logits.size(-1),        logits.dtype,      logits.data,
+                                      loss, statistics.as<float>(), dloss.as<float>(), dlogits.data};
+  place.cuda() ? cuda::cross_entropy_backward(args, place.work()) : pyllm::cross_entropy_backward(args);
 }
 
 void linear_cross_entropy(const TensorView& x, const TensorView& weight, const TensorView& bias,

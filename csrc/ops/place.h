@@ -29,4 +29,15 @@ class Place {
 #endif
 };
 
+// While it lives, the checks hold tensors to the CPU again: for arguments that an op reads itself.
+class OnHost {
+ public:
+  OnHost() { expected_device = {}; }
+  ~OnHost() { expected_device = before_; }
+  OnHost(const OnHost&) = delete;
+
+ private:
+  DeviceKey before_ = expected_device;
+};
+
 }  // namespace pyllm::ops

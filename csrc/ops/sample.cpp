@@ -3,7 +3,9 @@
 #include <cmath>
 #include <vector>
 
+#include "cuda/sample.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -50,11 +52,11 @@ void resolve(const char* name, const Setting& s, std::vector<SampleSettings>& ro
   }
 }
 
-void check_history(const TensorView& history, int64_t rows, int64_t vocab) {
+void check_history(const TensorView& history, int64_t rows, int64_t vocab, bool reads) {
   check_dtype(kOp, "history", history, DType::i64);
   check_ndim(kOp, "history", history, 2);
   check_shape(kOp, "history", history, rows, history.size(1));
-  for (int64_t i = 0; i < rows; i++)
+  for (int64_t i = 0; reads && i < rows; i++)
     for (int64_t j = 0; j < history.size(1); j++) {
       const int64_t id = history.as<int64_t>()[i * history.step(0) + j * history.step(1)];
       if (id < -1 || id >= vocab)
@@ -63,11 +65,11 @@ void check_history(const TensorView& history, int64_t rows, int64_t vocab) {
     }
 }
 
-void check_given(const TensorView& given, int64_t rows, int64_t vocab) {
+void check_given(const TensorView& given, int64_t rows, int64_t vocab, bool reads) {
   check_dtype(kOp, "given", given, DType::i64);
   check_shape(kOp, "given", given, rows);
   check_contiguous(kOp, "given", given);
-  for (int64_t i = 0; i < rows; i++)
+  for (int64_t i = 0; reads && i < rows; i++)
     if (const int64_t id = given.as<int64_t>()[i]; id < -1 || id >= vocab)
       fail(Error::index, "[", kOp, "] given must hold ids from 0 to ", vocab - 1, ", or -1 for a draw, but row ", i,
            " has ", id);
@@ -105,6 +107,7 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
             const Setting& repetition_penalty, const Setting& frequency_penalty, const Setting& presence_penalty,
             const TensorView& history, const TensorView& logit_bias, const TensorView& given, const TensorView& ids,
             const TensorView& logprobs, const TensorView& processed_logprobs) {
+  const Place place(kOp, "logits", logits);
   check_float(kOp, "logits", logits);
   check_ndim(kOp, "logits", logits, 2);
   check_inner_stride(kOp, "logits", logits);
@@ -115,6 +118,7 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
   check_output("logprobs", logprobs, DType::f32, rows);
   check_output("processed_logprobs", processed_logprobs, DType::f32, rows);
 
+  std::optional<OnHost> read_here(std::in_place);
   std::vector<SampleSettings> settings(rows);
   using S = SampleSettings;
   const auto share = [](float x) { return x > 0 && x <= 1; };
@@ -131,8 +135,9 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
           [](float x) { return x > 0 && std::isfinite(x); });
   resolve("frequency_penalty", frequency_penalty, settings, &S::frequency, "finite", finite);
   resolve("presence_penalty", presence_penalty, settings, &S::presence, "finite", finite);
+  read_here.reset();
   if (history.present())
-    check_history(history, rows, vocab);
+    check_history(history, rows, vocab, !place.cuda());
   else
     for (const S& s : settings)
       check(s.repetition == 1 && s.frequency == 0 && s.presence == 0, "[", kOp,
@@ -145,13 +150,27 @@ void sample(const TensorView& logits, const Setting& seeds, const Setting& posit
       check_shape(kOp, "logit_bias", logit_bias, rows, vocab);
     check_inner_stride(kOp, "logit_bias", logit_bias);
   }
-  if (given.present()) check_given(given, rows, vocab);
+  if (given.present()) check_given(given, rows, vocab, !place.cuda());
   std::vector<SampleStatus> status(rows);
-  pyllm::sample({rows, vocab, logits.dtype, logits.data, logits.step(0), settings.data(), history.as<int64_t>(),
-                 history.present() ? history.size(1) : 0, history.present() ? history.step(0) : 0,
-                 history.present() ? history.step(1) : 0, logit_bias.as<float>(),
-                 logit_bias.ndim == 2 ? logit_bias.step(0) : 0, given.as<int64_t>(), ids.as<int64_t>(),
-                 logprobs.as<float>(), processed_logprobs.as<float>(), status.data()});
+  const SampleArgs args{rows,
+                        vocab,
+                        logits.dtype,
+                        logits.data,
+                        logits.step(0),
+                        settings.data(),
+                        history.as<int64_t>(),
+                        history.present() ? history.size(1) : 0,
+                        history.present() ? history.step(0) : 0,
+                        history.present() ? history.step(1) : 0,
+                        logit_bias.as<float>(),
+                        logit_bias.ndim == 2 ? logit_bias.step(0) : 0,
+                        given.as<int64_t>(),
+                        ids.as<int64_t>(),
+                        logprobs.as<float>(),
+                        processed_logprobs.as<float>(),
+                        status.data()};
+  if (place.cuda()) return cuda::sample(args, place.work());
+  pyllm::sample(args);
   check_status(status);
 }
 

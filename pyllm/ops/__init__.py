@@ -59,10 +59,11 @@ __all__ = [
     "write_pages",
 ]
 
-# With kernels for CUDA devices; `linear` is torch's own there. The others take tensors on the CPU alone.
+# With kernels for CUDA devices, where the products of `linear` and `linear_cross_entropy` are torch's. The others take
+# tensors on the CPU alone.
 CUDA = frozenset({
-    "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear", "relu_squared", "rms_norm", "rope", "sigmoid",
-    "silu", "swiglu", "tanh",
+    "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear", "linear_cross_entropy",
+    "relu_squared", "rms_norm", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

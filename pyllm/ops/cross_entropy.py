@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyllm import _C
 from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.linear import linear
 
 _BLOCK = 1 << 24  # logits that exist at a time while gradients are computed
 
@@ -27,7 +28,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
         float32: a scalar, or (...) for "none".
 
     Raises:
-        IndexError: a target outside [0, V); the message has the target, its position and the bound.
+        IndexError: a target outside [0, V); the message has the target, its position and the bound. On a CUDA device
+            its loss is NaN, and the next call on the device or `pyllm.synchronize` raises.
         ValueError, TypeError: a shape, dtype or option that does not fit.
     """
     if logits.dim() and logits.stride(-1) != 1:
@@ -55,7 +57,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
         targets: (...), int64 or int32, each in [0, V) or `ignore_index`.
         bias: (V,), x's dtype.
 
-    The options, the result and the errors are those of `cross_entropy`.
+    The options, the result and the errors are those of `cross_entropy`. On a CUDA device the products are torch's
+    (cuBLAS), a block of logits has x's dtype, and gradients of the weights are summed over the blocks in float32.
     """
     if x.dim() > 2:
         x = x.contiguous()
@@ -68,7 +71,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
 
 def _results(targets: Tensor, reduction: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(what is returned, the same as the losses of the rows, the same as their total): one of these two is None."""
-    result = torch.empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
+    result = targets.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
     return (result, result, None) if reduction == "none" else (result, None, result)
 
 
@@ -76,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, options):
         result, losses, total = _results(targets, options[2])
-        statistics = torch.empty(2 * targets.numel(), dtype=torch.float32)
+        statistics = targets.new_empty(2 * targets.numel(), dtype=torch.float32)
         _C.cross_entropy_forward(logits, targets, losses, statistics, total, *options)
         ctx.save_for_backward(logits, targets, statistics)
         ctx.options = options
@@ -86,13 +89,15 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         logits, targets, statistics = ctx.saved_tensors
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+        dlogits = logits.new_empty(logits.shape)
         _C.cross_entropy_backward(logits, targets, statistics, dloss.contiguous(), dlogits, *ctx.options)
         return dlogits, None, None
 
 
 def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False, False)):
     """The loss and the needed gradients of x, weight and bias, for a gradient `dloss` of the loss, or 1."""
+    if x.is_cuda:
+        return _linear_on_cuda(x, weight, targets, bias, options, dloss, needed)
     result, losses, total = _results(targets, options[2])
     classes = weight.shape[0]
     rows, columns = (max(120, _BLOCK // max(classes, 1)), classes) if any(needed) else (512, min(classes, 8192))
@@ -102,6 +107,41 @@ def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False,
     dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None
     _C.linear_cross_entropy(x, weight, None if bias is None else bias.contiguous(), targets, block, losses, total,
                             dloss, dx, dweight, dbias, *options)  # fmt: skip
+    return result, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
+
+
+def _linear_on_cuda(x, weight, targets, bias, options, dloss=None, needed=(False, False, False)):
+    """As `_linear`, each block's product by torch."""
+    ignore_index, smoothing, reduction = options
+    rows, of_row = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    losses = x.new_empty(len(of_row), dtype=torch.float32)
+    dx = torch.empty_like(rows) if needed[0] else None
+    dweight = x.new_zeros(weight.shape, dtype=torch.float32) if needed[1] else None
+    dbias = x.new_zeros(len(weight), dtype=torch.float32) if needed[2] else None
+    count = (of_row != ignore_index).sum() if reduction == "mean" else None
+    if any(needed):
+        scale = losses.new_ones(len(of_row)) if dloss is None else dloss.reshape(-1).expand(len(of_row))
+        scale = (scale if count is None else scale / count).contiguous()
+    size = max(128, _BLOCK // max(len(weight), 1))
+    for first in range(0, len(of_row), size):
+        block = slice(first, first + size)
+        logits = linear(rows[block], weight, bias)
+        statistics = losses.new_empty(2 * len(logits)) if any(needed) else None
+        each = (ignore_index, smoothing, "none")
+        _C.cross_entropy_forward(logits, of_row[block], losses[block], statistics, None, *each)
+        if not any(needed):
+            continue
+        dlogits = torch.empty_like(logits)
+        _C.cross_entropy_backward(logits, of_row[block], statistics, scale[block], dlogits, *each)
+        if dx is not None:
+            torch.mm(dlogits, weight, out=dx[block])
+        if dweight is not None:
+            dweight += dlogits.T @ rows[block]
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=torch.float32)
+    result = losses.view(targets.shape) if reduction == "none" else losses.sum(dtype=torch.float64)
+    result = (result if count is None else result / count).float()
+    dx = None if dx is None else dx.view(x.shape)
     return result, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
 
 

@@ -44,8 +44,9 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
     8. A uniform number u comes from Philox 4x32-10 with seed as the key and position as the counter; the draw is the
        first id, in ascending order, at which the sum of the probabilities left passes u.
 
-    A row's draw has the same bits alone, in any batch, and for any number of threads. A logit of -infinity masks its
-    id.
+    A row's draw has the same bits alone, in any batch, and for any number of threads. With logits on a CUDA device the
+    settings are still numbers or tensors on the CPU, and a row that is wrong has NaN for its log-probabilities: the
+    next call on the device, or `pyllm.synchronize`, raises. A logit of -infinity masks its id.
 
     Args:
         logits: (B, V), float32, bfloat16 or float16, of any strides.
@@ -66,8 +67,8 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
     if given is not None:
         given = given.contiguous()
     rows = logits.shape[:1]
-    ids = torch.empty(rows, dtype=torch.int64)
-    logprobs, processed = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    ids = logits.new_empty(rows, dtype=torch.int64)
+    logprobs, processed = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if logits.requires_grad:
         logits = logits.detach()
     _C.sample(logits, seeds, positions, temperature, top_k, top_p, min_p, typical_p, repetition_penalty,

@@ -16,8 +16,8 @@
 #include <type_traits>
 
 #include "cpu/kernels/border.h"
-#include "cpu/kernels/philox.h"
 #include "cpu/kernels/vec.h"
+#include "philox.h"
 
 namespace pyllm::ISA {
 namespace {

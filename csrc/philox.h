@@ -1,16 +1,16 @@
 // Philox 4x32-10 (Salmon et al., 2011): random numbers as a pure function of (key, counter), so that who asks, when and
-// on which thread do not matter.
+// on which thread or device do not matter. Internal linkage, as each instruction set compiles its own.
 #pragma once
 #include <cstdint>
 
-namespace pyllm::ISA {
+namespace pyllm {
 namespace {
 
 struct Words {
   uint32_t w[4];
 };
 
-[[maybe_unused]] inline Words philox(uint64_t key, uint64_t counter) {
+[[maybe_unused]] constexpr Words philox(uint64_t key, uint64_t counter) {
   uint32_t a = static_cast<uint32_t>(counter), b = static_cast<uint32_t>(counter >> 32), c = 0, d = 0;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; round++) {
@@ -26,10 +26,10 @@ struct Words {
 }
 
 // In [0, 1), with 53 random bits.
-[[maybe_unused]] inline double uniform(uint64_t key, uint64_t counter) {
+[[maybe_unused]] constexpr double uniform(uint64_t key, uint64_t counter) {
   const Words words = philox(key, counter);
   return ((words.w[0] >> 5) * 0x1p26 + (words.w[1] >> 6)) * 0x1p-53;
 }
 
 }  // namespace
-}  // namespace pyllm::ISA
+}  // namespace pyllm
