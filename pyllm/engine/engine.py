@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pyllm.engine.budget import new_pool
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
+from pyllm.engine.hooks import Hooks, Replacement
 from pyllm.engine.reading import Score
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
@@ -76,7 +77,8 @@ class Engine:
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
                max_tokens: int | None = None, stop: str | Sequence[str] = (), stop_ids: Sequence[int] = (),
                priority: int = 0, timeout: float | None = None, n: int = 1,
-               on_token: Callable[[int, str], Any] | None = None) -> Request:  # fmt: skip
+               on_token: Callable[[int, str], Any] | None = None, capture: Sequence[str] = (),
+               replace: Mapping[str, Replacement] | None = None) -> Request:  # fmt: skip
         """Queues a prompt, a text or ids.
 
         Args:
@@ -90,6 +92,12 @@ class Engine:
                 request of its own, whose seed is that of the one before and 1, but the prompt is read once.
             on_token: is called with each id and the text that became final with it; what it raises ends the request. It
                 is for one continuation.
+            capture: names of modules, as in `model.named_modules()`; the request's `captured` has what they give, after
+                replacement: of a block the stream behind it, of others their output, or the first of several. Of an
+                encoder-decoder, those of its decoder. For one continuation, as is `replace`.
+            replace: by the names of modules, functions of what they give for some positions of this request,
+                (positions, ...), and those positions, a range; what they return goes on in its place. One that raises
+                ends the request.
 
         Raises:
             ValueError, TypeError: no prompt, or a setting that does not fit. A prompt that is too long for the model or
@@ -108,6 +116,9 @@ class Engine:
             raise ValueError(f"n must be at least 1, but got {n}")
         if n > 1 and on_token is not None:
             raise TypeError(f"on_token must be for one continuation, but n is {n}")
+        if n > 1 and (capture or replace):
+            raise TypeError(f"capture and replace must be for one continuation, but n is {n}")
+        hooks = Hooks(self.model, capture, replace or {}) if capture or replace else None
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive, but got {timeout}")
         params = (params or SamplingParams()).with_seed()
@@ -117,7 +128,7 @@ class Engine:
             stream = None
             if self.tokenizer is not None:
                 stream = TextStream(self.tokenizer, stops, () if source else ids, self.model.silent_ids)
-            samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token, source))
+            samples.append(Request(self, ids, own, bias, max_tokens, ends, stream, samples, on_token, source, hooks))
         for request in samples:
             request.deadline = math.inf if timeout is None else self._clock() + timeout
             self.queue(request, priority)
@@ -303,6 +314,7 @@ class Engine:
                     request.held = self.pool.admit(request.known, request.positions, request.source)
                 if request.held is None:
                     return
+                request.held.private = request.hooks is not None
                 self._running.append(request)
             heapq.heappop(self._waiting)
 
@@ -331,10 +343,13 @@ class Engine:
             ids = ids[: len(request.sequence) - 1]  # the last is for each sample to read
         try:
             state = self.pool.join([request.held])
-            hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
+            with request.watching(first, len(ids) - first):
+                hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
             logits = request.read(self.model, hidden, first)
         except Exception as error:
             self.end(request, "error", error)
+            return len(ids) - first
+        if request.reason is not None:  # a hook has ended it
             return len(ids) - first
         self.pool.part([request.held], state)
         self.pool.note(request.held, ids, len(ids))

@@ -20,6 +20,7 @@ class Holding:
     digests: list[bytes] = field(default_factory=list)  # of the full pages so far, each with all before it
     row: Any = None  # of a batch's page table, once there is one
     source: Any = None  # of an answer: what it answers
+    private: bool = False  # what is in its pages is not what its ids say
 
 
 class Pages:
@@ -72,7 +73,7 @@ class Pages:
         """Says that the sequence's first `length` positions are written, and are those of the first ids."""
         holding.length = length
         known = len(holding.digests)
-        if not self.reuse or length < (known + 1) * self.size:
+        if not self.reuse or holding.private or length < (known + 1) * self.size:
             return
         last = holding.digests[-1] if holding.digests else b""
         for digest in self._digests(last, ids[known * self.size : length]):

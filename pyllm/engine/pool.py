@@ -115,7 +115,7 @@ class Slot:
     """One sequence's vectors, (layers, ...) each, unless they are in a seat, and how many ids they have seen."""
 
     def __init__(self, vectors: list[Tensor]):
-        self.vectors, self.length, self.seated, self.ended = vectors, 0, False, False
+        self.vectors, self.length, self.seated, self.ended, self.private = vectors, 0, False, False, False
 
 
 class RecurrentPool:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pyllm.engine.generation import TextStream
+from pyllm.engine.hooks import Hooks
 from pyllm.engine.sampling import SamplingParams
 from pyllm.models import Model
 from pyllm.nn.state import PAGE_SIZE
@@ -26,6 +28,7 @@ class Request:
         logprobs, processed_logprobs: of each of `ids`, as in `ops.Sample`.
         reason: None while it waits or runs, then "stop" (an id or text that ends it), "length" (`max_tokens`),
             "cancelled", "timeout", or "error", with the `error`.
+        captured: of the modules that were to be captured, (positions, ...) each: what they gave for all that is read.
         samples: all continuations of the prompt that were submitted together, in the order of their seeds.
     """
 
@@ -34,8 +37,9 @@ class Request:
 
     def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, bias: Tensor | None, max_tokens: int,
                  stop_ids: frozenset[int], stream: TextStream | None, samples: list[Request],
-                 on_token: Callable[[int, str], Any] | None, source: Sequence[int] = ()):  # fmt: skip
-        self.source = source
+                 on_token: Callable[[int, str], Any] | None, source: Sequence[int] = (),
+                 hooks: Hooks | None = None):  # fmt: skip
+        self.source, self.hooks = source, hooks
         self.prompt, self.params, self.bias, self.max_tokens = prompt, params, bias, max_tokens
         self.samples, self.deadline = samples, math.inf
         self.ids: list[int] = []
@@ -76,17 +80,25 @@ class Request:
     @property
     def known(self) -> Sequence[int]:
         """The ids of which the keys and values may be those of another request."""
-        return self.prompt
+        return self.prompt if self.hooks is None else ()
 
     @property
     def decodes(self) -> bool:
-        """Whether all but its last id is read."""
-        return self.held.length == len(self.sequence) - 1 and not self.encodes
+        """Whether all but its last id is read, and that may be read in a row of a step."""
+        return self.held.length == len(self.sequence) - 1 and self.hooks is None and not self.encodes
 
     @property
     def encodes(self) -> bool:
         """Whether its source is still to be read."""
         return bool(self.source) and not self.held.source.read
+
+    @property
+    def captured(self) -> dict[str, Tensor]:
+        return {} if self.hooks is None else self.hooks.captured
+
+    def watching(self, first: int, count: int) -> AbstractContextManager[None]:
+        """What is to be done while the model reads so many of its ids, from the first-th on."""
+        return nullcontext() if self.hooks is None else self.hooks.watching(first, count)
 
     def read(self, model: Model, hidden: Tensor, first: int) -> Tensor | None:
         """Takes the vectors (1, T, hidden) of ids from the first-th on; the logits (1, vocabulary) of what comes next

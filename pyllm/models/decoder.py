@@ -17,6 +17,8 @@ class Block(torch.nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), or the sum of both where they are parallel; each norm
     takes in the addition before it. Post norms are of what gets added."""
 
+    adds_later = True  # gives what is still to be added to the stream, and the stream so far
+
     def __init__(self, config: dict, layer: int):
         super().__init__()
         norm = partial(NORMS[config["norm"]], eps=config["norm_eps"])

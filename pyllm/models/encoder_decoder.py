@@ -36,6 +36,8 @@ class Block(torch.nn.Module):
     """Self-attention, in a decoder attention to the source, and a feed-forward layer: what each gives is added to the
     stream. Each reads the stream normalised or, with post_norm, the stream is normalised after each addition."""
 
+    adds_later = True  # gives what is still to be added to the stream, and the stream so far
+
     def __init__(self, config: dict, decoder: bool):
         super().__init__()
         norm = partial(NORMS[config["norm"]], eps=config["norm_eps"])

@@ -14,6 +14,8 @@ from pyllm.nn import RecurrentState
 class Block(torch.nn.Module):
     """x + time_mix(norm(x)), then x + channel_mix(norm(x)); each norm takes in the addition before it."""
 
+    adds_later = True  # gives what is still to be added to the stream, and the stream so far
+
     def __init__(self, config: dict, layer: int):
         super().__init__()
         hidden, eps, bias = config["hidden_size"], config["norm_eps"], config["norm_bias"]
