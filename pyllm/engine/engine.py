@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyllm.engine import reading
+from pyllm.engine.beams import Beam, search
 from pyllm.engine.budget import new_pool
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
@@ -69,7 +70,7 @@ class Engine:
         self._waiting: list[tuple[float, int, Request]] = []
         self._running: list[Request] = []
         self._speculation = None if speculate is None else new_speculation(model, self.pool, speculate, max_sequences)
-        self._steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
+        self.steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
         self._draws, self._watch = Draws(), Watch(model)
         self._clock = clock
         self._order, self.lock = itertools.count(), threading.RLock()
@@ -217,12 +218,28 @@ class Engine:
         """
         return reading.embed(self, texts, pooling, normalize)
 
+    def beam_search(self, prompt: str | Sequence[int], num_beams: int = 4, *, max_tokens: int | None = None,
+                    length_penalty: float = 1.0, early_stopping: bool | str = False,
+                    stop_ids: Sequence[int] = ()) -> list[Beam]:  # fmt: skip
+        """The `num_beams` best continuations that a beam search finds, the best first, among all requests.
+
+        Args:
+            length_penalty: scores are sums of log-probabilities divided by the number of ids to this power.
+            early_stopping: True ends when as many have ended as there are beams; False also when the best that goes
+                on is worse than all of them, by its score so far; "never" by the best score that it can come to.
+
+        Raises:
+            ValueError, TypeError: no prompt, a setting out of its bounds, or beams that do not fit the model's context,
+            vocabulary or the engine's sequences or pages.
+            IndexError: an id outside the vocabulary.
+        """
+        return search(self, prompt, num_beams, max_tokens, length_penalty, early_stopping, stop_ids)
+
     @torch.no_grad()
     def step(self) -> None:
         """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read."""
         with self.lock:
-            if self.model.training:
-                self.model.eval()
+            self.look_at_model()
             try:
                 self._time_out()
                 self._admit()
@@ -233,7 +250,7 @@ class Engine:
                 self._admit()  # samples of a prompt that has just been read
                 self._decode([r for r in self._running if r.decodes])
             except BaseException:  # an interruption: whoever goes on does so from what is noted
-                self._steps.clear()
+                self.steps.clear()
                 if self._speculation is not None:
                     self._speculation.reset(self._running)
                 for request in list(self._running):
@@ -293,15 +310,20 @@ class Engine:
             if request.reason is None and not request.pieces:
                 self.step()
 
+    def look_at_model(self) -> None:
+        """Before a step: what was known of another model is forgotten."""
+        if self.model.training:
+            self.model.eval()
+        if not self._running and self._watch.changed():
+            self.steps.forget()
+            self.pool.forget()
+
     def _time_out(self) -> None:
         now = self._clock()
         for request in [r for r in itertools.chain(self._running, (w[2] for w in self._waiting)) if r.deadline <= now]:
             self.end(request, "timeout")
 
     def _admit(self) -> None:
-        if self._waiting and not self._running and self._watch.changed():
-            self._steps.forget()
-            self.pool.forget()
         while self._waiting and len(self._running) < self.max_sequences:
             request = self._waiting[0][2]
             if request.reason is None:
@@ -365,9 +387,9 @@ class Engine:
         proposed = {} if self._speculation is None else self._speculation.propose(rows)
         if proposed and self._decode_ahead(rows, proposed):
             return
-        rows = self._steps.place(rows)
+        rows = self.steps.place(rows)
         try:
-            logits = self._steps.run()
+            logits = self.steps.run()
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
@@ -382,9 +404,9 @@ class Engine:
     def _decode_ahead(self, rows: list[Request], proposed: dict[Request, list[int]]) -> bool:
         """A step that reads what is proposed, too. False if it fails: what is at fault may never be drawn."""
         assert self._speculation is not None
-        flat = self._steps.place(rows_of(rows, proposed))
+        flat = self.steps.place(rows_of(rows, proposed))
         try:
-            found = iter([t.tolist() for t in Draws()(flat, self._constrained(flat, self._steps.run()))])
+            found = iter([t.tolist() for t in Draws()(flat, self.constrained(flat, self.steps.run()))])
         except Exception:
             for row in proposed:
                 self._speculation.learn(row, proposed[row], [], len(rows))
@@ -402,7 +424,7 @@ class Engine:
 
     def _draw(self, rows: list[Request], logits: Tensor, draws: Draws) -> None:
         try:
-            sample = draws(rows, self._constrained(rows, logits))
+            sample = draws(rows, self.constrained(rows, logits))
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
@@ -423,7 +445,7 @@ class Engine:
             if reason is not None:
                 self.end(row, reason)
 
-    def _constrained(self, rows: list[Request], logits: Tensor) -> Tensor:
+    def constrained(self, rows: list[Request], logits: Tensor) -> Tensor:
         if type(self.model).constrain is Model.constrain:
             return logits
         return torch.cat([self.model.constrain(own, len(row.sequence) - len(row.prompt), row.max_tokens)

@@ -35,6 +35,10 @@ class AttentionPool:
     def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Holding | None:
         return self.pages.take(ids, positions)
 
+    def room(self, positions: int, source_length: int = 0) -> int:
+        """How many sequences of so many positions fit, with what all of them answer, if there are no others."""
+        return (self.pages.count - self.pages.needed(source_length)) // max(self.pages.needed(positions), 1)
+
     def join(self, held: Sequence[Holding]) -> AttentionState:
         width = max(len(h.pages) for h in held)
         table = torch.zeros(len(held), width, dtype=torch.int32)
@@ -104,6 +108,8 @@ class AttentionSeats:
             if h.row is None:
                 h.row = torch.zeros(self.table.shape[1], dtype=torch.int32)
                 h.row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
+        if not held:
+            return
         torch.stack([h.row for h in held], out=self.table[: len(held)])
         self.lengths[: len(held)] = torch.tensor([h.length + more for h, more in zip(held, ahead, strict=True)])
 
@@ -124,13 +130,16 @@ class RecurrentPool:
     most = longest = None
 
     def __init__(self, vectors: Sequence[Tensor], count: int):
-        self.first, self.free = [v.select(1, 0).clone() for v in vectors], count
+        self.first, self.free, self.count = [v.select(1, 0).clone() for v in vectors], count, count
 
     def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Slot | None:
         if self.free == 0:
             return None
         self.free -= 1
         return Slot([v.clone() for v in self.first])
+
+    def room(self, positions: int, source_length: int = 0) -> int:
+        return self.count
 
     def join(self, held: Sequence[Slot]) -> RecurrentState:
         state = RecurrentState(*(torch.stack(vectors, 1) for vectors in zip(*(h.vectors for h in held), strict=True)))

@@ -65,7 +65,7 @@ def test_each_answer_is_as_if_alone(kind, threads):
         for i, request in made.items():
             assert request.ids == expected[i] and request.source == asked[i][0]
             assert logprobs.setdefault(i, request.logprobs) == request.logprobs
-        assert engine.pool.pages.available == pages and not engine.pool.live and engine._steps.recordable
+        assert engine.pool.pages.available == pages and not engine.pool.live and engine.steps.recordable
     first = engine.submit(asked[1][0], settings[0], max_tokens=9, n=3)
     finish(engine, first.samples)
     for n, sample in enumerate(first.samples):

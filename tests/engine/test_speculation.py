@@ -127,7 +127,7 @@ def test_where_nothing_stands_little_is_lost():
     for count in (1, 4):
         engine = pyllm.Engine(model)
         wrong = Wrong()
-        engine._speculation = Speculation(model, wrong, engine._steps.ids.shape[0])
+        engine._speculation = Speculation(model, wrong, engine.steps.ids.shape[0])
         engine._speculation.fixed = 0.05
         bias = torch.zeros(40)
         bias[39] = float("-inf")
@@ -169,7 +169,7 @@ def test_a_lookup_finds_the_last_place_and_goes_on_beyond_the_end():
 def test_a_step_that_fails_for_what_is_proposed_is_done_without():
     model = new("llama")
     engine = pyllm.Engine(model)
-    engine._speculation = Speculation(model, Wrong(), engine._steps.ids.shape[0])
+    engine._speculation = Speculation(model, Wrong(), engine.steps.ids.shape[0])
     engine._speculation.proposer.propose = lambda asked: {request: [40] for request in asked}
     keen(engine)
     asked = [([5, 6], SETTINGS[1], {"max_tokens": 12}), ([7], SETTINGS[2], {"max_tokens": 12})]

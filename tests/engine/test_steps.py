@@ -43,9 +43,9 @@ def test_who_comes_and_goes_makes_no_new_recording(kind, monkeypatch):
     while any(r.reason is None for r in made):
         engine.step()
     assert [r.ids for r in made] == [alone(model, *one) for one in asked]
-    assert 1 < len(recorded) <= 5 and sorted(engine._steps.recorded) == list(range(1, len(recorded) + 1))
-    held = {storage.data_ptr() for storage in engine._steps.memory}
-    assert all(logits.untyped_storage().data_ptr() in held for _, logits in engine._steps.recorded.values()
+    assert 1 < len(recorded) <= 5 and sorted(engine.steps.recorded) == list(range(1, len(recorded) + 1))
+    held = {storage.data_ptr() for storage in engine.steps.memory}
+    assert all(logits.untyped_storage().data_ptr() in held for _, logits in engine.steps.recorded.values()
                if len(logits) == 5)  # fmt: skip
 
 
@@ -88,4 +88,4 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is():
     engine = pyllm.Engine(model, max_length=64)
     made = engine.generate([[1], [2, 3]], pyllm.SamplingParams(seed=5), max_tokens=9)
     assert [r.ids for r in made] == [alone(model, prompt, 5, 9) for prompt in ([1], [2, 3])]
-    assert not engine._steps.recorded and not engine._steps.recordable
+    assert not engine.steps.recorded and not engine.steps.recordable

@@ -261,3 +261,22 @@ def test_configs_that_are_refused(model_type, setting, message, folders, tmp_pat
     (tmp_path / "model.safetensors").symlink_to(folders[model_type] / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         pyllm.load(tmp_path)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_beams_are_those_of_transformers(pair, early_stopping):
+    engine, end = pyllm.Engine(pair.ours, max_sequences=4, max_length=60), pair.theirs.config.eos_token_id
+    for seed, max_tokens in ((0, 3), (1, 12), (2, 25)):
+        torch.manual_seed(seed)
+        source = [*torch.randint(3, 60, (seed + 2,)).tolist(), end]
+        options = {"early_stopping": early_stopping, "length_penalty": 1.0 - seed}
+        expected = pair.theirs.generate(torch.tensor([source]), num_beams=4, num_return_sequences=4, do_sample=False,
+                                        max_new_tokens=max_tokens, output_scores=True, return_dict_in_generate=True,
+                                        **options, **NEVER.get(pair.ours.family, {}))  # fmt: skip
+        found = engine.beam_search(source, 4, max_tokens=max_tokens, **options)
+        for beam, row in zip(found, expected.sequences[:, 1:].tolist(), strict=True):
+            assert beam.ids == row[: row.index(end) + 1 if end in row else max_tokens]
+        torch.testing.assert_close(
+            torch.tensor([b.score for b in found]), expected.sequences_scores, atol=1e-4, rtol=1e-5
+        )
+    assert engine.pool.pages.available == engine.pool.pages.count
