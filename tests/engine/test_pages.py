@@ -40,18 +40,25 @@ class Machine(RuleBasedStateMachine):
         if len(sequence[1]) < sequence[2]:
             self.write(sequence, [*sequence[1], i])
 
-    @rule(target=sequences, sequence=sequences)
-    def fork(self, sequence):
+    @rule(target=sequences, sequence=sequences, back=st.integers(0, 6))
+    def fork(self, sequence, back):
         holding, written, positions, first = sequence
-        made = self.pages.fork(holding)
+        length = max(len(written) - back, -(-first // SIZE) * SIZE)  # what was given back cannot be gone on with
+        if length > len(written) or len(written) == 0:
+            return multiple()
+        made = self.pages.fork(holding, length)
         if made is None:
-            assert self.pages.available < len(holding.pages) - len(written) // SIZE
+            assert self.pages.available < len(holding.pages) - length // SIZE
             return multiple()
         twin, copy = made
         if copy is not None:
             self.memory[copy[1]] = list(self.memory[copy[0]])
-        self.sequences.append([twin, list(written), positions, first])
+        self.sequences.append([twin, written[:length], positions, first])
         return self.sequences[-1]
+
+    @rule()
+    def forget(self):
+        self.pages.forget()
 
     @rule(sequence=sequences, window=st.integers(1, 9))
     def slide(self, sequence, window):
@@ -82,7 +89,7 @@ class Machine(RuleBasedStateMachine):
         assert self.pages.available == COUNT - len(held)
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestPages = Machine.TestCase
 
 

@@ -221,17 +221,37 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(vocab, threads):
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_draws_follow_the_distribution():
-    logits, n = logits_of(1, 40), 20_000
-    for settings in ({}, {"temperature": 0.6, "top_k": 12}, {"top_p": 0.8}, {"typical_p": 0.7}, {"min_p": 0.1}):
-        p = distribution(logits.double(), **settings).exp()[0]
-        ids = ops.sample(logits.expand(n, -1), seeds=11, positions=torch.arange(n), **settings).ids
-        seen = ids.bincount(minlength=40).double()
-        assert (seen[p == 0] == 0).all()
-        often = n * p > 5
-        statistic = ((seen - n * p)[often] ** 2 / (n * p)[often]).sum().item()
-        freedom = int(often.sum()) - 1
-        assert statistic < freedom + 4 * math.sqrt(2 * freedom) + 4
+HISTORY = torch.tensor([[0, 3, 3, 3, 7, -1, 12, 12]])
+LOOKING_BACK = {
+    "repetition": {"repetition_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.4},
+    "presence": {"presence_penalty": -0.7},
+    "all penalties, cold": {"repetition_penalty": 0.8, "frequency_penalty": 0.3, "presence_penalty": 0.2, "top_p": 0.9},
+}
+BIASED = {"bias": {}, "bias, top_k": {"top_k": 9, "temperature": 1.4}}
+
+
+@pytest.mark.parametrize("counter", ["positions", "seeds"])
+@pytest.mark.parametrize("name", [*SETTINGS, *LOOKING_BACK, *BIASED])
+def test_draws_follow_the_distribution(name, counter):
+    """Chi-square of 100,000 draws against the exact distribution."""
+    logits, n = logits_of(1, 40), 100_000
+    settings = dict((SETTINGS | LOOKING_BACK | BIASED)[name])
+    if name in LOOKING_BACK:
+        settings["history"] = HISTORY
+    if name in BIASED:
+        settings["logit_bias"] = torch.linspace(-2, 2, 40).masked_fill(torch.arange(40) % 7 == 3, -math.inf)
+    p = distribution(logits.double(), **settings).exp()[0]
+    if name in LOOKING_BACK:
+        settings["history"] = HISTORY.expand(n, -1)
+    numbers = {"positions": 5, "seeds": 11} | {counter: torch.arange(n)}
+    ids = ops.sample(logits.expand(n, -1), **numbers, **settings).ids
+    seen = ids.bincount(minlength=40).double()
+    assert (seen[p == 0] == 0).all()
+    often = n * p > 5
+    statistic = ((seen - n * p)[often] ** 2 / (n * p)[often]).sum().item()
+    freedom = int(often.sum()) - 1
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
 def test_philox_against_its_authors_vectors():
