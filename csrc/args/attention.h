@@ -21,11 +21,11 @@ struct AttentionArgs {
   float scale, softcap;  // softcap 0: none
   const char* bias;      // or null; steps of batch, head, query, key are 0 where it is broadcast
   DType bias_dtype;
-  int64_t bias_step[4];
-  const char* key_lengths;  // (batch,), or null
+  int64_t bias_step[4], bias_keys;  // bias_keys: the keys that it covers
+  const char* key_lengths;          // (batch,), or null
   DType length_dtype;
   const int32_t* page_table;  // or null
-  int64_t table_step, page_size;
+  int64_t table_step, page_size, pages;
   const char *query_segments, *key_segments;  // (batch, position), or both null
   DType segment_dtype;
   int64_t query_segment_step[2], key_segment_step[2];

@@ -20,11 +20,13 @@ const char* text_of(Fault fault) {
     case Fault::target:
       return "[cross_entropy] targets must be in [0, ";
     case Fault::key_length:
-      return "[attention] key_lengths must be in [0, ";
+      return "[attention] key_lengths, within what bias covers, must be in [0, ";
     case Fault::page:
       return "[attention, write_pages] page_table must be in [0, ";
     case Fault::position:
       return "[write_pages] positions must be in [0, ";
+    case Fault::capacity:
+      return "[next_positions] lengths with the new tokens must be in [0, ";
     case Fault::history_id:
       return "[sample] history must be -1 or in [0, ";
     case Fault::given_id:

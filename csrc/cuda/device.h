@@ -37,6 +37,7 @@ enum class Fault : int32_t {
   key_length,
   page,
   position,
+  capacity,
   logits_not_finite,
   logits_all_masked,
   processed_not_finite,

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <string>
 
+#include "cuda/attention.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -42,6 +44,7 @@ void set_pages(const char* op, const TensorView& k, const TensorView& key_length
   a.page_table = page_table.as<int32_t>();
   a.table_step = page_table.step(0);
   a.page_size = k.size(1);
+  a.pages = k.size(0);
   a.keys = page_table.size(1) * k.size(1);
 }
 
@@ -54,8 +57,9 @@ void check_pages(const char* op, const AttentionArgs& a, int64_t batch, int64_t 
   }
 }
 
-// Everything that forward and backward are given alike.
-AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, const TensorView& v,
+// Everything that forward and backward are given alike. `reads`: lengths and pages are
+// read here; on a CUDA device only the kernels can.
+AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const TensorView& k, const TensorView& v,
                      const TensorView& bias, const TensorView& key_lengths, const TensorView& query_segments,
                      const TensorView& key_segments, const TensorView& page_table, bool causal, int64_t window,
                      double scale, double softcap) {
@@ -90,7 +94,7 @@ AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, c
     check_integer(op, "key_lengths", key_lengths);
     check_shape(op, "key_lengths", key_lengths, a.batch);
     check_contiguous(op, "key_lengths", key_lengths);
-    for (int64_t i = 0; i < a.batch; i++) {
+    for (int64_t i = 0; reads && i < a.batch; i++) {
       const int64_t n = integer_at(key_lengths, i);
       check(n >= 0 && n <= a.keys, "[", op, "] key_lengths must be 0 to ", a.keys, ", but got ", n, " at ", i);
       if (a.page_table) check_pages(op, a, i, n, k.size(0));
@@ -102,12 +106,14 @@ AttentionArgs inputs(const char* op, const TensorView& q, const TensorView& k, c
   if (bias.present()) {
     check_float(op, "bias", bias);
     const int64_t full[] = {a.batch, a.heads, a.queries, a.keys};  // in pages, the keys that count are enough
-    const int64_t least = a.page_table ? longest : a.keys;
+    const int64_t least = !a.page_table ? a.keys : reads ? longest : 0;
+    a.bias_keys = a.keys;
     bool fits = bias.ndim <= 4;
     for (int i = 0; fits && i < bias.ndim; i++) {
       const int64_t n = bias.size(i), to = full[4 - bias.ndim + i];
       fits = n == to || n == 1 || (4 - bias.ndim + i == 3 && least <= n && n <= to);
       a.bias_step[4 - bias.ndim + i] = n == 1 ? 0 : bias.step(i);
+      if (n != 1 && 4 - bias.ndim + i == 3) a.bias_keys = n;
     }
     check(fits, "[", op, "] bias must broadcast to (", a.batch, ", ", a.heads, ", ", a.queries, ", ", least,
           "), but got ", bias.shape_text());
@@ -162,8 +168,9 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const TensorView& page_table, const TensorView& out, const TensorView& lse,
                        const TensorView& weights, bool causal, int64_t window, double scale, double softcap) {
   const char* op = "attention";
-  const AttentionArgs a =
-      inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, page_table, causal, window, scale, softcap);
+  const Place place(op, "q", q);
+  const AttentionArgs a = inputs(op, !place.cuda(), q, k, v, bias, key_lengths, query_segments, key_segments,
+                                 page_table, causal, window, scale, softcap);
   check_result(op, "out", out, a);
   check_output(op, "out", out);
   if (lse.present() || weights.present()) check_rows(op, lse, a);
@@ -171,7 +178,8 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
     check_weights(op, "weights", weights, a);
     check_writable(op, "weights", weights);
   }
-  pyllm::attention_forward({a, out.data, lse.as<float>(), weights.data});
+  const AttentionForwardArgs args{a, out.data, lse.as<float>(), weights.data};
+  place.cuda() ? cuda::attention_forward(args, place.work()) : pyllm::attention_forward(args);
 }
 
 void attention_backward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias,
@@ -180,8 +188,8 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
                         const TensorView& dweights, const TensorView& dq, const TensorView& dk, const TensorView& dv,
                         const TensorView& dbias, bool causal, int64_t window, double scale, double softcap) {
   const char* op = "attention backward";
-  const AttentionArgs a = inputs(op, q, k, v, bias, key_lengths, query_segments, key_segments, TensorView::absent(),
-                                 causal, window, scale, softcap);
+  const AttentionArgs a = inputs(op, true, q, k, v, bias, key_lengths, query_segments, key_segments,
+                                 TensorView::absent(), causal, window, scale, softcap);
   check_result(op, "out", out, a);
   check_contiguous(op, "out", out);
   check_result(op, "dout", dout, a);

@@ -1,7 +1,9 @@
 #include "cpu/paging.h"
 
 #include "cpu/attention.h"
+#include "cuda/paging.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -10,6 +12,7 @@ int64_t page_tile() { return kKeyTile; }
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals,
                     int64_t capacity) {
   const char* op = "next_positions";
+  const Place place(op, "lengths", lengths);
   check_dtype(op, "lengths", lengths, DType::i64);
   check_ndim(op, "lengths", lengths, 1);
   check_contiguous(op, "lengths", lengths);
@@ -23,6 +26,9 @@ void next_positions(const TensorView& lengths, const TensorView& positions, cons
     check_contiguous(op, t == &totals ? "totals" : "positions", *t);
     check_writable(op, t == &totals ? "totals" : "positions", *t);
   }
+  if (place.cuda())
+    return cuda::next_positions(
+        {batch, count, capacity, lengths.as<int64_t>(), positions.as<int64_t>(), totals.as<int64_t>()}, place.work());
   for (int64_t b = 0; b < batch; b++) {
     const int64_t length = lengths.as<int64_t>()[b];
     check(length >= 0, "[", op, "] lengths must be 0 or more, but got ", length, " at ", b);
@@ -39,6 +45,7 @@ void next_positions(const TensorView& lengths, const TensorView& positions, cons
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
                  const TensorView& positions) {
   const char* op = "write_pages";
+  const Place place(op, "pages", pages);
   check_float(op, "pages", pages);
   check_ndim(op, "pages", pages, 4);
   check_contiguous(op, "pages", pages);
@@ -57,7 +64,7 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
     fail(Error::type, "[", op, "] positions must be int64 or int32, but got ", name_of(positions.dtype));
   check_shape(op, "positions", positions, batch, time);
   check_ids(op, "positions", positions, page_table.size(1) * page_size);
-  for (int64_t b = 0; b < batch; b++)
+  for (int64_t b = 0; b < batch && !place.cuda(); b++)
     for (int64_t t = 0; t < time; t++) {
       const int64_t i = b * time + t;
       const int64_t at =
@@ -69,9 +76,25 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
     }
   if (rows.numel() == 0) return;
   const int64_t size = size_of(pages.dtype);
-  pyllm::write_pages({batch, time, pages.size(2), pages.size(3) * size, rows.data, rows.step(0) * size,
-                      rows.step(1) * size, rows.step(2) * size, pages.data, pages.step(0) * size, pages.step(1) * size,
-                      page_size, page_table.as<int32_t>(), page_table.step(0), positions.data, positions.dtype});
+  const WritePagesArgs args{batch,
+                            time,
+                            pages.size(2),
+                            pages.size(3) * size,
+                            rows.data,
+                            rows.step(0) * size,
+                            rows.step(1) * size,
+                            rows.step(2) * size,
+                            pages.data,
+                            pages.step(0) * size,
+                            pages.step(1) * size,
+                            page_size,
+                            page_table.as<int32_t>(),
+                            page_table.step(0),
+                            positions.data,
+                            positions.dtype,
+                            pages.size(0),
+                            page_table.size(1)};
+  place.cuda() ? cuda::write_pages(args, place.work()) : pyllm::write_pages(args);
 }
 
 }  // namespace pyllm::ops

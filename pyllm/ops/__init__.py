@@ -62,8 +62,9 @@ __all__ = [
 # With kernels for CUDA devices, where the products of `linear` and `linear_cross_entropy` are torch's. The others take
 # tensors on the CPU alone.
 CUDA = frozenset({
-    "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear", "linear_cross_entropy",
-    "relu_squared", "rms_norm", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh",
+    "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear",
+    "linear_cross_entropy", "next_positions", "relu_squared", "rms_norm", "rope", "sample", "sigmoid", "silu", "swiglu",
+    "tanh", "write_pages",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

@@ -30,7 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
     Computed tile by tile with an online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867; Dao et
     al., 2022, https://arxiv.org/abs/2205.14135), in memory linear in the number of positions, accumulated in float32.
     On the CPU a query's result has the same bits alone, in any batch and chunk of queries, for any number of threads,
-    and whatever lies in k and v beyond `key_lengths`.
+    and whatever lies in k and v beyond `key_lengths`. On a CUDA device a row's bits do not depend on its batch, but may
+    on how many queries there are; wrong lengths and pages are raised by the next call there, or by `pyllm.synchronize`.
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16, D from 1 to 256.
@@ -90,12 +91,12 @@ def _rows(t: Tensor) -> Tensor:
 
 def _forward(q, k, v, bias, masks, page_table, options, keep_lse, return_weights):
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    out = torch.empty(batch, queries, heads, v.shape[3], dtype=q.dtype)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32) if keep_lse else None
+    out = q.new_empty(batch, queries, heads, v.shape[3])
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if keep_lse else None
     weights = None
     if return_weights:
         pages = 1 if page_table is None else page_table.shape[-1]
-        weights = torch.empty(batch, heads, queries, pages * keys, dtype=q.dtype)
+        weights = q.new_empty(batch, heads, queries, pages * keys)
     _C.attention_forward(_rows(q), _rows(k), _rows(v), bias, *masks, page_table, out, lse, weights, *options)
     return out, lse, weights
 
@@ -120,8 +121,8 @@ class _Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else _rows(dout)
         dweights = None if dweights is None else dweights.contiguous()
         wanted = ctx.needs_input_grad
-        dq = torch.empty(q.shape, dtype=q.dtype) if wanted[0] else None
-        dk, dv = (torch.empty(t.shape, dtype=t.dtype) if wanted[1] or wanted[2] else None for t in (k, v))
-        dbias = torch.empty(bias.shape, dtype=bias.dtype) if wanted[3] else None
+        dq = q.new_empty(q.shape) if wanted[0] else None
+        dk, dv = (t.new_empty(t.shape) if wanted[1] or wanted[2] else None for t in (k, v))
+        dbias = bias.new_empty(bias.shape) if wanted[3] else None
         _C.attention_backward(q, k, v, bias, *masks, out, lse, weights, dout, dweights, dq, dk, dv, dbias, *ctx.options)
         return dq, dk, dv, dbias, None, None, None

@@ -24,8 +24,8 @@ def next_positions(lengths: Tensor, count: int, capacity: int) -> tuple[Tensor, 
     if count < 0:
         raise ValueError(f"[next_positions] count must be 0 or more, but got {count}")
     batch = len(lengths) if lengths.dim() else 0
-    positions = torch.empty(batch, count, dtype=torch.int64)
-    totals = torch.empty(batch, dtype=torch.int64)
+    positions = lengths.new_empty(batch, count, dtype=torch.int64)
+    totals = lengths.new_empty(batch, dtype=torch.int64)
     _C.next_positions(lengths, positions, totals, capacity)
     return positions, totals
 

@@ -1,0 +1,9 @@
+#pragma once
+#include "args/attention.h"
+#include "cuda/device.h"
+
+namespace pyllm {
+
+PYLLM_CUDA_KERNEL(attention_forward, AttentionForwardArgs)
+
+}  // namespace pyllm

@@ -1,0 +1,137 @@
+// What attention's kernels share: rows, the keys that each sees, and scores.
+//
+// A row is a (query, head of the group) pair, the head running faster, so that the heads that read one key/value head
+// share every key that is loaded. Keys are walked in tiles counted from key 0. Scores are in units of log 2. A masked
+// key has the score -infinity and adds exactly nothing, so a row's bits do not depend on its neighbours in a tile. Where
+// few rows meet many keys, keys are cut into splits of kSplit, which become blocks of their own, merged in order: how
+// they are cut depends on how many queries a sequence has and never on the batch.
+#pragma once
+#include "args/attention.h"
+#include "cuda/numbers.h"
+
+namespace pyllm::cuda {
+
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr int64_t kSplit = 256;   // keys
+constexpr int64_t kFewRows = 16;  // rows of a sequence's key/value head up to which keys are split
+
+// One result of a split: a row's maximum, the sum of its exponentials and that of its values, not yet divided.
+struct Partials {
+  float *max, *sum,
+      *values;  // (batch, kv_heads, rows, splits), the last times value_dim; all null where keys are whole
+  int64_t splits;
+};
+
+struct Tile {  // rows first..first + count of a key/value head
+  int64_t batch, kv_head, group, first, count;
+  int64_t length;  // keys that count
+
+  __device__ int64_t query(int64_t i) const { return (first + i) / group; }
+  __device__ int64_t head(int64_t i) const { return kv_head * group + (first + i) % group; }
+};
+
+__device__ __forceinline__ int64_t length_of(const AttentionArgs& a, int64_t batch, FaultRecord* record) {
+  if (!a.key_lengths) return a.keys;
+  const int64_t n = integer_at(a.key_lengths, a.length_dtype, batch), most = a.bias ? a.bias_keys : a.keys;
+  if (n >= 0 && n <= most) return n;
+  report(record, Fault::key_length, batch, n, most);
+  return n < 0 ? 0 : most;
+}
+
+__device__ __forceinline__ Tile tile_of(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t first,
+                                        int64_t most, FaultRecord* record) {
+  const int64_t group = a.heads / a.kv_heads, rows = a.queries * group;
+  return {batch, kv_head, group, first, rows - first < most ? rows - first : most, length_of(a, batch, record)};
+}
+
+// Keys [lo, hi) that a query sees, segments apart; both rise with the query. None where lo >= hi.
+struct Range {
+  int64_t lo, hi;
+};
+__device__ __forceinline__ Range visible(const AttentionArgs& a, int64_t length, int64_t query) {
+  const int64_t last = length - a.queries + query;  // the key that a causal query stands at
+  Range r{0, length};
+  if (a.causal && last + 1 < r.hi) r.hi = last + 1;
+  if (a.window && last - a.window + 1 > r.lo) r.lo = last - a.window + 1;
+  if (a.window && !a.causal && last + a.window < r.hi) r.hi = last + a.window;
+  return r;
+}
+// That some row of the tile sees.
+__device__ __forceinline__ Range seen_by_some(const AttentionArgs& a, const Tile& t) {
+  return {visible(a, t.length, t.query(0)).lo, visible(a, t.length, t.query(t.count - 1)).hi};
+}
+
+// Where key j of k, or value j of v, begins; null where the page table names no page.
+template <class T>
+__device__ __forceinline__ const T* key_at(const AttentionArgs& a, const char* data, const int64_t* step, const Tile& t,
+                                           int64_t j, FaultRecord* record) {
+  const T* rows = reinterpret_cast<const T*>(data) + t.kv_head * step[2];
+  if (!a.page_table) return rows + t.batch * step[0] + j * step[1];
+  const int64_t page = a.page_table[t.batch * a.table_step + j / a.page_size];
+  if (page >= 0 && page < a.pages) return rows + page * step[0] + j % a.page_size * step[1];
+  report(record, Fault::page, t.batch * a.table_step + j / a.page_size, page, a.pages);
+  return nullptr;
+}
+template <class T>
+__device__ __forceinline__ const T* query_at(const char* data, const int64_t* step, const Tile& t, int64_t i) {
+  return reinterpret_cast<const T*>(data) + t.batch * step[0] + t.query(i) * step[1] + t.head(i) * step[2];
+}
+
+// What a product is multiplied by to be a score (or what tanh takes, with a softcap).
+__device__ __forceinline__ float product_factor(const AttentionArgs& a) {
+  return a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e;
+}
+
+struct RowMask {  // of one row
+  Range range;
+  int64_t query, head, segment;
+};
+__device__ __forceinline__ RowMask mask_of(const AttentionArgs& a, const Tile& t, int64_t i) {
+  if (i >= t.count) return {{0, 0}, 0, 0, 0};
+  RowMask m{visible(a, t.length, t.query(i)), t.query(i), t.head(i), 0};
+  if (a.query_segments)
+    m.segment = integer_at(a.query_segments, a.segment_dtype,
+                           t.batch * a.query_segment_step[0] + m.query * a.query_segment_step[1]);
+  return m;
+}
+
+// The score of a product with key j, -infinity where it is masked. `capped`: tanh's value, with a softcap.
+__device__ __forceinline__ float score_of(const AttentionArgs& a, const Tile& t, const RowMask& m, int64_t j,
+                                          float product, float& capped) {
+  if (j < m.range.lo || j >= m.range.hi) return -INFINITY;
+  if (a.query_segments && m.segment != integer_at(a.key_segments, a.segment_dtype,
+                                                  t.batch * a.key_segment_step[0] + j * a.key_segment_step[1]))
+    return -INFINITY;
+  float s = product * product_factor(a);
+  if (a.softcap > 0) {
+    capped = tanhf(s);
+    s = capped * (a.softcap * kLog2e);
+  }
+  if (a.bias)
+    s = fmaf(
+        float_at(a.bias, a.bias_dtype,
+                 t.batch * a.bias_step[0] + m.head * a.bias_step[1] + m.query * a.bias_step[2] + j * a.bias_step[3]),
+        kLog2e, s);
+  return s;
+}
+
+// Where a row's result goes.
+__device__ __forceinline__ int64_t out_row(const AttentionArgs& a, const Tile& t, int64_t i) {
+  return (t.batch * a.queries + t.query(i)) * a.heads + t.head(i);
+}
+__device__ __forceinline__ int64_t lse_at(const AttentionArgs& a, const Tile& t, int64_t i) {
+  return (t.batch * a.heads + t.head(i)) * a.queries + t.query(i);
+}
+__device__ __forceinline__ float finite_or_zero(float m) { return m == -INFINITY ? 0.0f : m; }
+__device__ __forceinline__ float lse_of(float max, float sum) { return sum == 0 ? INFINITY : max + log2f(sum); }
+
+// Of a split's row: (batch, kv_head, row, split).
+__device__ __forceinline__ int64_t partial_at(const AttentionArgs& a, const Tile& t, const Partials& p, int64_t i,
+                                              int64_t split) {
+  return ((t.batch * a.kv_heads + t.kv_head) * a.queries * t.group + t.first + i) * p.splits + split;
+}
+
+// In attention_mma.cu: bfloat16 and float16 through matrix instructions; false where the shapes or strides are not theirs.
+bool forward_by_matrices(const AttentionForwardArgs& f, const Partials& partials, const Work& work);
+
+}  // namespace pyllm::cuda

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from ops.test_attention import CASES, DTYPES, LENGTHS, OPTIONS, TABLE, in_pages, qkv
+from twins import check_twin
+
+import pyllm
+from pyllm import ops, reference
+
+
+def check(inputs, device, **options):
+    inputs, options = ({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in d.items()}
+                       for d in (inputs, options))  # fmt: skip
+    if "segment_ids" in options:
+        options["segment_ids"] = tuple(t.to(device) for t in options["segment_ids"])
+    check_twin(ops.attention, reference.attention, inputs, slack=32, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_equals_its_twin(case, options, dtype, device):
+    check(qkv(*CASES[case], dtype), device, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dim", [8, 64, 72, 128, 136, 256])
+@torch.no_grad()
+def test_head_sizes_of_the_matrix_instructions(dim, dtype, device):
+    check(qkv(1, 37, 75, 2, 1, dim, dtype), device, causal=True)
+    check(qkv(1, 1, 300, 3, 1, dim, dtype), device, causal=True)
+    check(qkv(1, 66, 9, 1, 1, 16, dtype, value_dim=dim), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_bias_segments_and_lengths(dtype, device):
+    for queries in (1, 40):
+        inputs = qkv(2, queries, 300, 4, 2, 16, dtype)
+        segments = (torch.arange(queries)[None] % 3).repeat(2, 1), (torch.arange(300)[None] % 3).repeat(2, 1)
+        for bias in (torch.randn(2, 4, queries, 300), torch.randn(4, 1, 300), torch.randn(300).to(dtype)):
+            lengths = torch.tensor([300, 41], dtype=torch.int32)
+            check(inputs | {"bias": bias}, device, key_lengths=lengths, causal=True, segment_ids=segments)
+        check(inputs, device, return_weights=True, key_lengths=torch.tensor([0, 257]), window=70, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_layouts(dtype, device):
+    base = torch.randn(2, 9, 70, 3, 24).to(dtype)
+    views = (base[:, 0, :, :, :16], base[:, 1, :, :, 8:], base[:, 2, :, :, 3:19], base[:, 3, :, 1:].transpose(2, 3))
+    for q in views[:3]:
+        for k in views[:3]:
+            check({"q": q[:, :20], "k": k, "v": views[2]}, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 40])
+@torch.no_grad()
+def test_keys_in_pages(queries, dtype, device):
+    q, k, v = qkv(3, queries, 530, 4, 2, 16, dtype).values()
+    pages = {"k": in_pages(k, TABLE, 11).to(device), "v": in_pages(v, TABLE, 11).to(device)}
+    lengths, table = LENGTHS.to(device), TABLE.to(device)
+    # As many keys in a row as there is room for in pages, so that they are split alike.
+    rows = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 46)).to(device) for t in (k, v)]
+    for options in ({"causal": True}, {"window": 90}, {"bias": torch.randn(4, 1, 530, device=device)}):
+        found = ops.attention(q.to(device), **pages, key_lengths=lengths, page_table=table, **options)
+        if "bias" in options:
+            options["bias"] = torch.nn.functional.pad(options["bias"], (0, 46))
+        assert torch.equal(found, ops.attention(q.to(device), *rows, key_lengths=lengths, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_same_bits_alone_and_in_a_batch(dtype, device):
+    for queries in (1, 70):
+        q, k, v = (t.to(device) for t in qkv(3, queries, 600, 4, 2, 32, dtype).values())
+        together = ops.attention(q, k, v, causal=True)
+        for i in range(3):
+            one = slice(i, i + 1)
+            assert torch.equal(ops.attention(q[one], k[one], v[one], causal=True), together[one])
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_where_it_is(device):
+    for dtype in DTYPES:
+        q, k, v = (t.to(device) for t in qkv(1, 40, 40, 2, 2, 16, dtype).values())
+        q[0, 7, 1, 3] = torch.nan
+        out = ops.attention(q, k, v, causal=True)
+        assert out[0, 7, 1].isnan().all() and out.isnan().sum() == 16
+        clean = ops.attention(q[:, :5], k, v, key_lengths=torch.tensor([30], device=device))
+        k[:, 30:] = v[:, 30:] = torch.nan
+        assert torch.equal(ops.attention(q[:, :5], k, v, key_lengths=torch.tensor([30], device=device)), clean)
+
+
+@torch.no_grad()
+def test_wrong_lengths_and_pages_are_errors_at_the_next_call(device):
+    q, pages = torch.randn(2, 1, 4, 8, device=device), torch.randn(5, 64, 2, 8, device=device)
+    table = torch.tensor([[0, 1], [4, 2]], dtype=torch.int32, device=device)
+    for lengths, entries, kind, message in (
+        ([129, 3], table, ValueError, r"key_lengths, .* must be in \[0, 128\], but got 129 at element 0"),
+        ([3, -1], table, ValueError, r"key_lengths, .* must be in \[0, 128\], but got -1 at element 1"),
+        ([3, 65], table + 3 * (table == 2), IndexError, r"page_table must be in \[0, 5\), but got 5 at element 3"),
+        ([1, 1], table - 1, IndexError, r"page_table must be in \[0, 5\), but got -1 at element 0"),
+    ):
+        ops.attention(q, pages, pages, key_lengths=torch.tensor(lengths, device=device), page_table=entries.int())
+        with pytest.raises(kind, match=message):
+            pyllm.synchronize()
+
+
+@torch.no_grad()
+def test_writing_pages(device):
+    for dtype in DTYPES:
+        for dim, heads in ((8, 2), (5, 3), (16, 1)):
+            pages = torch.randn(5, 64, heads, dim, device=device).to(dtype)
+            rows = torch.randn(2, 4, heads + 1, dim, device=device).to(dtype)[:, :, 1:]
+            table = torch.tensor([[0, 3], [4, 1]], dtype=torch.int32, device=device)
+            positions = torch.tensor([[0, 63, 64, 127], [5, 6, 7, 70]], device=device)
+            expected = reference.write_pages(pages.clone(), rows, table, positions)
+            for p in (positions, positions.int()):
+                assert torch.equal(ops.write_pages(pages.clone(), rows, table, p), expected)
+    before = pages.clone()
+    ops.write_pages(pages, rows, table, positions + 100 * (positions == 127))
+    with pytest.raises(IndexError, match=r"\[write_pages\] positions must be in \[0, 128\), but got 227 at element 3"):
+        pyllm.synchronize()
+    ops.write_pages(pages, rows, table + 5 * (table == 4).int(), positions)
+    with pytest.raises(IndexError, match=r"page_table must be in \[0, 5\), but got 9 at element 2"):
+        pyllm.synchronize()
+    assert torch.equal(pages[2], before[2])
+
+
+def test_next_positions(device):
+    lengths = torch.tensor([1, 3, 0], device=device)
+    for ours, theirs in zip(ops.next_positions(lengths, 4, 7), reference.next_positions(lengths, 4, 7), strict=True):
+        assert torch.equal(ours, theirs)
+    ops.next_positions(lengths, 4, 6)
+    with pytest.raises(IndexError, match=r"lengths with the new tokens must be in \[0, 3\), but got 3 at element 1"):
+        pyllm.synchronize()
