@@ -4,16 +4,17 @@
 // panels, and panels pass by as many rows of x as stay in the second-level cache.
 //
 // How four bytes of x meet four of the weight, in each lane:
+//  - many rows on tile registers, where there are some: quantized_linear_tiles.cpp;
 //  - with VNNI, in one instruction, on signed bytes of x and unsigned ones of the weight;
 //  - 4 bits without it: the pairs' sums (at most 8 x 2 x 15 x 127) fit 16 bits for a whole group, so they are added
 //    there, and widened once;
 //  - 8 bits without it: pairs of 255 * 127 would not fit, so even and odd bytes are taken apart and multiplied as 16 bits,
 //    which x is stored as.
 // The weight's zero point is taken off a group's sum before it begins: 2^(bits - 1) times the sum of x's values.
-#include "cpu/quantized_linear.h"
+#include "cpu/kernels/quantized_linear.h"
 
+#include "cpu/amx.h"
 #include "cpu/kernels/bytes.h"
-#include "cpu/kernels/gemm.h"
 #include "cpu/vnni.h"
 
 namespace pyllm::ISA {
@@ -25,18 +26,12 @@ constexpr int kRows = 6;  // of a tile
 constexpr int kRows = 4;
 #endif
 
+constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the tile registers pays
+
 enum class Dot { vnni, pairs, halves };
 
-// Rows of x as the tiles read them.
-struct Rows {
-  int64_t groups, bytes;  // `bytes` a row
-  int8_t* values;         // a quad after another; for Dot::halves its bytes 0, 2, 1, 3 as 16 bits
-  float *scales, *sums;   // a group's scale, and scale times the sum of its values
-  int32_t* starts;        // what a group's whole sums start from
-};
-
 template <int kGroup, class T>
-void quantize_row(const T* x, int64_t k, Dot dot, int offset, const Rows& out, int64_t row) {
+void quantize_row(const T* x, int64_t k, Dot dot, int offset, const QuantizedRows& out, int64_t row) {
   alignas(64) float block[kGroup];
   alignas(64) int8_t bytes[kGroup];
   for (int64_t g = 0; g < out.groups; g++) {
@@ -53,7 +48,7 @@ void quantize_row(const T* x, int64_t k, Dot dot, int offset, const Rows& out, i
     int32_t total = 0;
     for (int64_t j = 0; j < kGroup; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
     for (int j = 0; j < kGroup; j++) total += bytes[j];
-    const int64_t at = row * out.groups + g;
+    const int64_t at = out.at(row, g);
     out.scales[at] = finite ? scale : __builtin_nanf("");
     out.sums[at] = out.scales[at] * static_cast<float>(total);
     out.starts[at] = -offset * total;
@@ -76,7 +71,7 @@ VEC V load_scale(const char* p, DType dtype, int64_t at) {
 
 // R rows from `row` on by one panel, to out (R x kPanel).
 template <int R, int kBits, int kGroup, Dot kDot>
-void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* panel, float* out) {
+void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
   constexpr int64_t kBytes = W * 4, kValues = kPanel * kGroup * kBits / 8;
   const int64_t group_bytes = w.group_bytes(kPanel);
   V total[R][2] = {};
@@ -134,7 +129,7 @@ void tile(const QuantizedWeight& w, const Rows& x, int64_t row, const char* pane
 
 template <int kBits, int kGroup, Dot kDot>
 void run(const QuantizedLinearArgs& p) {
-  using Tile = void (*)(const QuantizedWeight&, const Rows&, int64_t, const char*, float*);
+  using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const char*, float*);
   static constexpr Tile tiles[] = {
       tile<1, kBits, kGroup, kDot>, tile<2, kBits, kGroup, kDot>,
       tile<3, kBits, kGroup, kDot>, tile<4, kBits, kGroup, kDot>,
@@ -142,12 +137,14 @@ void run(const QuantizedLinearArgs& p) {
       tile<5, kBits, kGroup, kDot>, tile<6, kBits, kGroup, kDot>,
 #endif
   };
-  const int64_t groups = p.weight.groups, count = p.m * groups;
-  const int64_t row_bytes = groups * (kDot == Dot::halves ? 2 : 1) * kGroup, values = round_up(p.m * row_bytes, 64);
+  const bool on_tiles = kDot == Dot::vnni && p.m >= kLeastTileRows && cpu::has_amx();
+  const int64_t groups = p.weight.groups, m = round_up(p.m, kTileRows), count = m * groups;
+  const int64_t row_bytes = groups * (kDot == Dot::halves ? 2 : 1) * kGroup, values = round_up(m * row_bytes, 64);
   auto* memory = static_cast<char*>(cpu::scratch(values + 12 * count, 0));
   auto* scales = reinterpret_cast<float*>(memory + values);
-  const Rows x = {groups, row_bytes,      reinterpret_cast<int8_t*>(memory),
-                  scales, scales + count, reinterpret_cast<int32_t*>(scales + 2 * count)};
+  const QuantizedRows x = {groups,  row_bytes,      reinterpret_cast<int8_t*>(memory),
+                           scales,  scales + count, reinterpret_cast<int32_t*>(scales + 2 * count),
+                           on_tiles};
   const int offset = p.weight.has_minimums ? 0 : 1 << (kBits - 1);
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
@@ -158,15 +155,20 @@ void run(const QuantizedLinearArgs& p) {
   });
 
   const int64_t n = p.weight.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = groups * p.weight.group_bytes(kPanel);
-  const int64_t height = std::max<int64_t>(kRows, (3 << 16) / (row_bytes + 12 * groups + 1) / kRows * kRows);
+  const int64_t step = on_tiles ? kTileRows : kRows;
+  const int64_t height =
+      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 12 * groups + 1) / step) * step;
   const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
   parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
+    auto* wide = on_tiles ? static_cast<char*>(cpu::scratch(wide_panel_bytes(p.weight), 1)) : nullptr;
     for (int64_t i0 = 0; i0 < p.m; i0 += height)
-      for (int64_t panel = begin; panel < end; panel++)
-        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += kRows) {
-          alignas(64) float sums[kRows * kPanel];
-          const int64_t rows = std::min<int64_t>(kRows, i1 - i), j = panel * kPanel;
-          tiles[rows - 1](p.weight, x, i, p.panels + panel * panel_bytes, sums);
+      for (int64_t panel = begin; panel < end; panel++) {
+        const char* packed = p.panels + panel * panel_bytes;
+        if (on_tiles) widen_panel(p.weight, packed, wide);
+        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += step) {
+          alignas(64) float sums[std::max<int64_t>(kRows, kTileRows) * kPanel];
+          const int64_t rows = std::min(step, i1 - i), j = panel * kPanel;
+          on_tiles ? quantized_tiles(p.weight, x, i, wide, sums) : tiles[rows - 1](p.weight, x, i, packed, sums);
           with_dtype(p.dtype, [&](auto* tag) {
             const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
             auto* c = reinterpret_cast<decltype(tag)>(p.c);
@@ -178,6 +180,7 @@ void run(const QuantizedLinearArgs& p) {
               }
           });
         }
+      }
   });
 }
 

@@ -52,9 +52,12 @@ template <int kSum, int kLeft, int kRight>
 VEC void dot_bf16_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
 }
-template <int kSum, int kLeft, int kRight>
-VEC void dot_byte_tiles() {  // the left one's signed, the right one's unsigned
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+template <int kSum, int kLeft, int kRight, bool kUnsigned>
+VEC void dot_byte_tiles() {  // of signed bytes, or unsigned ones on the right
+  if constexpr (kUnsigned)
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+  else
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
 // 2 W floats to bf16, with the conversion that comes with the tiles: denormals become zeros.
@@ -134,11 +137,14 @@ void dot_bf16_tiles() {
     return c + (even + odd);
   });
 }
-template <int kSum, int kLeft, int kRight>
+template <int kSum, int kLeft, int kRight, bool kUnsigned>
 void dot_byte_tiles() {
   each_of_tile<kSum, kLeft, kRight, int32_t>([](int32_t c, const uint8_t* left, auto right, int at, int quads) {
     for (int q = 0; q < quads; q++)
-      for (int b = 0; b < 4; b++) c += static_cast<int8_t>(left[4 * q + b]) * right[q][at + b];
+      for (int b = 0; b < 4; b++) {
+        const uint8_t y = right[q][at + b];
+        c += static_cast<int8_t>(left[4 * q + b]) * (kUnsigned ? y : static_cast<int8_t>(y));
+      }
     return c;
   });
 }
