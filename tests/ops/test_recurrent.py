@@ -163,6 +163,14 @@ def test_same_bits_alone_in_any_batch_padding_pieces_and_threads(name, options, 
     assert all(torch.equal(a, b) for a, b in zip(flat(state), whole[1:], strict=True))
 
 
+def test_many_steps_of_bf16_have_the_bits_of_their_sequence(isa):
+    x, p = torch.randn(8, 600, 32).bfloat16(), to(torch.bfloat16, *parameters("rnn", 32, 32, 1))
+    whole, state = ops.rnn(x, p)[0], None
+    for t in range(600):
+        y, state = ops.rnn(x[:, t : t + 1], p, state)
+        assert torch.equal(y, whole[:, t : t + 1]), t
+
+
 @pytest.mark.parametrize(("name", "options"), KINDS)
 def test_gradients_have_the_same_bits_for_any_threads(name, options, isa, threads):
     x, p = torch.randn(9, 70, 20), parameters(name, 20, 40, 2)

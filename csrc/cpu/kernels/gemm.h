@@ -37,6 +37,7 @@ struct Product {
   int64_t c_step;
   bool accumulate;                      // C starts from what is in c
   const void* packed_narrow = nullptr;  // b from pack_narrow()
+  bool plain = false;                   // not on tile registers: the bits of a product with `packed`
 };
 
 namespace {

@@ -274,7 +274,7 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
 }  // namespace
 
 bool on_tiles(const Product& p) {
-  return p.a.dtype == DType::bf16 && p.b.dtype == DType::bf16 && !p.packed && p.k > 0 && cpu::has_amx();
+  return p.a.dtype == DType::bf16 && p.b.dtype == DType::bf16 && !p.packed && !p.plain && p.k > 0 && cpu::has_amx();
 }
 
 void tiles_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {

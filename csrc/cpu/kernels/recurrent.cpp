@@ -127,7 +127,8 @@ class Forward {
         const Matrix x = {s_.x.data, s_.dtype, s_.x.row, s_.x.column}, h = {h_[0], DType::f32, step_, 1};
         const Matrix w_ih = {at<T>(s_.w_ih.data, n * s_.w_ih.row), s_.dtype, s_.w_ih.column, s_.w_ih.row};
         const Matrix w_hh = {at<T>(s_.w_hh.data, n * s_.w_hh.row), s_.dtype, s_.w_hh.column, s_.w_hh.row};
-        product({batch_, columns, s_.inputs, x, w_ih, nullptr, bias_ + n, gates + n, DType::f32, width_, false});
+        product({batch_, columns, s_.inputs, x, w_ih, nullptr, bias_ + n, gates + n, DType::f32, width_, false, nullptr,
+                 true});
         product({batch_, columns, hidden_, h, w_hh, nullptr, nullptr, sums_ + n, DType::f32, width_, false});
       }
       for (int64_t unit = begin; unit < end; unit++)
