@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
+from pyllm.engine.budget import new_pool
+from pyllm.engine.trials import run_trials
 from pyllm.models import Model, Pair
 
 
@@ -28,21 +30,32 @@ class Difference:
 
 
 @torch.no_grad()
-def check(model: Model, *, length: int = 40, batch_size: int = 3, seed: int = 0) -> list[Difference]:
+def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 4, neighbours: int = 7, seed: int = 0,
+          progress: Callable[[int], Any] | None = None) -> list[Difference]:  # fmt: skip
     """Runs a model on random ids in every way that must give the same bits, and compares them module by module.
 
     The whole sequence at once is compared with: the same in pieces of 1, of 7 and of growing size (unless the model
     sees whole texts only), each row alone, and another number of threads; rows padded to different lengths with each
     alone. An encoder-decoder gets random sources too, and rows whose sources are padded.
 
+    If all that is the same, a request in an `Engine` is tried, if one takes the model, with what it draws and the
+    log-probabilities: among others that come and go, read in pieces or from a beginning that is known, recorded or not,
+    speculatively or not, with 1 or 2 threads.
+
+    Args:
+        trials, neighbours: how many times, among how many others at the most.
+        progress: is called with how many trials are done.
+
     Returns:
         The first difference of each way that differs; an empty list if the model keeps the contract.
 
     Raises:
-        ValueError: a length or batch size below 2, or one longer than the model's context.
+        ValueError: a length or batch size below 2, or one longer than the model's context; a count below 0.
     """
     if length < 2 or batch_size < 2:
         raise ValueError(f"length and batch_size must be at least 2, but got {length} and {batch_size}")
+    if trials < 0 or neighbours < 0:
+        raise ValueError(f"trials and neighbours must be at least 0, but got {trials} and {neighbours}")
     generator = torch.Generator().manual_seed(seed)
     ids, source = (torch.randint(model.vocab_size, (batch_size, length), generator=generator) for _ in range(2))
     full = torch.full((batch_size,), length)
@@ -78,10 +91,23 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, seed: int = 0)
                 break
         _C.set_num_threads(1 if threads > 1 else 2)
         found.append(_first_difference("with another number of threads", whole, _outputs(model, [given()], None)))
+        if not any(found) and _has_engine(model):
+            first = run_trials(model, trials, neighbours, seed, progress)
+            found.append(None if first is None else Difference(first[0], "", 0, *first[1:]))
     finally:
         _C.set_num_threads(threads)
         model.train(was_training)
     return [d for d in found if d is not None]
+
+
+def _has_engine(model: Model) -> bool:
+    if not model.causal:
+        return False
+    try:
+        new_pool(model, 1, 1, None, False)
+    except TypeError:
+        return False
+    return True
 
 
 def _outputs(model: Model, pieces: Sequence[Any], state, lengths: Tensor | None = None) -> dict[str, Tensor]:

@@ -86,3 +86,29 @@ def test_what_breaks_the_contract_is_named():
     assert "mixing first differs, in row 0 at position 0" in str(found[0])
     with pytest.raises(ValueError, match="at least 2"):
         pyllm.check(OwnModel(30, 16), length=1)
+
+
+@pytest.mark.parametrize("kind", ["window", "int8", "gru", "t5"])
+def test_a_request_in_an_engine_is_tried(kind, monkeypatch):
+    if kind == "gru":
+        model = pyllm.LanguageModel(40, 16, 1, cell="gru")
+    elif kind == "t5":
+        model = pyllm.EncoderDecoder(40, 16, 1, 2)
+    else:
+        model = pyllm.Decoder(40, 32, 1, 2, context_length=200, window=70 if kind == "window" else None)
+    if kind == "int8":
+        model.quantize("int8")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    done = []
+    assert pyllm.check(model, trials=8, neighbours=15, progress=done.append) == []
+    assert done == list(range(1, 9))
+    step = pyllm.engine.steps.Steps._step
+    monkeypatch.setattr("pyllm.engine.steps.Steps._step",
+                        lambda self, count: step(self, count) * (1.001 if count > 1 else 1))  # fmt: skip
+    (found,) = pyllm.check(model, trials=8)
+    assert found.way.startswith("in an engine, among") and not found.module and found.largest > 0
+    assert "the model first differs, in row 0 at position" in str(found)
+    assert pyllm.check(model, trials=8, neighbours=0) == pyllm.check(model, trials=0) == []
+    with pytest.raises(ValueError, match="trials and neighbours must be at least 0, but got -1 and 7"):
+        pyllm.check(model, trials=-1)
