@@ -102,8 +102,9 @@ def test_a_conversation_is_what_its_template_says(kind):
     assert conversation.messages == messages[1:] and not conversation.forgotten
 
 
-def test_a_turn_reads_what_is_new_alone(monkeypatch):
-    model, tokenizer = new("llama")
+@pytest.mark.parametrize("kind", ["llama", "lstm"])
+def test_a_turn_reads_what_is_new_alone(kind, monkeypatch):
+    model, tokenizer = new(kind)
     conversation = Conversation(model, tokenizer, pyllm.SamplingParams(seed=5), max_tokens=10)
     read, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *rest: (read.append(ids.shape[1]), hidden(ids, *rest))[1])

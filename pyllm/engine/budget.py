@@ -24,7 +24,7 @@ def new_pool(model: Model, max_sequences: int, num_pages: int | None, max_length
     else:
         state = model.new_state(1, 1)
     if isinstance(state, RecurrentState):
-        return RecurrentPool(state.vectors, max_sequences)
+        return RecurrentPool(state.vectors, max_sequences, reuse)
     if not isinstance(state, AttentionState):
         raise TypeError(f"an engine must get a model with an AttentionState or a RecurrentState, but got one with a "
                         f"{type(state).__name__}")  # fmt: skip

@@ -35,7 +35,8 @@ class Engine:
     A step of the engine reads so many ids of prompts and draws the next id of each sequence whose prompt is read, so
     that long prompts do not hold up the others. A request is admitted, by priority and then in order, when there is
     room for all that it may come to need: what is admitted can always end, and memory never grows beyond what was set.
-    Prompts that begin as an earlier one did, by whole pages of 64 ids, take over what is known of it.
+    Prompts that begin as an earlier one did take over what is known of it: whole pages of 64 ids or, of a recurrent
+    model, what had been read at the end of a piece.
 
     Whoever waits for a result makes the steps: `generate`, `stream` and `astream` may be called from several threads at
     once, and their requests run together. The model is put into evaluation mode.
@@ -46,8 +47,8 @@ class Engine:
         max_sequences: how many run together.
         max_length: the longest sequence that room is set aside for; the model's context by default.
         num_pages: the budget: pages of 64 positions of all layers' keys and values; by default what `max_sequences`
-            sequences of `max_length` need. Of a recurrent model each sequence needs one slot; of an encoder-decoder
-            pages for what is answered too, which those who answer the same share.
+            sequences of `max_length` need. Of a recurrent model each sequence needs one slot, and as many more keep
+            beginnings; of an encoder-decoder pages for what is answered too, which those who answer the same share.
         chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
         speculate: "lookup", or a smaller model with the same vocabulary, a draft: what they propose is read together

@@ -4,6 +4,7 @@ the state of those that are read an id at a time, which stays where it is as seq
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -125,18 +126,26 @@ class Slot:
 
 
 class RecurrentPool:
-    """So many slots of a recurrent model's vectors."""
+    """So many slots of a recurrent model's vectors, and at most as many copies of what they were at the ends of pieces
+    of prompts, from which others go on that begin with the same ids: the oldest go first."""
 
     most = longest = None
 
-    def __init__(self, vectors: Sequence[Tensor], count: int):
+    def __init__(self, vectors: Sequence[Tensor], count: int, reuse: bool):
         self.first, self.free, self.count = [v.select(1, 0).clone() for v in vectors], count, count
+        self.reuse, self.known = reuse, OrderedDict[tuple[int, ...], list[Tensor]]()
 
     def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Slot | None:
         if self.free == 0:
             return None
         self.free -= 1
-        return Slot([v.clone() for v in self.first])
+        lengths = sorted({len(k) for k in self.known if len(k) < len(ids)}, reverse=True)
+        found = next((key for n in lengths if (key := tuple(ids[:n])) in self.known), ())
+        if found:
+            self.known.move_to_end(found)
+        slot = Slot([v.clone() for v in self.known.get(found, self.first)])
+        slot.length = len(found)
+        return slot
 
     def room(self, positions: int, source_length: int = 0) -> int:
         return self.count
@@ -151,6 +160,10 @@ class RecurrentPool:
 
     def note(self, slot: Slot, ids: Sequence[int], length: int) -> None:
         slot.length = length
+        if self.reuse and not slot.seated and not slot.private and length >= PAGE_SIZE:  # less is soon read again
+            self.known[tuple(ids[:length])] = [v.clone() for v in slot.vectors]
+            if len(self.known) > self.count:
+                self.known.popitem(last=False)
 
     def part(self, held: Sequence[Slot], state: RecurrentState) -> None:
         for i, slot in enumerate(held):
@@ -174,7 +187,8 @@ class RecurrentPool:
         self.free += 1
 
     def forget(self) -> None:
-        """Nothing is known of prompts that nobody has."""
+        """The model has changed: what is known of prompts holds no longer."""
+        self.known.clear()
 
 
 class RecurrentSeats:

@@ -87,6 +87,33 @@ def test_prefixes_are_reused_and_all_pages_return():
     assert engine.generate([[1]], max_tokens=1)[0].reason == "length"
 
 
+@pytest.mark.parametrize("kind", ["lstm", "rwkv"])
+def test_recurrent_beginnings_are_reused(kind):
+    model = new(kind)
+    prompt = [i % 40 for i in range(200)]
+    engine, params = pyllm.Engine(model, max_sequences=3, chunk=70), pyllm.SamplingParams(seed=2)
+    engine.generate([prompt], params, max_tokens=3)
+    for more, length in (([], 140), ([5, 6], 200), ([5, 6, 7], 202)):
+        request = engine.submit(prompt + more, params, max_tokens=9)
+        engine._admit()
+        assert request.held.length == length
+        while request.reason is None:
+            engine.step()
+        assert request.ids == alone(model, prompt + more, params, 9)
+        assert len(engine.pool.known) == 3
+    engine.generate([[1] * 70], max_tokens=1)
+    forgotten = engine.submit(prompt[:150], params)  # three are newer
+    engine._admit()
+    assert forgotten.held.length == 0
+    forgotten.cancel()
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    again = engine.submit(prompt, params)
+    engine.step()  # the model has changed
+    assert again.held.length == 70 and len(engine.pool.known) == 1
+    assert not pyllm.Engine(model, reuse_prefixes=False).generate([prompt], max_tokens=1)[0]._engine.pool.known
+
+
 def test_windows_give_pages_back_while_a_sequence_runs():
     engine = pyllm.Engine(new("window"), num_pages=6)
     request = engine.submit([1] * 300, max_tokens=20)
