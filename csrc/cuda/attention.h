@@ -5,5 +5,6 @@
 namespace pyllm {
 
 PYLLM_CUDA_KERNEL(attention_forward, AttentionForwardArgs)
+PYLLM_CUDA_KERNEL(attention_backward, AttentionBackwardArgs)
 
 }  // namespace pyllm

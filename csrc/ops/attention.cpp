@@ -188,7 +188,8 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
                         const TensorView& dweights, const TensorView& dq, const TensorView& dk, const TensorView& dv,
                         const TensorView& dbias, bool causal, int64_t window, double scale, double softcap) {
   const char* op = "attention backward";
-  const AttentionArgs a = inputs(op, true, q, k, v, bias, key_lengths, query_segments, key_segments,
+  const Place place(op, "q", q);
+  const AttentionArgs a = inputs(op, !place.cuda(), q, k, v, bias, key_lengths, query_segments, key_segments,
                                  TensorView::absent(), causal, window, scale, softcap);
   check_result(op, "out", out, a);
   check_contiguous(op, "out", out);
@@ -221,7 +222,7 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
     check_gradient(op, "dbias", dbias, bias);
     for (int i = 0; i < dbias.ndim; i++) b.dbias_size[4 - dbias.ndim + i] = dbias.size(i);
   }
-  pyllm::attention_backward(b);
+  place.cuda() ? cuda::attention_backward(b, place.work()) : pyllm::attention_backward(b);
 }
 
 }  // namespace pyllm::ops

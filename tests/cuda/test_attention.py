@@ -18,7 +18,6 @@ def check(inputs, device, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
 def test_equals_its_twin(case, options, dtype, device):
     check(qkv(*CASES[case], dtype), device, **OPTIONS[options])
 
@@ -45,13 +44,46 @@ def test_bias_segments_and_lengths(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@torch.no_grad()
 def test_layouts(dtype, device):
     base = torch.randn(2, 9, 70, 3, 24).to(dtype)
     views = (base[:, 0, :, :, :16], base[:, 1, :, :, 8:], base[:, 2, :, :, 3:19], base[:, 3, :, 1:].transpose(2, 3))
     for q in views[:3]:
         for k in views[:3]:
             check({"q": q[:, :20], "k": k, "v": views[2]}, device)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 37, 70), (4, 1, 70), (37, 70), (2, 1, 1, 70)])
+def test_the_gradient_of_a_bias(shape, device):
+    for options in ({"causal": True}, {"softcap": 2.0, "window": 20}):
+        check(qkv(2, 37, 70, 4, 2, 8) | {"bias": torch.randn(shape)}, device, **options)
+    check(qkv(2, 37, 70, 4, 2, 8, torch.bfloat16) | {"bias": torch.randn(shape).bfloat16()}, device)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 37, 1), (1, 4, 1, 1), (1,), ()])
+def test_a_bias_that_is_the_same_for_all_keys_has_no_gradient(shape, device):
+    inputs, bias = qkv(2, 37, 70, 4, 2, 8), torch.randn(shape, device=device, requires_grad=True)
+    ops.attention(**{k: v.to(device) for k, v in inputs.items()}, bias=bias, causal=True).sin().sum().backward()
+    torch.testing.assert_close(bias.grad, torch.zeros_like(bias), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_masks_weights_and_wide_heads(dtype, device):
+    segments = (torch.arange(37)[None] % 3).repeat(2, 1), (torch.arange(70)[None] % 3).repeat(2, 1)
+    lengths = torch.tensor([70, 33])
+    check(qkv(2, 37, 70, 4, 2, 8, dtype), device, segment_ids=segments, key_lengths=lengths, causal=True)
+    check(qkv(2, 9, 70, 4, 2, 8, dtype), device, key_lengths=torch.tensor([0, 5]), return_weights=True)
+    for dim, value_dim in ((72, 40), (130, 256), (256, 8)):
+        check(qkv(1, 20, 35, 2, 1, dim, dtype, value_dim=value_dim), device, causal=True)
+
+
+def test_only_the_gradients_that_are_asked_for(device):
+    inputs = {k: v.to(device) for k, v in qkv(1, 5, 6, 2, 1, 8).items()}
+    for wanted in inputs:
+        leaf = inputs[wanted].clone().requires_grad_()
+        ops.attention(**(inputs | {wanted: leaf})).sum().backward()
+        expected = inputs[wanted].clone().requires_grad_()
+        reference.attention(**(inputs | {wanted: expected})).sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
