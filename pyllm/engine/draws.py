@@ -25,11 +25,13 @@ class Draws:
         lengths = [len(row.sequence) for row in rows]
         if rows != self.rows or (self.looks_back and lengths != [n + 1 for n in self.lengths]):
             self.given, self.rows = self._gathered(rows, logits.shape[1]), list(rows)
+            self.positions = torch.empty(len(rows), dtype=torch.int64)
+            self.numbers = self.positions.numpy()
         elif self.looks_back:
             for own, row, length in zip(self.given["history"], rows, lengths, strict=True):
                 own[length - 1] = row.sequence[-1]
-        self.lengths = lengths
-        return ops.sample(logits, positions=torch.tensor(lengths), **self.given)
+        self.lengths = self.numbers[:] = lengths
+        return ops.sample(logits, positions=self.positions, **self.given)
 
     @property
     def looks_back(self) -> bool:

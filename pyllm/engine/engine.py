@@ -245,11 +245,15 @@ class Engine:
                 self._time_out()
                 self._admit()
                 left = self.chunk
-                for request in [r for r in self._running if not r.decodes]:
+                reading = [r for r in self._running if not r.decodes]
+                for request in reading:
                     if left > 0 and request.reason is None and not request.decodes:  # a callback may have ended it
                         left -= self._encode(request, left) if request.encodes else self._read(request, left)
-                self._admit()  # samples of a prompt that has just been read
-                self._decode([r for r in self._running if r.decodes])
+                if reading or self._waiting:
+                    self._admit()  # samples of a prompt that has just been read
+                    self._decode([r for r in self._running if r.decodes])
+                else:
+                    self._decode(list(self._running))
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self.steps.clear()
                 if self._speculation is not None:
@@ -398,8 +402,7 @@ class Engine:
                 if row.reason is None:
                     self._decode([row])
             return
-        for row in rows:
-            self.pool.note(row.held, row.sequence, row.held.length + 1)
+        self.pool.advance(rows)
         self._draw(rows, logits, self._draws)
 
     def _decode_ahead(self, rows: list[Request], proposed: dict[Request, list[int]]) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class AttentionPool:
 
     def seats(self, count: int) -> AttentionSeats:
         return AttentionSeats(self, count)
+
+    def advance(self, rows: Sequence[Any]) -> None:
+        """Each has one more of its ids written."""
+        for row in rows:
+            holding = row.held
+            holding.length += 1
+            if holding.length % PAGE_SIZE == 0 or self.window is not None:
+                self.note(holding, row.sequence, holding.length)
 
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         self.pages.note(holding, ids, length)
@@ -157,6 +166,10 @@ class RecurrentPool:
 
     def seats(self, count: int) -> RecurrentSeats:
         return RecurrentSeats(self, count)
+
+    def advance(self, rows: Sequence[Any]) -> None:
+        for row in rows:
+            row.held.length += 1
 
     def note(self, slot: Slot, ids: Sequence[int], length: int) -> None:
         slot.length = length

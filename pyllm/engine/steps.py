@@ -19,6 +19,7 @@ class Steps:
     def __init__(self, model: Model, pool: Any, count: int):
         self.model, self.seats = model, pool.seats(count)
         self.ids = torch.zeros(count, 1, dtype=torch.int64)
+        self.numbers = self.ids.numpy()[:, 0]
         self.asked: list[Any] = []
         self.rows: list[Any] = []
         self.forget()
@@ -51,7 +52,7 @@ class Steps:
     def run(self) -> Tensor:
         """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
         count = len(self.rows)
-        self.ids[:count] = torch.tensor([[row.sequence[-1]] for row in self.rows])
+        self.numbers[:count] = [row.sequence[-1] for row in self.rows]
         try:
             found = self.recorded.get(count) or self._record(count)
             if found is None:
