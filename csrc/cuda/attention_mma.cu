@@ -32,15 +32,14 @@ __device__ __forceinline__ T* chunk_at(T* rows, int row, int chunk) {
   return rows + row * kDim + ((chunk ^ (row % 8)) * 8);
 }
 
-// Rows [0, count) at row_of(i), each `dim` elements, to shared memory; zeros beyond, and where row_of gives null.
+// Rows [0, count) at row_of(i), each `dim` elements, to shared memory, and zeros beyond, for which `valid` is not read.
 template <int kDim, int kThreads, class T, class F>
-__device__ __forceinline__ void copy_rows(T* to, int rows, int count, int dim, const F& row_of) {
+__device__ __forceinline__ void copy_rows(T* to, int rows, int count, int dim, const void* valid, const F& row_of) {
   constexpr int kChunks = kDim / 8;
   for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
-    const T* from = row < count && chunk * 8 < dim ? row_of(row) : nullptr;
-    const int left = from ? (dim - chunk * 8 < 8 ? dim - chunk * 8 : 8) : 0;
-    copy_async(chunk_at<kDim>(to, row, chunk), left ? from + chunk * 8 : to, left * 2);
+    const int left = row < count ? dim - chunk * 8 : 0, taken = left < 0 ? 0 : left < 8 ? left : 8;
+    copy_async(chunk_at<kDim>(to, row, chunk), taken ? row_of(row) + chunk * 8 : valid, taken * 2);
   }
 }
 
@@ -80,13 +79,13 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     // A tile lies within one page.
     const T* k = key_at<T>(a, a.k, a.k_step, t, first, record);
     const T* v = key_at<T>(a, a.v, a.v_step, t, first, record);
-    copy_rows<kDim, S::kThreads>(keys + stage * kKeys * kDim, kKeys, k ? count : 0, static_cast<int>(a.dim),
+    copy_rows<kDim, S::kThreads>(keys + stage * kKeys * kDim, kKeys, k ? count : 0, static_cast<int>(a.dim), a.q,
                                  [&](int j) { return k + j * a.k_step[1]; });
     copy_rows<kDim, S::kThreads>(values + stage * kKeys * kDim, kKeys, v ? count : 0, static_cast<int>(a.value_dim),
-                                 [&](int j) { return v + j * a.v_step[1]; });
+                                 a.q, [&](int j) { return v + j * a.v_step[1]; });
   };
 
-  copy_rows<kDim, S::kThreads>(queries, S::kRows, static_cast<int>(t.count), static_cast<int>(a.dim),
+  copy_rows<kDim, S::kThreads>(queries, S::kRows, static_cast<int>(t.count), static_cast<int>(a.dim), a.q,
                                [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
   if (steps > 0) load_keys(0);
   end_of_copies();

@@ -144,7 +144,7 @@ class Decoder(Model):
         time = ids.shape[1]
         if time > self.context_length:
             raise ValueError(f"{self._context()}, but got {time} ids{self._beyond()}")
-        positions, total = (torch.arange(time), None) if state is None else state.positions(time)
+        positions, total = (torch.arange(time, device=ids.device), None) if state is None else state.positions(time)
         x = self.embedding(ids)  # (B, T, hidden)
         if self.embedding_scale is not None:
             x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
@@ -161,7 +161,7 @@ class Decoder(Model):
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
         capacity = self.context_length if max_length is None else min(max_length, self.context_length)
-        table, blocks = nn.own_pages(batch_size, capacity), cast(Iterable[Block], self.blocks)
+        table, blocks = nn.own_pages(batch_size, capacity, self.device), cast(Iterable[Block], self.blocks)
         caches = [block.attention.new_cache(table, table.numel(), self.dtype) for block in blocks]
         if capacity < self.context_length:
             return AttentionState(caches, capacity)

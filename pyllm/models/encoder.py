@@ -163,7 +163,7 @@ class Encoder(Model):
 
     def _positions(self, ids: Tensor) -> Tensor:
         if not self.config["skip_padding"]:
-            return torch.arange(ids.shape[1]).expand(ids.shape)
+            return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         real = ids != self.config["padding_id"]
         return real.cumsum(1) * real + self.config["padding_id"]
 
@@ -245,4 +245,4 @@ class Encoder(Model):
 
 
 def _first(lengths: Tensor, time: int) -> Tensor:
-    return torch.arange(time) < lengths[:, None]
+    return torch.arange(time, device=lengths.device) < lengths[:, None]

@@ -210,7 +210,7 @@ class EncoderDecoder(Model):
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> Memory:
         """What the decoder sees of sources (B, S), padded on the right beyond `lengths` (B,)."""
         self._check_fits(source.shape[1])
-        positions = torch.arange(source.shape[1])
+        positions = torch.arange(source.shape[1], device=source.device)
         return Memory(self.encoder(self._embedded(source), positions, lengths), lengths)
 
     def forward(self, ids: Tensor | Pair, state: SourceState | None = None, lengths: Tensor | None = None, *,
@@ -232,7 +232,7 @@ class EncoderDecoder(Model):
             memory = self.encode(ids.source, ids.lengths)
             ids, sources = ids.ids, self._sources(memory)
             source_lengths, source_table = memory.lengths, None
-            positions, total = torch.arange(ids.shape[1]), None
+            positions, total = torch.arange(ids.shape[1], device=ids.device), None
         elif isinstance(ids, Tensor) and state is not None:
             sources, source_lengths, source_table = state.sources, state.source_lengths, state.source_table
             positions, total = state.positions(ids.shape[1])
@@ -255,12 +255,12 @@ class EncoderDecoder(Model):
         if not limits:
             raise ValueError("max_length must be given, as the model's context has no limit")
         blocks = cast(Iterable[Block], self.decoder.blocks)
-        table = nn.own_pages(batch_size, min(limits))
+        table = nn.own_pages(batch_size, min(limits), self.device)
         caches = [block.attention.new_cache(table, table.numel(), self.dtype) for block in blocks]
         return SourceState(caches, min(limits), self._sources(memory), memory.lengths)
 
     def begin(self, ids: Tensor, lengths: Tensor, max_tokens: int) -> tuple[SourceState, Tensor, Tensor]:
-        first = torch.tensor([self.start_ids] * len(ids), dtype=torch.int64)
+        first = torch.tensor([self.start_ids] * len(ids), dtype=torch.int64, device=ids.device)
         return self.new_state(len(ids), max_tokens, self.encode(ids, lengths)), first, torch.ones_like(lengths)
 
     def room(self, length: int) -> int | None:
@@ -271,8 +271,8 @@ class EncoderDecoder(Model):
         if step + 1 == max_tokens and self.config["forced_eos_id"] is not None:
             forced = self.config["forced_eos_id"]
         if forced is not None:
-            return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([forced]), 0)
-        never = torch.tensor(self.config["suppressed_ids"], dtype=torch.int64)
+            return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([forced], device=logits.device), 0)
+        never = torch.tensor(self.config["suppressed_ids"], dtype=torch.int64, device=logits.device)
         return logits.index_fill(1, never, -torch.inf) if len(never) else logits
 
     def _embedded(self, ids: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SequenceHead(Head):
         self.classifier = nn.Linear(config["hidden_size"], self.labels)
 
     def forward(self, h: Tensor, real: Tensor | None) -> Tensor:
-        first = h[:, 0] if real is None else h[torch.arange(len(h)), real.int().argmax(1)]
+        first = h[:, 0] if real is None else h[torch.arange(len(h), device=h.device), real.int().argmax(1)]
         first = self.activation(self.pooler(self.pooler_dropout(first)))
         return self.classifier(self.dropout(first))
 

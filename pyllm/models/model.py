@@ -94,6 +94,11 @@ class Model(torch.nn.Module):
         """What the model computes with."""
         return next(self.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters()) + sum(math.prod(w.shape) for w in self.quantized_weights())
 
@@ -133,7 +138,7 @@ def padding_to_the_right(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, T
     """(which of its ids each sequence starts with, and goes on with, how many of them are real)."""
     if attention_mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, but got {tuple(attention_mask.shape)}")
-    real, places = attention_mask != 0, torch.arange(ids.shape[1])
+    real, places = attention_mask != 0, torch.arange(ids.shape[1], device=ids.device)
     lengths, first = real.sum(1), real.int().argmax(1)
     if not torch.equal(real, (places >= first[:, None]) & (places < (first + lengths)[:, None])):
         raise ValueError("attention_mask must have each sequence's ones next to each other")

@@ -42,5 +42,5 @@ class LanguageModel(Model):
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> RecurrentState:
         count = 2 if isinstance(self.rnn, nn.LSTM) else 1
-        zeros = torch.zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size, dtype=self.dtype)
+        zeros = torch.zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size, dtype=self.dtype, device=self.device)
         return RecurrentState(*(zeros.clone() for _ in range(count)))

@@ -125,5 +125,5 @@ class RWKV(Model):
 
     def new_state(self, batch_size: int, max_length: int | None = None) -> RecurrentState:
         hidden, layers, dim = (self.config[key] for key in ("hidden_size", "num_layers", "head_dim"))
-        last = torch.zeros(2, layers, batch_size, hidden, dtype=self.dtype)
-        return RecurrentState(*last, torch.zeros(layers, batch_size, hidden // dim, dim, dim))
+        last = torch.zeros(2, layers, batch_size, hidden, dtype=self.dtype, device=self.device)
+        return RecurrentState(*last, torch.zeros(layers, batch_size, hidden // dim, dim, dim, device=self.device))

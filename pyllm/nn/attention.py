@@ -75,7 +75,8 @@ class Attention(torch.nn.Module):
             k, v, page_table = cache.keys, cache.values, cache.page_table
             keys = cache.capacity
         if self.slopes is not None:  # by the key alone: what is the same for all keys of a query does not matter
-            bias = self.slopes[:, None, None] * torch.arange(keys, dtype=torch.float32)
+            self.slopes = self.slopes.to(x.device)  # no buffer, which conversions of the model would round
+            bias = self.slopes[:, None, None] * torch.arange(keys, dtype=torch.float32, device=x.device)
         dropout = self.dropout if self.training and cache is None else 0.0
         y = _attention(q, k, v, dropout, causal=self.causal, window=self.window, scale=self.scale, bias=bias,
                        softcap=self.softcap, key_lengths=lengths, page_table=page_table)  # fmt: skip
@@ -84,11 +85,14 @@ class Attention(torch.nn.Module):
     def _turned(self, x: Tensor, positions: Tensor | None) -> Tensor:
         if self.rope_theta is None or positions is None:
             return x
+        if self.inv_freq is not None and self.inv_freq.device != x.device:
+            self.inv_freq = self.inv_freq.to(x.device)
         return ops.rope(x, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
 
     def new_cache(self, page_table: Tensor, num_pages: int, dtype: torch.dtype) -> KeyValueCache:
         shape = (num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim)
-        return KeyValueCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), page_table)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=page_table.device) for _ in range(2))
+        return KeyValueCache(keys, values, page_table)
 
     def extra_repr(self) -> str:
         return (f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "

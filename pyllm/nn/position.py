@@ -97,8 +97,8 @@ class RelativeBias(Embedding):
         positions = positions.view(-1, positions.shape[-1])
         if keys is None:
             keys = int(positions.max()) + 1
-        distances = torch.arange(keys) - positions[..., None]  # (1 or B, T, keys)
-        of_distance = super().forward(self.buckets)  # (2 max_distance + 1, heads)
+        distances = torch.arange(keys, device=positions.device) - positions[..., None]  # (1 or B, T, keys)
+        of_distance = super().forward(self.buckets.to(positions.device))  # (2 max_distance + 1, heads)
         clamped = distances.clamp(-self.max_distance, self.max_distance) + self.max_distance
         return ops.embedding(clamped, of_distance).permute(0, 3, 1, 2).contiguous()
 

@@ -16,7 +16,7 @@ def shift_tokens(x: Tensor, last: Tensor | None, lengths: Tensor | None = None) 
     """x (B, T, hidden) one step later, after `last` (B, hidden) or zeros; and what comes last, at each length."""
     first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last[:, None]
     joined = torch.cat((first, x), 1)
-    ends = joined[:, -1] if lengths is None else joined[torch.arange(len(x)), lengths]
+    ends = joined[:, -1] if lengths is None else joined[torch.arange(len(x), device=x.device), lengths]
     return joined[:, :-1], ends
 
 

@@ -18,7 +18,7 @@ class RecurrentState:
 
     def __init__(self, *vectors: Tensor):
         self.vectors = vectors
-        self.lengths = torch.zeros(vectors[0].shape[1], dtype=torch.int64)
+        self.lengths = vectors[0].new_zeros(vectors[0].shape[1], dtype=torch.int64)
 
     def advance(self, vectors: tuple[Tensor, ...], count: Tensor | int) -> None:
         if torch.is_grad_enabled():
@@ -70,10 +70,10 @@ class KeyValueCache:
         ops.write_pages(self.values, v, self.page_table, positions)
 
 
-def own_pages(batch_size: int, capacity: int) -> Tensor:
+def own_pages(batch_size: int, capacity: int, device: torch.device | None = None) -> Tensor:
     """The table of a batch in which each sequence has pages of its own for `capacity` positions."""
     count = -(-capacity // PAGE_SIZE)
-    return torch.arange(batch_size * count, dtype=torch.int32).view(batch_size, count)
+    return torch.arange(batch_size * count, dtype=torch.int32, device=device).view(batch_size, count)
 
 
 class AttentionState:
@@ -86,7 +86,7 @@ class AttentionState:
     def __init__(self, caches: Sequence[KeyValueCache], capacity: int,
                  reason: str = "make it longer with new_state(batch_size, max_length)"):  # fmt: skip
         self.caches, self.capacity, self.reason = caches, capacity, reason
-        self.lengths = torch.zeros(len(caches[0].page_table), dtype=torch.int64)
+        self.lengths = caches[0].page_table.new_zeros(len(caches[0].page_table), dtype=torch.int64)
 
     def positions(self, count: int) -> tuple[Tensor, Tensor]:
         """Those of the next `count` tokens of each sequence, (B, count), and how many keys each then has, (B,)."""

@@ -11,7 +11,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
               ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     if page_table is not None:
         assert key_lengths is not None
-        first = torch.arange(page_table.shape[1]) * k.shape[1]
+        first = torch.arange(page_table.shape[1], device=q.device) * k.shape[1]
         reached = page_table.where(first < key_lengths[:, None], torch.zeros_like(page_table))
         k, v = (t[reached].flatten(1, 2) for t in (k, v))  # (B, P * page size, ...)
         if bias is not None and 1 < bias.shape[-1] < k.shape[1]:
@@ -24,9 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    lengths = torch.full((batch,), keys) if key_lengths is None else key_lengths
-    j = torch.arange(keys)
-    last = lengths[:, None] - queries + torch.arange(queries)  # the key that a causal query stands at
+    lengths = torch.full((batch,), keys, device=q.device) if key_lengths is None else key_lengths
+    j = torch.arange(keys, device=q.device)
+    last = lengths[:, None] - queries + torch.arange(queries, device=q.device)  # the key that a causal query stands at
     seen = (j < lengths[:, None, None]).expand(batch, queries, keys)
     if causal:
         seen = seen & (j <= last[..., None])

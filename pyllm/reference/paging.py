@@ -7,7 +7,7 @@ from torch import Tensor
 def next_positions(lengths: Tensor, count: int, capacity: int) -> tuple[Tensor, Tensor]:
     if (lengths + count > capacity).any():
         raise ValueError(f"the state holds {capacity} positions, but got {count} tokens after {int(lengths.max())}")
-    return lengths[:, None] + torch.arange(count), lengths + count
+    return lengths[:, None] + torch.arange(count, device=lengths.device), lengths + count
 
 
 def write_pages(pages: Tensor, rows: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:

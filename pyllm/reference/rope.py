@@ -8,7 +8,7 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: b
          rotary_dim: int | None = None, inv_freq: Tensor | None = None, scale: float = 1.0) -> Tensor:  # fmt: skip
     dim = x.shape[-1] if rotary_dim is None else rotary_dim
     if inv_freq is None:
-        inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
     angle = (positions.float()[..., None] * inv_freq.float()).unsqueeze(-2).double()  # (T or B,T, 1, dim / 2)
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (angle.cos() * scale).to(wide), (angle.sin() * scale).to(wide)

@@ -46,7 +46,7 @@ def distribution(x: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typi
         z = torch.where(counts > 0, repeated - counts * column(frequency_penalty) - column(presence_penalty), z)
     if logit_bias is not None:
         z = z + logit_bias
-    ids = torch.arange(x.shape[1])
+    ids = torch.arange(x.shape[1], device=x.device)
     best = z.amax(-1, keepdim=True)
     first_best = torch.where(z == best, ids, len(ids)).amin(-1, keepdim=True)
     heat = column(temperature)

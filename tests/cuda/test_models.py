@@ -1,0 +1,60 @@
+"""Whole models on the kernels: the losses, gradients and ids of the CPU."""
+
+import copy
+
+import pytest
+import torch
+
+import pyllm
+from pyllm import _C, ops
+
+OPTIONS = {
+    "rope": {"num_kv_heads": 2, "window": 12},
+    "learned": {"position": "learned", "norm": "layer_norm", "activation": "gelu"},
+    "alibi": {"position": "alibi"},
+}
+
+
+@pytest.fixture
+def on_cpu(device):
+    """Calls a function with the CPU's kernels."""
+
+    def call(f):
+        if not _C.info()["cuda_emulated"]:
+            return f()
+        _C._emulate_cuda(False)
+        try:
+            return f()
+        finally:
+            _C._emulate_cuda(True)
+
+    return call
+
+
+def train(model, ids):
+    loss = ops.cross_entropy(model(ids), ids)
+    loss.backward()
+    return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_a_training_step(options, device, on_cpu):
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64, **options)
+    ids = torch.randint(0, 60, (3, 20))
+    expected = on_cpu(lambda: train(copy.deepcopy(model), ids))
+    for ours, theirs in zip(train(model.to(device), ids.to(device)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    pyllm.synchronize()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@torch.no_grad()
+def test_steps_with_a_state(options, device, on_cpu):
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64, **options).eval()
+    ids = torch.randint(0, 60, (2, 24))
+    expected = on_cpu(lambda: copy.deepcopy(model)(ids))
+    model, ids = model.to(device), ids.to(device)
+    state = model.new_state(2, 64)
+    steps = [model(part, state=state) for part in ids.split([9, 1, 1, 12, 1], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1).cpu(), expected, rtol=1e-4, atol=1e-5)
+    pyllm.synchronize()
