@@ -76,7 +76,7 @@ class Search:
             return engine.pool.read([first.held.source])
         if first.held.length < len(self.prompt) - 1:
             ids = self.prompt[: min(first.held.length + engine.chunk, len(self.prompt) - 1)]
-            state = engine.pool.join([first.held])
+            state = engine.pool.join([first.held], len(ids) - first.held.length)
             engine.model.hidden(torch.tensor([ids[first.held.length :]]), state)
             engine.pool.part([first.held], state)
             engine.pool.note(first.held, ids, len(ids))

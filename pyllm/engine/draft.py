@@ -87,7 +87,7 @@ class Draft:
         held: Any = request.guess
         while len(request.sequence) - held.length > UNREAD:
             ids = request.sequence[: min(held.length + PIECE, len(request.sequence) - 1)]
-            state = self.pool.join([held])
+            state = self.pool.join([held], len(ids) - held.length)
             self.model.hidden(torch.tensor([ids[held.length :]]), state)
             self.pool.note(held, ids, len(ids))
 

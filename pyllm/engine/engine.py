@@ -19,6 +19,7 @@ from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
 from pyllm.engine.hooks import Hooks, Replacement
+from pyllm.engine.pieces import Piece, batches, pieces
 from pyllm.engine.reading import Score
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
@@ -247,8 +248,11 @@ class Engine:
                 left = self.chunk
                 reading = [r for r in self._running if not r.decodes]
                 for request in reading:
-                    if left > 0 and request.reason is None and not request.decodes:  # a callback may have ended it
-                        left -= self._encode(request, left) if request.encodes else self._read(request, left)
+                    if left > 0 and request.reason is None and request.encodes:
+                        left -= self._encode(request, left)
+                unread = [r for r in reading if r.reason is None and not r.decodes and not r.encodes]
+                for batch in batches(list(pieces(unread, left)), self.model.context_length):
+                    self._read(batch)
                 if reading or self._waiting:
                     self._admit()  # samples of a prompt that has just been read
                     self._decode([r for r in self._running if r.decodes])
@@ -362,29 +366,58 @@ class Engine:
                 self.end(reader, "error", error)
             return len(request.source)
 
-    def _read(self, request: Request, most: int) -> int:
-        """Reads up to so many ids of a prompt; says how many that were."""
-        first = request.held.length
-        ids = request.sequence[: first + most]
-        if len(request.samples) > 1:
-            ids = ids[: len(request.sequence) - 1]  # the last is for each sample to read
+    def _read(self, batch: list[Piece]) -> None:
+        """Reads pieces of sequences in one call of the model."""
+        batch = [piece for piece in batch if piece.request.reason is None]  # a callback may have ended it
+        if not batch:
+            return
+        firsts, ends, longest = [p.first for p in batch], [p.end for p in batch], max(p.length for p in batch)
+        held, requests = [p.request.held for p in batch], [p.request for p in batch]
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, piece in zip(ids, batch, strict=True):
+            row[: piece.length] = torch.tensor(piece.request.sequence[piece.first : piece.end])
+        lengths = None if all(p.length == longest for p in batch) else torch.tensor([p.length for p in batch])
         try:
-            state = self.pool.join([request.held])
-            with request.watching(first, len(ids) - first):
-                hidden = self.model.hidden(torch.tensor([ids[first:]]), state)
-            logits = request.read(self.model, hidden, first)
+            state = self.pool.join(held, longest)
+            with requests[0].watching(firsts[0], longest):
+                hidden = self.model.hidden(ids, state, lengths)
         except Exception as error:
-            self.end(request, "error", error)
-            return len(ids) - first
-        if request.reason is not None:  # a hook has ended it
-            return len(ids) - first
-        self.pool.part([request.held], state)
-        self.pool.note(request.held, ids, len(ids))
-        if logits is not None:
-            self._draw([request], logits, Draws())
-        elif len(ids) == len(request.sequence):
-            self.end(request, "stop")
-        return len(ids) - first
+            if len(batch) == 1:
+                return self.end(requests[0], "error", error)
+            for piece in batch:  # each alone, so that one does not end the others
+                self._read([piece])
+            return
+        self.pool.part(held, state)
+        drawing: list[tuple[Request, Tensor]] = []
+        for request, own, first, end in zip(requests, hidden.split(1), firsts, ends, strict=True):
+            if request.reason is not None:  # a hook has ended it
+                continue
+            self.pool.note(request.held, request.sequence[:end], end)
+            try:
+                last = request.read(self.model, own[:, : end - first], first)
+            except Exception as error:
+                self.end(request, "error", error)
+            else:
+                if last is not None:
+                    drawing.append((request, last))
+                elif end == len(request.sequence):
+                    self.end(request, "stop")
+        self._draw_first(drawing)
+
+    def _draw_first(self, drawing: list[tuple[Request, Tensor]]) -> None:
+        """Draws the first ids of requests, after the last vectors of their prompts."""
+        if not drawing:
+            return
+        rows = [request for request, _ in drawing]
+        try:
+            logits = self.model.head(torch.cat([last for _, last in drawing]))
+        except Exception as error:
+            if len(rows) == 1:
+                return self.end(rows[0], "error", error)
+            for one in drawing:
+                self._draw_first([one])
+            return
+        self._draw(rows, logits, Draws())
 
     def _decode(self, rows: list[Request]) -> None:
         if not rows:

@@ -25,7 +25,7 @@ class AttentionPool:
 
     def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool):
         def pool(t: Tensor) -> Tensor:
-            return t.new_zeros(num_pages, *t.shape[1:])
+            return t.new_zeros(num_pages + 1, *t.shape[1:])  # the last for what is padding
 
         self.caches = [KeyValueCache(pool(c.keys), pool(c.values), c.page_table) for c in caches]
         self.pages = Pages(num_pages, PAGE_SIZE, reuse=reuse)
@@ -41,9 +41,10 @@ class AttentionPool:
         """How many sequences of so many positions fit, with what all of them answer, if there are no others."""
         return (self.pages.count - self.pages.needed(source_length)) // max(self.pages.needed(positions), 1)
 
-    def join(self, held: Sequence[Holding]) -> AttentionState:
-        width = max(len(h.pages) for h in held)
-        table = torch.zeros(len(held), width, dtype=torch.int32)
+    def join(self, held: Sequence[Holding], count: int = 1) -> AttentionState:
+        """Their state, for so many ids of each."""
+        width = max(*(len(h.pages) for h in held), *(self.pages.needed(h.length + count) for h in held))
+        table = torch.full((len(held), width), self.pages.count, dtype=torch.int32)
         for row, h in zip(table, held, strict=True):
             row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
         caches = [KeyValueCache(c.keys, c.values, table) for c in self.caches]
@@ -159,7 +160,7 @@ class RecurrentPool:
     def room(self, positions: int, source_length: int = 0) -> int:
         return self.count
 
-    def join(self, held: Sequence[Slot]) -> RecurrentState:
+    def join(self, held: Sequence[Slot], count: int = 1) -> RecurrentState:
         state = RecurrentState(*(torch.stack(vectors, 1) for vectors in zip(*(h.vectors for h in held), strict=True)))
         state.lengths.copy_(torch.tensor([h.length for h in held]))
         return state

@@ -101,9 +101,9 @@ class Request:
         return nullcontext() if self.hooks is None else self.hooks.watching(first, count)
 
     def read(self, model: Model, hidden: Tensor, first: int) -> Tensor | None:
-        """Takes the vectors (1, T, hidden) of ids from the first-th on; the logits (1, vocabulary) of what comes next
-        if they are the last."""
-        return model.head(hidden[:, -1]) if first + hidden.shape[1] == len(self.sequence) else None
+        """Takes the vectors (1, T, hidden) of ids from the first-th on; if they are the last, gives that (1, hidden)
+        from which comes what is next."""
+        return hidden[:, -1] if first + hidden.shape[1] == len(self.sequence) else None
 
     def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
         """Takes the next id; the reason if it is the last."""

@@ -82,9 +82,9 @@ class SourcePool(AttentionPool):
         for source in sources:
             source.read = True
 
-    def join(self, held: Sequence[Holding]) -> SourceState:
+    def join(self, held: Sequence[Holding], count: int = 1) -> SourceState:
         rows = torch.nn.utils.rnn.pad_sequence([h.source.row for h in held], batch_first=True)
-        return self.with_sources(super().join(held), rows, torch.tensor([len(h.source.ids) for h in held]))
+        return self.with_sources(super().join(held, count), rows, torch.tensor([len(h.source.ids) for h in held]))
 
     def with_sources(self, state: Any, table: Tensor, lengths: Tensor) -> SourceState:
         made = SourceState(state.caches, state.capacity, [(c.keys, c.values) for c in self.caches], lengths, table)
