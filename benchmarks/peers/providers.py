@@ -36,6 +36,8 @@ def llama_cpp(folder, kind, vocab, batches, out):
     t = time.perf_counter()
     mp = L.llama_model_default_params()
     mp.n_gpu_layers = 0
+    # Version 0.3.36 crashes where it repacks quantised weights for AMX.
+    mp.use_extra_bufts = "amx_int8" not in pathlib.Path("/proc/cpuinfo").read_text()
     model = L.llama_model_load_from_file(str(folder / f"{kind}.gguf").encode(), mp)
 
     def context(rows):

@@ -199,14 +199,19 @@ VEC V widen_bf16(VH h) {
 #endif
 }
 VEC VH narrow_bf16(V v) {
+#if __AVX512F__
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#else
   using VU = uint32_t __attribute__((vector_size(W * 4)));
   const VU bits = reinterpret_cast<VU>(v);
   const VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VU nan = (bits >> 16) | 0x40;
   const VU kept = (reinterpret_cast<VU>(v == v) & rounded) | (reinterpret_cast<VU>(v != v) & nan);
-#if __AVX512F__
-  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
-#else
   return __builtin_convertvector(kept, VH);
 #endif
 }
