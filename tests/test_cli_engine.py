@@ -116,10 +116,10 @@ def test_a_turn_reads_what_is_new_alone(kind, monkeypatch):
 
 def test_what_is_old_is_forgotten_and_what_is_too_long_refused():
     model, tokenizer = new("llama", context=60)
-    conversation = Conversation(model, tokenizer, system="hi", max_tokens=15)
+    conversation = Conversation(model, tokenizer, pyllm.SamplingParams(seed=3), system="hi", max_tokens=15)
     for turn in range(4):
         list(conversation.say(f"fox {turn}"))
-        assert len(tokenizer.encode_chat(conversation.messages)) <= 60
+        assert len(tokenizer.encode_chat([*conversation.system, *conversation.messages[:-1]])) <= 45
     assert conversation.forgotten and conversation.messages[-2]["content"] == "fox 3"
     before = list(conversation.messages)
     with pytest.raises(ValueError, match="the conversation has room for 45"):
