@@ -35,7 +35,9 @@ def warn_of_unheeded(model: Model) -> None:
     """Warns where the model's checkpoint asks for another way of generating, such as beams."""
     if model.unheeded:
         asked = ", ".join(f"{name}={value!r:.80}" for name, value in model.unheeded.items())
-        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here", stacklevel=3)
+        beams = "; Engine.beam_search searches for beams" if "num_beams" in model.unheeded else ""
+        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here{beams}",
+                      stacklevel=3)  # fmt: skip
 
 
 def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, *,

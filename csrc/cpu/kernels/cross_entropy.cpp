@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/kernels/gemm.h"
 
 namespace pyllm::ISA {
@@ -226,7 +227,31 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
     }
     finish_block(a, r0, rows, parts, right, losses, count, gradients);
     const bool more = r0 > 0;
-    const Matrix dlogits{a.block, DType::f32, a.classes, 1}, columns{a.block, DType::f32, 1, a.classes};
+    if (a.dbias)
+      parallel_for((a.classes + W - 1) / W, std::max<int64_t>(1, 16384 / (rows + 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin * W; j < std::min(end * W, a.classes); j += W) {
+          const int64_t n = std::min<int64_t>(W, a.classes - j);
+          V s = more ? get(a.dbias + j, n) : V{};
+          for (int64_t row = 0; row < rows; row++) s = s + get(a.block + row * a.classes + j, n);
+          write(a.dbias + j, s, n);
+        }
+      });
+    // Tile registers take bf16 by bf16 alone: the block's rows are rounded to it, each in its place.
+    const bool narrow = (a.dx || a.dweight) && a.dtype == DType::bf16 && cpu::has_amx();
+    if (narrow)
+      parallel_for(rows, grain_for(a.classes), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+          const float* from = a.block + row * a.classes;
+          auto* to = reinterpret_cast<bf16*>(a.block + row * a.classes);
+          for (int64_t j = 0; j < a.classes; j += W) {
+            const int64_t n = std::min<int64_t>(W, a.classes - j);
+            write(to + j, get(from + j, n), n);
+          }
+        }
+      });
+    const DType dtype = narrow ? DType::bf16 : DType::f32;
+    const int64_t step = narrow ? 2 * a.classes : a.classes;
+    const Matrix dlogits{a.block, dtype, step, 1}, columns{a.block, dtype, 1, step};
     if (a.dx)
       product({rows,
                a.width,
@@ -241,15 +266,6 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
                false});
     if (a.dweight)
       product({a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, DType::f32, a.width, more});
-    if (a.dbias)
-      parallel_for((a.classes + W - 1) / W, std::max<int64_t>(1, 16384 / (rows + 1)), [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin * W; j < std::min(end * W, a.classes); j += W) {
-          const int64_t n = std::min<int64_t>(W, a.classes - j);
-          V s = more ? get(a.dbias + j, n) : V{};
-          for (int64_t row = 0; row < rows; row++) s = s + get(a.block + row * a.classes + j, n);
-          write(a.dbias + j, s, n);
-        }
-      });
   }
   if (a.loss.reduction != Reduction::none) *a.total = total_of(losses, a.rows, count);
 }
