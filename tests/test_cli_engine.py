@@ -1,5 +1,6 @@
 """The commands that run on the engine: files of prompts, and conversations."""
 
+import functools
 import io
 import json
 import os
@@ -38,7 +39,8 @@ def saved(tmp_path_factory):
 def begin(*arguments):
     command = [sys.executable, "-m", "pyllm", *map(str, arguments)]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command, text=True, errors="replace", **pipes)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may ignore it
+    return subprocess.Popen(command, text=True, errors="replace", preexec_fn=heed, **pipes)
 
 
 def test_a_file_of_prompts_is_gone_on_with_after_ctrl_c(saved, tmp_path):

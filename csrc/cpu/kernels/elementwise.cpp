@@ -48,16 +48,33 @@ VEC void scatter_any(char* p, DType t, int64_t i, V v, int64_t n, int64_t step) 
 }
 
 template <Elementwise kKind>
+constexpr bool kBinary = kKind != Elementwise::copy && kKind != Elementwise::relu;
+
+template <Elementwise kKind>
+VEC V result(V x, V y) {
+  if constexpr (kKind == Elementwise::relu) return max(V{}, x);  // NaN stays NaN
+  return compute<kKind>(x, y);
+}
+
+template <Elementwise kKind>
 void float_row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int64_t begin, int64_t end) {
   const int last = a.ndim - 1;
+  const int64_t x_step = a.a_step[last], y_step = kBinary<kKind> ? a.b_step[last] : 1, out_step = a.out_step[last];
+  if (x_step == 1 && y_step == 1 && out_step == 1 && a.a_dtype == a.b_dtype && a.a_dtype == a.out_dtype)
+    return with_dtype(a.a_dtype, [&](auto* tag) {
+      const auto *p = reinterpret_cast<decltype(tag)>(const_cast<char*>(x)),
+                 *q = reinterpret_cast<decltype(tag)>(const_cast<char*>(y));
+      auto* to = reinterpret_cast<decltype(tag)>(out);
+      int64_t i = begin;
+      for (; i + W <= end; i += W) store(to + i, result<kKind>(load(p + i), kBinary<kKind> ? load(q + i) : V{}));
+      if (const int64_t n = end - i; n > 0)
+        store_n(to + i, result<kKind>(load_n(p + i, n), kBinary<kKind> ? load_n(q + i, n) : V{}), n);
+    });
   for (int64_t i = begin; i < end; i += W) {
     const int64_t n = std::min<int64_t>(W, end - i);
-    V v = gather_any(x, a.a_dtype, i, n, a.a_step[last]);
-    if constexpr (kKind == Elementwise::relu)
-      v = max(V{}, v);  // NaN stays NaN
-    else if constexpr (kKind != Elementwise::copy)
-      v = compute<kKind>(v, gather_any(y, a.b_dtype, i, n, a.b_step[last]));
-    scatter_any(out, a.out_dtype, i, v, n, a.out_step[last]);
+    const V v = gather_any(x, a.a_dtype, i, n, x_step);
+    const V w = kBinary<kKind> ? gather_any(y, a.b_dtype, i, n, y_step) : V{};
+    scatter_any(out, a.out_dtype, i, result<kKind>(v, w), n, out_step);
   }
 }
 
