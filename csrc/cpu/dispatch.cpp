@@ -70,6 +70,8 @@ bool amx_granted() {
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25, kAll = kBf16 | kTiles | kBytes;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr unsigned kToBf16 = 1u << 5;  // AVX512_BF16, whose conversion the kernels use beside the tiles
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kToBf16)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
