@@ -73,14 +73,16 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, k
 
 
 @pytest.mark.parametrize(("bits", "minimums"), FORMATS)
-def test_with_and_without_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, isa):
-    packed, x = ops.pack_quantized(random_weight(50, 300, bits, minimums)), torch.randn(9, 300)
+def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, isa):
+    packed, x = ops.pack_quantized(random_weight(50, 300, bits, minimums)), torch.randn(45, 300)
     results = []
-    for wanted in (True, False):
-        _C.set_vnni(wanted)
+    for amx, vnni in ((True, True), (False, True), (False, False)):
+        _C.set_amx(amx)
+        _C.set_vnni(vnni)
         results.append(ops.quantized_linear(x, packed))
+    _C.set_amx(True)
     _C.set_vnni(True)
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
 
 
 @pytest.mark.parametrize("dtype", SCALES)
