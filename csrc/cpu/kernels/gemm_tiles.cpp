@@ -203,8 +203,7 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   constexpr int64_t kWide = kLeft * kTileSide, kAhead = 8;
   const int64_t rows = i1 - i0, steps = (p.k + kDepth - 1) / kDepth, whole = p.k / kDepth;
   const int64_t width = kRight == 1 ? rows : kTileSide;  // columns of a tile of C transposed
-  const int64_t left_bytes = kLeft * (steps + 1) * kTileBytes;
-  auto* x = static_cast<char*>(cpu::scratch(kRight * steps * kTileBytes + left_bytes, 7));
+  auto* x = static_cast<char*>(cpu::scratch((kRight * steps + kLeft) * kTileBytes, 7));
   char* copy = x + kRight * steps * kTileBytes;  // of B's columns at its edges
   const Lines a = {static_cast<const bf16*>(p.a.data) + i0 * p.a.row_step, p.a.row_step, p.a.column_step, rows};
   const Lines b = columns_of(p);
