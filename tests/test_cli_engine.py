@@ -69,7 +69,7 @@ def test_a_file_of_prompts_is_gone_on_with_after_ctrl_c(saved, tmp_path):
 
 
 def test_chat_ends_an_answer_by_ctrl_c_and_itself_at_the_end(saved):
-    process = begin("chat", saved, "--seed", 1)
+    process = begin("chat", saved, "--seed", 1, "--context", 10**9)  # no answer ends before it is told to
     for _ in range(2):
         process.stdin.write("the\n")
         process.stdin.flush()
