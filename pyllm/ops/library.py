@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from pyllm.ops.linear import PackedLinear
 from pyllm.ops.quantized_linear import PackedQuantizedWeight
@@ -119,9 +120,8 @@ EAGER = {"elementwise", "write_pages"}  # have no schema here: they break a trac
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:
     """Registers each function that has an entry in SHAPES under its name; returns those to call in their place."""
     registered = {name: _front(name, f, *_register(name, f)) for name, f in functions.items() if name in SHAPES}
-    eager = {
-        name: _front(name, f, torch.compiler.disable(f), _kinds(f)) for name, f in functions.items() if name in EAGER
-    }
+    # torch.compiler.disable would load the compiler at once, a second and 85 MB of it
+    eager = {name: _front(name, f, _disable_dynamo(f), _kinds(f)) for name, f in functions.items() if name in EAGER}
     return registered | eager
 
 

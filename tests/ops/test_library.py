@@ -204,3 +204,10 @@ def test_a_traced_call_refuses_wrong_arguments(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(TypeError, match=r"\[linear\] takes x, weight, bias, but got 2 and sidewise"):
         ops.linear(randn(2, 8), randn(5, 8), sidewise=1)
+
+
+def test_importing_loads_no_more_of_torch_than_torch_does(tmp_path):
+    code = "import sys, torch; had = {'torch._dynamo', 'sympy'} & {*sys.modules}; import pyllm; print(sorted("
+    code += "{'torch._dynamo', 'sympy'} & {*sys.modules} - had))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert done.stdout.split() == [b"[]"], done.stderr
