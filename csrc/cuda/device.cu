@@ -17,6 +17,8 @@ const char* text_of(Fault fault) {
   switch (fault) {
     case Fault::embedding_id:
       return "[embedding] ids must be in [0, ";
+    case Fault::quantized_embedding_id:
+      return "[quantized_embedding] ids must be in [0, ";
     case Fault::target:
       return "[cross_entropy] targets must be in [0, ";
     case Fault::key_length:

@@ -33,6 +33,7 @@ class OnDevice {
 enum class Fault : int32_t {
   none,
   embedding_id,
+  quantized_embedding_id,
   target,
   key_length,
   page,

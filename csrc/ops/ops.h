@@ -51,6 +51,7 @@ void linear(const TensorView& x, const TensorView& weight, const TensorView& bia
 void pack_linear(const TensorView& weight, const TensorView& panels);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
+int64_t quantized_panel_width(bool on_cuda);  // rows that a packed weight has together
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums_or_none,
                     const TensorView& panels, int64_t bits, int64_t group);
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias_or_none,

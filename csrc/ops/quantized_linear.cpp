@@ -1,7 +1,9 @@
 #include "cpu/quantized_linear.h"
 
 #include "cpu/linear.h"
+#include "cuda/quantized_linear.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 namespace {
@@ -14,23 +16,28 @@ QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bit
   return {n, groups, group, static_cast<int>(bits), scale_dtype, has_minimums};
 }
 
-int64_t panel_count(int64_t n) { return (n + panel_width() - 1) / panel_width(); }
+int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
 // The weight (n x k) that panels hold.
-QuantizedWeight packed_weight(const char* op, const TensorView& panels, int64_t n, int64_t k, int64_t bits,
-                              int64_t group, bool half_scales, bool has_minimums) {
+QuantizedWeight packed_weight(const char* op, const Place& place, const TensorView& panels, int64_t n, int64_t k,
+                              int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   QuantizedWeight weight = weight_of(op, n, 0, bits, group, half_scales ? DType::f16 : DType::f32, has_minimums);
   weight.groups = (k + group - 1) / group;
   check_dtype(op, "weight", panels, DType::u8);
-  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(panel_width()), "[", op,
-        "] weight must be packed for ", cpu::isa_name(), ", in panels of ", panel_width(), " columns, but got shape ",
+  const int64_t width = quantized_panel_width(place.cuda());
+  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(width), "[", op, "] weight must be packed for ",
+        place.cuda() ? "CUDA" : cpu::isa_name(), ", in panels of ", width, " columns, but got shape ",
         panels.shape_text(), ": pack it again");
-  check_shape(op, "weight", panels, panel_count(n), weight.groups, weight.group_bytes(panel_width()));
+  check_shape(op, "weight", panels, panels_of(n, width), weight.groups, weight.group_bytes(width));
   check_contiguous(op, "weight", panels);
+  check(!place.cuda() || panels.numel() == 0 || reinterpret_cast<uintptr_t>(panels.data) % 16 == 0, "[", op,
+        "] weight must begin at a multiple of 16 bytes in the device's memory, but got one that does not");
   return weight;
 }
 
 }  // namespace
+
+int64_t quantized_panel_width(bool on_cuda) { return on_cuda ? cuda::kQuantizedPanel : panel_width(); }
 
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums,
                     const TensorView& panels, int64_t bits, int64_t group) {
@@ -51,7 +58,8 @@ void pack_quantized(const TensorView& values, const TensorView& scales, const Te
     check_contiguous(op, "minimums", minimums);
   }
   check_dtype(op, "panels", panels, DType::u8);
-  check_shape(op, "panels", panels, panel_count(weight.n), weight.groups, weight.group_bytes(panel_width()));
+  check_shape(op, "panels", panels, panels_of(weight.n, panel_width()), weight.groups,
+              weight.group_bytes(panel_width()));
   check_contiguous(op, "panels", panels);
   check_writable(op, "panels", panels);
   pyllm::pack_quantized({weight, values.as<uint8_t>(), scales.data, minimums.data, panels.data});
@@ -60,10 +68,11 @@ void pack_quantized(const TensorView& values, const TensorView& scales, const Te
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias, const TensorView& y,
                       int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   const char* op = "quantized_linear";
+  const Place place(op, "x", x);
   check_float(op, "x", x);
   check(x.ndim >= 1, "[quantized_linear] x must have at least 1 dimension, but got a scalar");
   const int64_t k = x.size(-1), n = y.ndim ? y.size(-1) : 0;
-  const QuantizedWeight weight = packed_weight(op, panels, n, k, bits, group, half_scales, has_minimums);
+  const QuantizedWeight weight = packed_weight(op, place, panels, n, k, bits, group, half_scales, has_minimums);
   if (bias.present()) {
     check_dtype(op, "bias", bias, x.dtype);
     check_shape(op, "bias", bias, n);
@@ -77,13 +86,15 @@ void quantized_linear(const TensorView& x, const TensorView& panels, const Tenso
         y.shape_text());
   check_contiguous(op, "y", y);
   check_writable(op, "y", y);
-  pyllm::quantized_linear({weight, rows.count, k, rows.step[0], x.data, panels.data,
-                           bias.present() ? bias.data : nullptr, y.data, x.dtype});
+  const QuantizedLinearArgs args{
+      weight, rows.count, k, rows.step[0], x.data, panels.data, bias.present() ? bias.data : nullptr, y.data, x.dtype};
+  place.cuda() ? cuda::quantized_linear(args, place.work()) : pyllm::quantized_linear(args);
 }
 
 void quantized_linear_backward(const TensorView& dy, const TensorView& panels, const TensorView& dx, int64_t bits,
                                int64_t group, bool half_scales, bool has_minimums) {
   const char* op = "quantized_linear backward";
+  const Place place(op, "dy", dy);
   check_float(op, "dy", dy);
   check_ndim(op, "dy", dy, 2);
   check_inner_stride(op, "dy", dy);
@@ -93,24 +104,28 @@ void quantized_linear_backward(const TensorView& dy, const TensorView& panels, c
   check_contiguous(op, "dx", dx);
   check_writable(op, "dx", dx);
   const QuantizedWeight weight =
-      packed_weight(op, panels, dy.size(1), dx.size(1), bits, group, half_scales, has_minimums);
-  pyllm::quantized_linear_backward(
-      {weight, dy.size(0), dx.size(1), dy.step(0), dy.data, panels.data, dx.as<float>(), dy.dtype});
+      packed_weight(op, place, panels, dy.size(1), dx.size(1), bits, group, half_scales, has_minimums);
+  const QuantizedLinearBackwardArgs args{weight,  dy.size(0),  dx.size(1),     dy.step(0),
+                                         dy.data, panels.data, dx.as<float>(), dy.dtype};
+  place.cuda() ? cuda::quantized_linear_backward(args, place.work()) : pyllm::quantized_linear_backward(args);
 }
 
 void quantized_embedding(const TensorView& ids, const TensorView& panels, const TensorView& out, int64_t vocabulary,
                          int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   const char* op = "quantized_embedding";
+  const Place place(op, "weight", panels);
   check_float(op, "out", out);
   check(out.ndim >= 1, "[quantized_embedding] out must have at least 1 dimension, but got a scalar");
   const int64_t k = out.size(-1);
-  const QuantizedWeight weight = packed_weight(op, panels, vocabulary, k, bits, group, half_scales, has_minimums);
+  const QuantizedWeight weight =
+      packed_weight(op, place, panels, vocabulary, k, bits, group, half_scales, has_minimums);
   check_ids(op, "ids", ids, vocabulary);
   check(out.numel() == ids.numel() * k, "[", op, "] out must have a row of weight for each id, but got shape ",
         out.shape_text());
   check_contiguous(op, "out", out);
   check_writable(op, "out", out);
-  pyllm::quantized_embedding({weight, ids.numel(), k, ids.dtype, out.dtype, ids.data, panels.data, out.data});
+  const QuantizedEmbeddingArgs args{weight, ids.numel(), k, ids.dtype, out.dtype, ids.data, panels.data, out.data};
+  place.cuda() ? cuda::quantized_embedding(args, place.work()) : pyllm::quantized_embedding(args);
 }
 
 }  // namespace pyllm::ops

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Embedding(Quantizable, torch.nn.Embedding):
         return self.num_embeddings, self.embedding_dim
 
     def quantize_(self, weight: ops.QuantizedWeight | ops.PackedQuantizedWeight) -> None:
-        like = torch.empty(0, dtype=torch.float32 if self.weight is None else self.weight.dtype)
+        dtype = torch.float32 if self.weight is None else self.weight.dtype
         super().quantize_(weight)
+        like = torch.empty(0, dtype=dtype, device=cast(ops.PackedQuantizedWeight, self.packed).panels.device)
         self.register_buffer("like", like, persistent=False)  # conversions of the model change its dtype

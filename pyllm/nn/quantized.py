@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pyllm import ops
@@ -24,7 +26,9 @@ class Quantizable(nn.Module):
         """Puts a quantised weight in the place of the layer's own; layers may share a packed one."""
         if weight.shape != self.size():
             raise ValueError(f"the quantised weight must have shape {self.size()}, but got {weight.shape}")
-        self.packed = ops.pack_quantized(weight) if isinstance(weight, ops.QuantizedWeight) else weight
+        own: Any = self.weight if self.packed is None else self.packed.panels
+        packed = ops.pack_quantized(weight) if isinstance(weight, ops.QuantizedWeight) else weight
+        self.packed = packed if own.is_meta else packed.to(own.device)
         self.register_parameter("weight", None)
 
     def load_quantized_(
@@ -37,6 +41,12 @@ class Quantizable(nn.Module):
         group = 16 if groups != -(-k // 32) and groups == -(-k // 16) else 32
         bits = 8 * values.shape[1] // max(group * groups, 1)
         self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, self.size(), group))
+
+    def _apply(self, fn, recurse=True):  # what `to`, `cuda` and `cpu` do
+        super()._apply(fn, recurse)
+        if self.packed is not None:
+            self.packed = self.packed.to(fn(self.packed.panels.new_empty(0)).device)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

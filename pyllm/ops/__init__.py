@@ -63,8 +63,8 @@ __all__ = [
 # tensors on the CPU alone.
 CUDA = frozenset({
     "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "next_positions", "relu_squared", "rms_norm", "rope", "sample", "sigmoid", "silu", "swiglu",
-    "tanh", "write_pages",
+    "linear_cross_entropy", "next_positions", "quantized_embedding", "quantized_linear", "relu_squared", "rms_norm",
+    "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "write_pages",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

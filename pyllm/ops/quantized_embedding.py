@@ -20,12 +20,13 @@ def quantized_embedding(ids: Tensor, weight: PackedQuantizedWeight, dtype: torch
         (*ids.shape, K), of the dtype.
 
     Raises:
-        IndexError: an id outside [0, N); the message has the id, its position and the bound.
+        IndexError: an id outside [0, N); the message has the id, its position and the bound. On a CUDA device its row
+            is NaN, and the next call on the device or `pyllm.synchronize` raises.
         ValueError, TypeError: a dtype that does not fit, or a weight packed for another instruction set.
     """
     if not isinstance(weight, PackedQuantizedWeight):
         raise TypeError(f"[quantized_embedding] weight must come from pack_quantized, but got {type(weight).__name__}")
     n, k = weight.shape
-    out = torch.empty(*ids.shape, k, dtype=dtype)
+    out = torch.empty(*ids.shape, k, dtype=dtype, device=weight.panels.device)
     _C.quantized_embedding(ids.contiguous(), weight.panels, out, n, *weight.layout)
     return out

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class QuantizedWeight:
 @dataclass(frozen=True)
 class PackedQuantizedWeight:
     """A `QuantizedWeight` in the order that the product reads it, made by `pack_quantized` for the instruction set in
-    use then."""
+    use then, or for CUDA, where P is 8."""
 
     panels: Tensor  # uint8, (N / P rounded up, G, bytes of P rows' group)
     bits: int
@@ -61,6 +61,9 @@ class PackedQuantizedWeight:
     has_minimums: bool
     shape: tuple[int, int]
     _unpacked: list[weakref.ref] = field(default_factory=list, compare=False, repr=False)
+    _moved: weakref.WeakValueDictionary = field(
+        default_factory=weakref.WeakValueDictionary, compare=False, repr=False
+    )  # by device
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +75,41 @@ class PackedQuantizedWeight:
         return self.bits, self.group, self.half_scales, self.has_minimums
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_unpacked": []}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_unpacked", "_moved")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _unpacked=[], _moved=weakref.WeakValueDictionary())
+
+    @property
+    def width(self) -> int:
+        """P, the rows that lie together."""
+        scale = (2 if self.half_scales else 4) * (1 + self.has_minimums)
+        return self.panels.shape[2] // (self.group * self.bits // 8 + scale)
+
+    def to(self, device: torch.device | str) -> PackedQuantizedWeight:
+        """The weight on another device, in the order that its kernels read; the same one as before, as long as someone
+        holds it, so that layers go on sharing it."""
+        device = torch.empty(0, device=device).device
+        width = _C.quantized_panel_width(device.type == "cuda")
+        if device == self.panels.device and width == self.width:
+            return self
+        if (known := self._moved.get(device)) is not None and known.width == width:
+            return known
+        panels = self.panels if width == self.width else self._panels_of(width)
+        moved = PackedQuantizedWeight(panels.to(device), *self.layout, self.shape)
+        self._moved[device] = moved
+        return moved
+
+    def _panels_of(self, width: int) -> Tensor:
+        own, values = self.width, self.group * self.bits // 8 * self.width
+
+        def regroup(part: Tensor, size: int) -> Tensor:  # in pieces of so many bytes, of all rows of a panel in turn
+            rows = part.unflatten(-1, (-1, own, size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, -len(rows) % width))
+            return rows.unflatten(0, (-1, width)).permute(0, 2, 3, 1, 4).flatten(2)
+
+        parts = regroup(self.panels[..., :values], 4), regroup(self.panels[..., values:], 2 if self.half_scales else 4)
+        return torch.cat(parts, -1)[: -(-self.shape[0] // width)].contiguous()
 
     @property
     def format(self) -> str:
@@ -90,10 +127,10 @@ class PackedQuantizedWeight:
         return QuantizedWeight(held[0], held[1], minimums, self.bits, self.shape, self.group)
 
     def _unpack(self) -> QuantizedWeight:
-        count, groups, size = self.panels.shape
+        count, groups, _ = self.panels.shape
         dtype = torch.float16 if self.half_scales else torch.float32
         parts = 1 + self.has_minimums
-        width = size // (self.group * self.bits // 8 + dtype.itemsize * parts)
+        width = self.width
         n, rows, quads = self.shape[0], count * width, self.group * self.bits // 32
         values, *rest = self.panels.split([width * quads * 4] + [width * dtype.itemsize] * parts, -1)
         values = values.unflatten(-1, (quads, width, 4)).permute(0, 3, 1, 2, 4).reshape(rows, groups, quads * 4)
@@ -106,12 +143,17 @@ class PackedQuantizedWeight:
 
 
 def pack_quantized(weight: QuantizedWeight) -> PackedQuantizedWeight:
-    """Packs a quantised weight for `quantized_linear` and `quantized_embedding`.
+    """Packs a quantised weight for `quantized_linear` and `quantized_embedding`, where it is; on the CPU, and moved, if
+    that is a CUDA device.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit the others.
     """
-    return pack_pieces([weight], weight.shape[0])
+    if not weight.values.is_cuda:
+        return pack_pieces([weight], weight.shape[0])
+    minimums = None if weight.minimums is None else weight.minimums.cpu()
+    on_cpu = replace(weight, values=weight.values.cpu(), scales=weight.scales.cpu(), minimums=minimums)
+    return pack_pieces([on_cpu], weight.shape[0]).to(weight.values.device)
 
 
 def pack_pieces(pieces: Iterable[QuantizedWeight], rows: int) -> PackedQuantizedWeight:
@@ -162,7 +204,8 @@ def quantized_linear(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | No
     element; the products are exact, and groups add in float32.
 
     A row's result has the same bits alone, in any batch, and for any number of threads. A row with an infinity or NaN
-    gives NaN.
+    gives NaN. On a CUDA device 8 rows and fewer read the weight at memory's speed, more are products of bytes on the
+    matrix units; the gradient is a plain product there.
 
     Args:
         x: (..., K), float32, bfloat16 or float16.
@@ -208,11 +251,11 @@ class _QuantizedLinear(torch.autograd.Function):
         dx = dbias = None
         rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
         if ctx.needs_input_grad[0]:
-            wide = torch.empty(len(rows), ctx.weight.shape[1])
+            wide = torch.empty(len(rows), ctx.weight.shape[1], device=dy.device)
             _C.quantized_linear_backward(rows if rows.stride(1) == 1 else rows.contiguous(), ctx.weight.panels, wide,
                                          *ctx.weight.layout)  # fmt: skip
             dx = wide.view(*dy.shape[:-1], wide.shape[1]).to(dy.dtype)
         if ctx.needs_input_grad[2]:
-            dbias = torch.empty(rows.shape[1], dtype=dy.dtype)
+            dbias = dy.new_empty(rows.shape[1])
             _C.column_sum(rows if rows.stride(1) == 1 else rows.contiguous(), dbias)
         return dx, None, dbias

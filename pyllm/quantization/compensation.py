@@ -20,7 +20,7 @@ def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums
     n, k = weight.shape
     w = torch.nn.functional.pad(weight.detach().float(), (0, -k % GROUP))
     size = w.shape[1]
-    h = torch.eye(size, dtype=torch.float64)
+    h = torch.eye(size, dtype=torch.float64, device=w.device)
     h[:k, :k] = moments.double()
     diagonal = h.diagonal()
     silent = diagonal == 0
@@ -35,7 +35,7 @@ def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums
         end = start + GROUP
         columns = w[:, start:end].clone()
         groups = choose_groups(columns[:, None], bits, minimums, weigh[start // GROUP][None])
-        whole, errors = torch.empty(n, GROUP), torch.empty(n, GROUP)
+        whole, errors = w.new_empty(n, GROUP), w.new_empty(n, GROUP)
         for j in range(GROUP):
             whole[:, j : j + 1] = groups.round(columns[:, j : j + 1], 0)
             value = groups.value(whole[:, j : j + 1], 0)

@@ -40,7 +40,7 @@ def choose_groups(weight: Tensor, bits: int, minimums: bool, importance: Tensor 
 
     importance: (G, 32), how much the error of each input counts.
     """
-    weigh = torch.ones(weight.shape[1:]) if importance is None else importance
+    weigh = weight.new_ones(weight.shape[1:]) if importance is None else importance
     top, half = 2**bits - 1, 2 ** (bits - 1)
     low, high = weight.amin(-1), weight.amax(-1)
     # Without minimums, the side with the largest element gets the end that reaches further.
@@ -108,7 +108,7 @@ def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False,
         wholes.append(groups.round(rows, slice(None)).to(torch.uint8))
         scales.append(groups.scales.half())
         lows += [] if groups.minimums is None else [groups.minimums.half()]
-    whole = torch.cat(wholes) if wholes else torch.empty(0, -(-k // GROUP), GROUP, dtype=torch.uint8)
+    whole = torch.cat(wholes) if wholes else grouped.to(torch.uint8)
     return pack_wholes(whole, torch.cat(scales), torch.cat(lows) if minimums else None, bits, (n, k))
 
 

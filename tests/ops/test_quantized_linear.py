@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from twins import check_twin
@@ -149,6 +151,26 @@ def test_a_weight_can_come_in_pieces(sizes, isa):
         pack_pieces(pieces, 77)
     with pytest.raises(ValueError, match="all rows must be of one format"):
         pack_pieces([pieces[0], random_weight(3, 64, 8, False)], 76)
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (45, 70), (0, 4)])
+def test_panels_of_another_width_hold_the_same(n, k, bits, minimums, group, dtype, isa):
+    weight = random_weight(n, k, bits, minimums, dtype, group)
+    packed = ops.pack_quantized(weight)
+    for width in (8, 16, 32):
+        other = ops.PackedQuantizedWeight(packed._panels_of(width), *packed.layout, packed.shape)
+        assert other.width == width and torch.equal(other.unpack().dequantize(), weight.dequantize())
+        assert torch.equal(other.to("cpu").panels, packed.panels)
+
+
+def test_layers_that_share_a_weight_share_it_elsewhere_too():
+    packed = ops.pack_quantized(random_weight(45, 70, 8, False))
+    assert packed.to("cpu") is packed
+    moved = packed.to("meta")
+    assert packed.to("meta") is moved and moved.panels.is_meta
+    assert pickle.loads(pickle.dumps(packed)).to("meta") is not moved
 
 
 def test_dequantize_is_what_is_written():

@@ -1,0 +1,61 @@
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace pyllm {
+
+// A weight (n x k) of small whole numbers, in groups along k: an element is (value - 2^(bits - 1)) * scale, or
+// value * scale + minimum. k is filled up to whole groups. In memory it is panels of rows (panel_width() of them for the
+// CPU, 8 for CUDA), a panel its groups one after another, and a group [values][scales][minimums]. Values are quads of four
+// neighbours' bytes, a quad of all rows after another; of 4 bits, a byte has an element of the group's first half in its
+// low bits, and of the second in its high ones.
+struct QuantizedWeight {
+  int64_t n, groups, group;  // group: 32 elements or, of 8 bits, 16
+  int bits;                  // 8 or 4
+  DType scale_dtype;         // f16 or f32
+  bool has_minimums;
+  constexpr int64_t value_bytes() const { return group * bits / 8; }  // of a row's group
+  constexpr int64_t group_bytes(int64_t width) const {
+    return width * (value_bytes() + size_of(scale_dtype) * (has_minimums ? 2 : 1));
+  }
+};
+
+// c (m x n, contiguous) = a (m x k) times the weight's transpose, + bias (n, or null). A row of a is quantised to 8 bits
+// in the same groups; their products are summed in whole numbers, and the groups in fp32, in order.
+struct QuantizedLinearArgs {
+  QuantizedWeight weight;
+  int64_t m, k, a_row;
+  const char *a, *panels, *bias;
+  char* c;
+  DType dtype;  // of a, bias and c
+};
+
+// dx (m x k, float) = dy (m x n) times the weight.
+struct QuantizedLinearBackwardArgs {
+  QuantizedWeight weight;
+  int64_t m, k, dy_row;
+  const char *dy, *panels;
+  float* dx;
+  DType dtype;  // of dy
+};
+
+// out (count x k, contiguous): row i is row ids[i] of the weight.
+struct QuantizedEmbeddingArgs {
+  QuantizedWeight weight;
+  int64_t count, k;
+  DType ids_dtype, dtype;
+  const char *ids, *panels;
+  char* out;
+};
+
+// values (n x groups * value_bytes(); of 4 bits, the first of two in the low half), scales and minimums (n x groups)
+// to panels.
+struct PackQuantizedArgs {
+  QuantizedWeight weight;
+  const uint8_t* values;
+  const char *scales, *minimums;
+  char* panels;
+};
+
+}  // namespace pyllm
