@@ -38,23 +38,23 @@ def check(inputs, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_its_twin(case, options, dtype, isa):
+def test_equals_its_twin(case, options, dtype, kernels):
     check(qkv(*CASES[case], dtype), **OPTIONS[options])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_of_another_size(dtype, isa):
+def test_values_of_another_size(dtype, kernels):
     check(qkv(2, 33, 40, 4, 2, 24, dtype, value_dim=13), causal=True)
     check(qkv(2, 1, 40, 4, 2, 13, dtype, value_dim=40), causal=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 37, 70), (2, 4, 1, 70), (1, 4, 37, 70), (4, 37, 70), (37, 70), (2, 1, 1, 70)])
-def test_bias_and_its_gradient(shape, isa):
+def test_bias_and_its_gradient(shape, kernels):
     check(qkv(2, 37, 70, 4, 2, 8) | {"bias": torch.randn(shape)}, causal=True)
 
 
 @pytest.mark.parametrize("shape", [(37, 1), (1, 4, 1, 1), (1,), ()])
-def test_bias_that_is_the_same_for_all_keys_changes_nothing(shape, isa):
+def test_bias_that_is_the_same_for_all_keys_changes_nothing(shape, kernels):
     inputs, bias = qkv(2, 37, 70, 4, 2, 8), torch.randn(shape, requires_grad=True)
     out = ops.attention(**inputs, bias=bias, causal=True)
     torch.testing.assert_close(out, ops.attention(**inputs, causal=True))
@@ -63,12 +63,12 @@ def test_bias_that_is_the_same_for_all_keys_changes_nothing(shape, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_of_one_query_and_with_softcap(dtype, isa):
+def test_bias_of_one_query_and_with_softcap(dtype, kernels):
     check(qkv(2, 1, 90, 4, 1, 8, dtype) | {"bias": torch.randn(2, 4, 1, 90).to(dtype)}, softcap=2.0)
     check(qkv(2, 20, 90, 4, 1, 8, dtype) | {"bias": torch.randn(4, 90, 20).to(dtype).mT}, softcap=2.0)
 
 
-def test_bias_of_minus_infinity_masks(isa):
+def test_bias_of_minus_infinity_masks(kernels):
     inputs = qkv(1, 40, 50, 2, 2, 8)
     mask = torch.rand(40, 50) < 0.5
     mask[:, 0] = True
@@ -80,14 +80,14 @@ def test_bias_of_minus_infinity_masks(isa):
 
 @pytest.mark.parametrize("queries", [1, 3, 90])
 @pytest.mark.parametrize("causal", [False, True])
-def test_key_lengths(queries, causal, isa):
+def test_key_lengths(queries, causal, kernels):
     inputs = qkv(4, queries, 90, 4, 2, 16)
     for dtype in (torch.int64, torch.int32):
         check(inputs, key_lengths=torch.tensor([0, 1, 65, 90], dtype=dtype), causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_segment_ids(causal, isa):
+def test_segment_ids(causal, kernels):
     ids = torch.tensor([0] * 30 + [1] * 80 + [7] * 20).repeat(2, 1)
     ids[1] = torch.randint(0, 3, (130,))
     check(qkv(2, 130, 130, 2, 1, 16), segment_ids=ids, causal=causal)
@@ -97,7 +97,7 @@ def test_segment_ids(causal, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 80])
-def test_weights_and_their_gradient(queries, dtype, isa):
+def test_weights_and_their_gradient(queries, dtype, kernels):
     options = {"return_weights": True, "causal": True, "key_lengths": torch.tensor([40, 90])}
     check(qkv(2, queries, 90, 4, 2, 16, dtype), **options)
 
@@ -115,7 +115,7 @@ def test_gradient_of_the_weights_alone():
         torch.testing.assert_close(a, b)
 
 
-def test_layouts(isa):
+def test_layouts(kernels):
     base = torch.randn(3, 40, 50, 3)
     k, v = torch.randn(3, 2, 50, 40).transpose(1, 2)[..., 2:38], torch.randn(3, 50, 4, 36)[:, :, ::2]
     for q in (
@@ -140,7 +140,7 @@ def test_only_the_gradients_that_are_asked_for():
             torch.testing.assert_close(a, b)
 
 
-def test_large_scores_do_not_overflow(isa):
+def test_large_scores_do_not_overflow(kernels):
     inputs = qkv(1, 40, 200, 2, 2, 16)
     inputs["q"] *= 1000
     torch.testing.assert_close(ops.attention(**inputs), reference.attention(**inputs), atol=1e-3, rtol=1e-3)
@@ -158,7 +158,7 @@ def test_nan_in_a_query_stays_in_its_row():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"window": 200}, {"softcap": 3.0}], ids=str)
-def test_full_pass_chunks_and_steps_agree(dtype, options, isa):
+def test_full_pass_chunks_and_steps_agree(dtype, options, kernels):
     total = 1100
     inputs = qkv(1, total, total, 4, 2, 40, dtype)
     q, k, v = inputs.values()
@@ -178,8 +178,20 @@ def test_full_pass_chunks_and_steps_agree(dtype, options, isa):
         assert torch.equal(step, full[:, t : t + 1]), t
 
 
-def test_bias_and_segments_agree_in_steps(isa):
-    q, k, v = qkv(1, 150, 150, 4, 1, 24).values()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(3, 3, 64), (2, 1, 96), (7, 1, 32), (12, 1, 64), (4, 1, 40)])
+def test_steps_of_groups_of_any_size_agree(heads, kv_heads, dim, dtype, kernels):
+    q, k, v = qkv(1, 150, 150, heads, kv_heads, dim, dtype).values()
+    full = ops.attention(q, k, v, causal=True)
+    for t in range(150):
+        assert torch.equal(
+            ops.attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], causal=True), full[:, t : t + 1]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_and_segments_agree_in_steps(dtype, kernels):
+    q, k, v = qkv(1, 150, 150, 4, 1, 24, dtype).values()
     bias, ids = torch.randn(1, 4, 150, 150), torch.arange(150)[None] // 40
     full = ops.attention(q, k, v, bias=bias, segment_ids=ids, causal=True)
     for t in range(150):
@@ -189,9 +201,10 @@ def test_bias_and_segments_agree_in_steps(isa):
         assert torch.equal(step, full[:, row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 50])
-def test_what_lies_beyond_key_lengths_is_not_read(queries, isa):
-    q, k, v = qkv(2, queries, 100, 4, 2, 16).values()
+def test_what_lies_beyond_key_lengths_is_not_read(queries, dtype, kernels):
+    q, k, v = qkv(2, queries, 100, 4, 2, 32, dtype).values()
     lengths = torch.tensor([37, 80])
     clean = ops.attention(q, k, v, key_lengths=lengths, causal=True)
     for b, n in enumerate(lengths):
@@ -200,17 +213,21 @@ def test_what_lies_beyond_key_lengths_is_not_read(queries, isa):
     assert torch.equal(clean, ops.attention(q, k, v, key_lengths=lengths, causal=True))
 
 
-def test_later_keys_are_nothing_to_earlier_queries_even_if_not_finite(isa):
-    q, k, v = qkv(1, 90, 90, 4, 2, 16).values()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_later_keys_are_nothing_to_earlier_queries_even_if_not_finite(dim, dtype, kernels):
+    q, k, v = qkv(1, 90, 90, 4, 2, dim, dtype).values()
     clean = ops.attention(q, k, v, causal=True)
-    k[:, 50:] = v[:, 50:] = float("nan")
-    assert torch.equal(ops.attention(q, k, v, causal=True)[:, :50], clean[:, :50])
-    assert torch.equal(ops.attention(q[:, 49:51], k[:, :51], v[:, :51], causal=True)[:, :1], clean[:, 49:50])
+    for bad in (float("nan"), float("inf")):
+        k[:, 50:] = v[:, 50:] = bad
+        assert torch.equal(ops.attention(q, k, v, causal=True)[:, :50], clean[:, :50])
+        assert torch.equal(ops.attention(q[:, 49:51], k[:, :51], v[:, :51], causal=True)[:, :1], clean[:, 49:50])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 150, 150, 4, 2, 24), (1, 1, 1100, 2, 1, 32), (1, 600, 600, 1, 1, 16)], ids=str)
-def test_same_bits_alone_in_a_batch_and_for_any_threads(shape, isa, threads):
-    inputs = qkv(*shape)
+def test_same_bits_alone_in_a_batch_and_for_any_threads(shape, dtype, kernels, threads):
+    inputs = qkv(*shape, dtype)
     inputs["bias"] = torch.randn(shape[3], 1, shape[2])
     leaves = [t.requires_grad_() for t in inputs.values()]
     results = []
@@ -247,7 +264,7 @@ TABLE[0], TABLE[1, :2] = torch.tensor([3, 10, 0, 7, 2, 9, 1, 6, 4]), torch.tenso
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("queries", [1, 3, 40])
-def test_keys_in_pages_give_the_bits_of_keys_in_a_row(queries, options, dtype, isa, threads):
+def test_keys_in_pages_give_the_bits_of_keys_in_a_row(queries, options, dtype, kernels, threads):
     q, k, v = qkv(3, queries, 576, 4, 2, 20, dtype, value_dim=13).values()
     pages = [in_pages(t, TABLE, 11) for t in (k[:, :530], v[:, :530])]
     for n in (1, 2):
@@ -260,7 +277,7 @@ def test_keys_in_pages_give_the_bits_of_keys_in_a_row(queries, options, dtype, i
 
 
 @pytest.mark.parametrize("queries", [1, 40])
-def test_keys_in_pages_of_another_size_with_bias_and_segments(queries, isa):
+def test_keys_in_pages_of_another_size_with_bias_and_segments(queries, kernels):
     q, k, v = qkv(2, queries, 384, 4, 2, 16).values()
     lengths, table = torch.tensor([300, 129]), torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32)[:, :3]
     pages = [in_pages(t, table, 6, page_size=128) for t in (k, v)]
@@ -274,7 +291,7 @@ def test_keys_in_pages_of_another_size_with_bias_and_segments(queries, isa):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 40])
-def test_pages_equal_their_twin(queries, dtype, isa):
+def test_pages_equal_their_twin(queries, dtype, kernels):
     q, k, v = qkv(3, queries, 530, 4, 2, 16, dtype).values()
     inputs = {"q": q, "k": in_pages(k, TABLE, 11).nan_to_num(), "v": in_pages(v, TABLE, 11).nan_to_num()}
     for options in ({"causal": True}, {"window": 9, "bias": torch.randn(4, 1, 530)}, {"return_weights": True}):

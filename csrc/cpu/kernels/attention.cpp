@@ -7,25 +7,16 @@
 // of keys holds whole blocks: where the blocks lie changes no bit.
 //
 // Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
-// query of a group of heads): keys lie across the lanes for the scores, transposed in registers on their way from
-// memory, and value elements for the output, so that keys and values are read once and nothing is copied.
-#include "cpu/kernels/attention.h"
-
-#include <array>
+// query of a group of heads): see kernels/attention_rows.h. bf16 on tile registers: kernels/attention_tiles.h, both.
 #include <type_traits>
+
+#include "cpu/kernels/attention_rows.h"
+#include "cpu/kernels/attention_tiles.h"
 
 namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kSplit = 512;
-constexpr int64_t kFewRows = 4;  // rows that walk the keys together when there are few
-
-struct State {  // of a tile; `sums` has [panel][value_dim][kLanes], or [row][value_dim] rounded up when rows are few
-  float *max, *total, *sums;
-};
-
-// The new maximum m, and what the old state is multiplied by.
-VEC V rescale(V old_max, V m) { return exp2(old_max - finite_or_zero(m)); }
 
 // ---- Many rows.
 
@@ -99,157 +90,10 @@ void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, 
   }
 }
 
-// ---- Few rows.
-
-float read_float(const char* p, DType dtype, int64_t i) {
-  float x = 0;
-  with_dtype(dtype, [&](auto* tag) { x = to_float(reinterpret_cast<decltype(tag)>(const_cast<char*>(p))[i]); });
-  return x;
-}
-
-// scores[r][j] of R rows against keys live of a block that starts at k: kGroups vectors of keys at a time.
-template <int R, class T>
-void score_rows(const float* queries, const T* k, int64_t k_step, int64_t dim, Range live, float* scores) {
-  constexpr int kGroups = R == 1 ? 4 : R == 2 ? 2 : 1;
-  for (int64_t j = live.lo; j < live.hi; j += kGroups * W) {
-    V s[kGroups][R] = {};
-    const auto chunk = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-      for (int g = 0; g < kGroups; g++) {
-        V x[W];
-        for (int64_t l = 0; l < W; l++) x[l] = get(k + std::min(j + g * W + l, live.hi - 1) * k_step + d, n);
-        transpose(x);
-        for (int64_t l = 0; l < n; l++)
-          for (int r = 0; r < R; r++) s[g][r] = fma(set(queries[r * dim + d + l]), x[l], s[g][r]);
-      }
-    };
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) chunk(d, W);
-    if (d < dim) chunk(d, dim - d);
-    for (int g = 0; g < kGroups; g++)
-      for (int r = 0; r < R; r++)
-        if (j + g * W < live.hi) store(scores + r * 2 * kKeys + j + g * W, s[g][r]);
-  }
-}
-
-// sums[r] * factor[r] + p[r][live] v, N vectors wide, or n elements where N is 1. kTotal: total[r] too.
-template <int R, int N, bool kTotal, class T>
-VEC void add_values(const float* p, const T* v, int64_t v_step, Range live, int64_t n, const float* factor, float* sums,
-                    int64_t sums_step, float* total) {
-  V s[R][N];
-  float t[R];
-  for (int r = 0; r < R; r++) {
-    for (int i = 0; i < N; i++) s[r][i] = load(sums + r * sums_step + i * W) * set(factor[r]);
-    if (kTotal) t[r] = total[r];
-  }
-  for (int64_t j = live.lo; j < live.hi; j++) {
-    V x[N];
-    for (int i = 0; i < N; i++) x[i] = N > 1 ? load(v + j * v_step + i * W) : get(v + j * v_step, n);
-    for (int r = 0; r < R; r++) {
-      const float w = p[r * 2 * kKeys + j];
-      for (int i = 0; i < N; i++) s[r][i] = fma(set(w), x[i], s[r][i]);
-      if (kTotal) t[r] += w;
-    }
-  }
-  for (int r = 0; r < R; r++) {
-    for (int i = 0; i < N; i++) store(sums + r * sums_step + i * W, s[r][i]);
-    if (kTotal) total[r] = t[r];
-  }
-}
-
-// The same for one row, less the keys that are marked by a negative p.
-template <class T>
-void add_marked_row(const float* p, const T* v, int64_t v_step, Range live, int64_t dim, float factor, float* sums,
-                    float* total) {
-  for (int64_t j = live.lo; j < live.hi; j++)
-    if (!(p[j] < 0)) *total += p[j];
-  for (int64_t d = 0; d < dim; d += W) {
-    V s = load(sums + d) * factor;
-    for (int64_t j = live.lo; j < live.hi; j++)
-      if (!(p[j] < 0)) s = fma(set(p[j]), get(v + j * v_step + d, std::min<int64_t>(W, dim - d)), s);
-    store(sums + d, s);
-  }
-}
-
-template <int R, class T>
-void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, Range keys,
-              State s) {
-  constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
-  const int64_t sums_step = round_up(a.value_dim, W);
-  for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
-    Block block;
-    set_block(a, rows, first, block);
-    const Range live = live_keys(a, p, block);
-    if (live.lo == live.hi) continue;
-    alignas(64) float x[R][2 * kKeys];
-    score_rows<R>(queries + r0 * a.dim, block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], a.dim, live, &x[0][0]);
-    const bool mixed = a.bias || a.key_segments || p.tightest_lo > first + live.lo || p.tightest_hi < first + live.hi;
-    float factor[R];
-    for (int r = 0; r < R; r++) {
-      const int64_t row = r0 + r;
-      const Range own{std::clamp<int64_t>(p.lo[row] - first, 0, kKeys),
-                      std::clamp<int64_t>(p.hi[row] - first, 0, kKeys)};
-      V top = set(-kInfinity);
-      for (int64_t j = live.lo; j < live.hi; j += W) {
-        const int64_t n = std::min<int64_t>(W, live.hi - j);
-        V score = load(x[r] + j);
-        if (a.softcap > 0) score = tanh(score) * (a.softcap * kLog2e);
-        if (a.bias) {
-          const int64_t offset = bias_offset(a, rows.batch, p.head[row], p.query[row], first + j);
-          V bias{};
-          for (int64_t l = 0; l < n; l++) bias[l] = read_float(a.bias, a.bias_dtype, offset + l * a.bias_step[3]);
-          score = fma(bias, set(kLog2e), score);
-        }
-        const VI key = lane_index() + static_cast<int32_t>(j);
-        score = select((key >= static_cast<int32_t>(own.lo)) & (key < static_cast<int32_t>(own.hi)), score,
-                       set(-kInfinity));
-        if (a.key_segments)
-          for (int64_t l = 0; l < n; l++)
-            if (block.segment[j + l] != p.segment[row]) score[l] = -kInfinity;
-        store(x[r] + j, score);
-        top = max(score, top);
-      }
-      const V m = max(set(max(top)), set(s.max[row]));
-      const V base = finite_or_zero(m);
-      factor[r] = rescale(set(s.max[row]), m)[0];
-      s.max[row] = m[0];
-      for (int64_t j = live.lo; j < live.hi; j += W) {
-        const V score = load(x[r] + j), e = exp2(score - base);
-        store(x[r] + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
-      }
-      s.total[row] *= factor[r];
-    }
-    const T* v = block_at<T>(a, a.v, a.v_step, rows, first);
-    const int64_t step = a.v_step[1];
-    float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
-    if (mixed) {
-      for (int r = 0; r < R; r++)
-        add_marked_row(x[r], v, step, live, a.value_dim, factor[r], sums + r * sums_step, total + r);
-      continue;
-    }
-    int64_t d = 0;
-    if (a.value_dim >= kWide * W)
-      for (; d + kWide * W <= a.value_dim; d += kWide * W)
-        (d == 0 ? add_values<R, kWide, true, T> : add_values<R, kWide, false, T>)(&x[0][0], v + d, step, live, W,
-                                                                                  factor, sums + d, sums_step, total);
-    for (; d < a.value_dim; d += W)
-      (d == 0 ? add_values<R, 1, true, T> : add_values<R, 1, false, T>)(&x[0][0], v + d, step, live,
-                                                                        std::min<int64_t>(W, a.value_dim - d), factor,
-                                                                        sums + d, sums_step, total);
-  }
-}
-
-template <class T>
-void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, Range keys, State s) {
-  for (int64_t r = 0; r < rows.count; r += kFewRows) {
-    const auto walk = std::array{walk_few<1, T>, walk_few<2, T>, walk_few<3, T>, walk_few<4, T>};
-    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, keys, s);
-  }
-}
-
 // ---- Tiles of rows over splits of keys.
 
 // `part` joins `all`; each has `rows` rounded up to whole panels.
-void merge(const AttentionArgs& a, bool few, int64_t rows, State part, State all) {
+void merge(bool few, int64_t rows, int64_t sums_step, State part, State all) {
   alignas(64) float keep[kMaxRows], join[kMaxRows];
   for (int64_t i = 0; i < rows; i += W) {
     const V old_max = load(all.max + i), new_max = load(part.max + i), m = max(old_max, new_max);
@@ -259,7 +103,6 @@ void merge(const AttentionArgs& a, bool few, int64_t rows, State part, State all
     store(all.max + i, m);
     store(all.total + i, fma(load(part.total + i), j, load(all.total + i) * k));
   }
-  const int64_t sums_step = round_up(a.value_dim, W);
   if (few) {
     for (int64_t i = 0; i < rows; i++)
       for (int64_t d = 0; d < sums_step; d += W) {
@@ -269,7 +112,7 @@ void merge(const AttentionArgs& a, bool few, int64_t rows, State part, State all
     return;
   }
   for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t d = i * a.value_dim; d < (i + kLanes) * a.value_dim; d += kLanes)
+    for (int64_t d = i * sums_step; d < (i + kLanes) * sums_step; d += kLanes)
       for (int64_t v = 0; v < kLanes; v += W) {
         float* at = all.sums + d + v;
         store(at, fma(load(part.sums + d + v), load(join + i + v), load(at) * load(keep + i + v)));
@@ -281,12 +124,15 @@ struct Forward {
   const AttentionForwardArgs& f;
   const AttentionArgs& a;
   int64_t group, all_rows, tile_rows, tiles_per_head, tiles, splits;
-  bool few;
+  bool few, on_tiles;
+  int64_t sums_step;  // of a row, or, of many, in panels
 
   explicit Forward(const AttentionForwardArgs& args) : f(args), a(args.in) {
     group = a.heads / a.kv_heads;
     all_rows = a.queries * group;
     few = all_rows < W;
+    on_tiles = takes_tiles(a);
+    sums_step = on_tiles ? round_up(a.value_dim + 1, W) : few ? round_up(a.value_dim, W) : a.value_dim;
     tile_rows = few ? all_rows : a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
     const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
     const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
@@ -300,9 +146,7 @@ struct Forward {
 
   // In floats, of whole panels.
   int64_t padded_rows() const { return few ? kLanes : round_up(tile_rows, kLanes); }
-  int64_t sums_size() const {
-    return few ? tile_rows * round_up(a.value_dim, W) : round_up(tile_rows, kLanes) * a.value_dim;
-  }
+  int64_t sums_size() const { return (few ? tile_rows : round_up(tile_rows, kLanes)) * sums_step; }
   int64_t state_size() const { return round_up(2 * padded_rows() + sums_size(), 16); }
   State state_at(float* p) const { return {p, p + padded_rows(), p + 2 * padded_rows()}; }
 
@@ -311,6 +155,7 @@ struct Forward {
     Panel panels[kMaxRows / kLanes];
     Range keys;
     Buffers buffers;
+    TileBuffers tile_buffers;
     float* states;  // two
   };
 
@@ -325,6 +170,13 @@ struct Forward {
               first,
               std::min(tile_rows, all_rows - first)};
     t.keys = set_panels(a, t.rows, t.panels);
+    if (on_tiles) {
+      const int64_t bytes = tile_buffer_bytes(a, padded_rows());
+      auto* p = static_cast<char*>(cpu::scratch(bytes + 2 * state_size() * sizeof(float), 1));
+      t.tile_buffers = tile_buffers_at(a, padded_rows(), p);
+      t.states = reinterpret_cast<float*>(p + bytes);
+      return;
+    }
     const int64_t queries = round_up(padded_rows() * a.dim, 16), keys = few ? 0 : round_up(kKeys * a.dim, 16);
     const int64_t values = few ? 0 : round_up(kKeys * a.value_dim, 16);
     float* p = static_cast<float*>(
@@ -337,7 +189,10 @@ struct Forward {
     const auto row_of = [&](const Panel& p) {
       return [&](int64_t lane) { return row_at<T>(a.q, a.q_step, t.rows.batch, p.query[lane], p.head[lane]); };
     };
-    if (few)
+    if (on_tiles)
+      for (int64_t i = 0; i * kLanes < t.rows.count; i++)
+        pack_tile_queries(a, t.rows, t.panels[i], few, i, t.tile_buffers);
+    else if (few)
       for (int64_t i = 0; i < t.rows.count; i++)
         copy_rows(row_of(t.panels[0])(i), 0, 1, a.dim, query_factor(a), t.buffers.queries + i * a.dim, a.dim);
     else
@@ -351,14 +206,16 @@ struct Forward {
     std::fill_n(s.total, padded_rows() + sums_size(), 0.0f);
     const Range keys{std::max(split * kSplit, t.keys.lo / kKeys * kKeys), std::min((split + 1) * kSplit, t.keys.hi)};
     if (keys.lo >= keys.hi) return;
-    if (few)
+    if (on_tiles)
+      walk_tiles(a, t.rows, t.panels, few, t.tile_buffers, keys, sums_step, s);
+    else if (few)
       walk_rows<T>(a, t.rows, t.panels[0], t.buffers.queries, keys, s);
     else
       walk_panels<T>(a, t.rows, t.panels, t.buffers, keys, s);
   }
 
   void merge_into(const Tile& t, State part, State all) const {
-    merge(a, few, few ? t.rows.count : round_up(t.rows.count, kLanes), part, all);
+    merge(few, few ? t.rows.count : round_up(t.rows.count, kLanes), sums_step, part, all);
   }
 
   void finish(const Tile& t, State s) const {
@@ -376,10 +233,9 @@ struct Forward {
         store(lse + v * W, select(total == 0.0f, set(kInfinity), fma(log(total), set(kLog2e), m)));
       }
       if (few)
-        for (int64_t l = 0; l < p.count; l++)
-          copy_to(s.sums + l * round_up(a.value_dim, W), factor[l / W][l % W], row_of(l));
+        for (int64_t l = 0; l < p.count; l++) copy_to(s.sums + l * sums_step, factor[l / W][l % W], row_of(l));
       else
-        unpack_panel_rows(p, a.value_dim, factor, s.sums + i * a.value_dim, kLanes, row_of);
+        unpack_panel_rows(p, a.value_dim, factor, s.sums + i * sums_step, kLanes, row_of);
       if (f.lse)
         for (int64_t l = 0; l < p.count; l++)
           f.lse[(t.rows.batch * a.heads + p.head[l]) * a.queries + p.query[l]] = lse[l];

@@ -266,12 +266,10 @@ int64_t bias_offset(const AttentionArgs& a, int64_t batch, int64_t head, int64_t
   return batch * a.bias_step[0] + head * a.bias_step[1] + query * a.bias_step[2] + key * a.bias_step[3];
 }
 
-// Scores of a panel against the live keys of a block, to s[key][step]; tanh's value to `capped`, where there is a
-// softcap and the caller wants it. Whether some of them are masked.
-bool score_panel(const AttentionArgs& a, const Rows& rows, const Panel& p, const Block& b, Range live,
-                 const float* keys, const float* queries, float* s, int64_t step, float* capped) {
-  multiply(p.vectors, keys + live.lo * a.dim, a.dim, 1, live.hi - live.lo, a.dim, queries, kLanes, s + live.lo * step,
-           step, nullptr);
+// From a panel's products s[key][step] to its scores; tanh's value to `capped`, where there is a softcap and the caller
+// wants it. Whether some of them are masked.
+bool finish_scores(const AttentionArgs& a, const Rows& rows, const Panel& p, const Block& b, Range live, float* s,
+                   int64_t step, float* capped) {
   if (a.softcap > 0)
     for (int64_t j = live.lo; j < live.hi; j++)
       for (int64_t v = 0; v < p.vectors; v++) {
@@ -305,6 +303,14 @@ bool score_panel(const AttentionArgs& a, const Rows& rows, const Panel& p, const
         if (p.segment[l] != b.segment[j]) s[j * step + l] = -kInfinity;
   }
   return masked;
+}
+
+// Scores of a panel against the live keys of a block, by fused multiply-adds.
+bool score_panel(const AttentionArgs& a, const Rows& rows, const Panel& p, const Block& b, Range live,
+                 const float* keys, const float* queries, float* s, int64_t step, float* capped) {
+  multiply(p.vectors, keys + live.lo * a.dim, a.dim, 1, live.hi - live.lo, a.dim, queries, kLanes, s + live.lo * step,
+           step, nullptr);
+  return finish_scores(a, rows, p, b, live, s, step, capped);
 }
 
 template <class T>

@@ -16,7 +16,6 @@ namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kSide = 2 * kTileSide;      // of a square
-constexpr int64_t kDepth = 32, kPairs = 16;   // k and pairs of k in a tile
 constexpr int64_t kMaxDepth = 1024;           // of k, whose sums stay in registers
 constexpr int64_t kBlockDepth = 256;          // of more, between which they rest in memory
 constexpr int64_t kStrip = 512;               // columns whose sums rest together
@@ -26,58 +25,7 @@ constexpr int64_t kAheadBytes = 128;          // of the next panel, fetched with
 constexpr int64_t kFewRows = 32;
 static_assert(kSide == kPanel);
 
-// Where a factor's lines (A's rows, B's columns) lie, in elements.
-struct Lines {
-  const bf16* data;
-  int64_t step, k_step, count;
-};
 Lines columns_of(const Product& p) { return {static_cast<const bf16*>(p.b.data), p.b.column_step, p.b.row_step, p.n}; }
-
-V load_bytes(const bf16* p, int64_t count) {  // of 2 W elements, zeros beyond
-  bf16 block[2 * W] = {};
-  std::memcpy(static_cast<void*>(block), p, std::max<int64_t>(count, 0) * sizeof(bf16));
-  V v;
-  std::memcpy(&v, block, sizeof v);
-  return v;
-}
-
-// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros: as a left tile's rows, a line each, or as a
-// right one's, pairs of k.
-void pack_tile(const Lines& x, int64_t k, int64_t line, int64_t k0, bool right, char* out, int64_t out_step) {
-  const int64_t lines = std::min(kTileSide, x.count - line), depth = std::min(kDepth, k - k0);
-  const bf16* corner = x.data + line * x.step + k0 * x.k_step;
-  V rows[W] = {};
-  const bool by_pairs = x.k_step != 1 && x.step == 1;
-  if (by_pairs) {
-    for (int64_t q = 0; 2 * q < depth; q++) {
-      const bf16 *even = corner + 2 * q * x.k_step, *odd = even + x.k_step;
-      const bool both = 2 * q + 1 < depth;
-      const auto some = [&](const bf16* from) {
-        VH h{};
-        lines == kTileSide ? std::memcpy(&h, from, sizeof h) : std::memcpy(&h, from, lines * sizeof(bf16));
-        return h;
-      };
-      const VH low = some(even), high = both ? some(odd) : VH{};
-      rows[q] = as_float(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
-    }
-  } else {
-    for (int64_t l = 0; l < lines; l++) {
-      const bf16* from = corner + l * x.step;
-      __builtin_prefetch(from + kSide * x.step);
-      bf16 block[kDepth];
-      if (x.k_step != 1) {
-        for (int64_t i = 0; i < depth; i++) block[i] = from[i * x.k_step];
-        from = block;
-      }
-      if (depth == kDepth)
-        std::memcpy(&rows[l], from, sizeof rows[l]);
-      else
-        rows[l] = load_bytes(from, depth);
-    }
-  }
-  if (by_pairs != right) transpose(rows);
-  for (int64_t r = 0; r < W; r++, out += out_step) std::memcpy(out, &rows[r], sizeof rows[r]);
-}
 
 struct Left {  // rows of A: tile after tile along k
   const char* data;

@@ -6,28 +6,45 @@
 // bf16: even and odd k are two chains of fused multiply-adds from zero, added to each other and then to C. Denormals
 // count as zeros.
 #pragma once
+#include <algorithm>
+
 #include "cpu/kernels/vec.h"
 
 namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kTileSide = 16, kTileBytes = 1024;
+constexpr int64_t kDepth = 32, kPairs = 16;  // k and pairs of k in a tile of bf16
+
+// Shapes of the registers. By default C's 0 to 3 have 16 rows of `columns` floats or integers, the left factors 4 and 5
+// have 16 rows of 4 * `quads` bytes, the right factors 6 and 7 `quads` rows of `columns` times 4 bytes.
+struct TileShape {
+  int rows, row_bytes;
+};
+[[maybe_unused]] TileShape default_shape(int t, int columns, int quads) {
+  return {t < 6 ? static_cast<int>(kTileSide) : quads, 4 * (t == 4 || t == 5 ? quads : columns)};
+}
+
+[[maybe_unused]] float factor_of_tile(bf16 x) {  // as dot_bf16_tiles reads it
+  return x.bits & 0x7f80 ? to_float(x) : __builtin_copysignf(0.0f, to_float(x));
+}
 
 #if __AVX512F__
 
-// Shapes of the registers: C's 0 to 3 have 16 rows of `columns` floats or integers, the left factors 4 and 5 have 16 rows
-// of 4 * `quads` bytes, the right factors 6 and 7 `quads` rows of `columns` times 4 bytes. All become zeros.
-class TileShapes {
+class TileShapes {  // all registers become zeros
  public:
-  TileShapes(int columns, int quads) {
+  TileShapes(int columns, int quads) : TileShapes([=](int t) { return default_shape(t, columns, quads); }) {}
+  template <class F>
+  explicit TileShapes(const F& shape_of) {
     alignas(64) struct {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
     for (int t = 0; t < 8; t++) {
-      shapes.rows[t] = t < 6 ? kTileSide : quads;
-      shapes.row_bytes[t] = 4 * (t == 4 || t == 5 ? quads : columns);
+      const TileShape shape = shape_of(t);
+      shapes.rows[t] = static_cast<uint8_t>(shape.rows);
+      shapes.row_bytes[t] = static_cast<uint16_t>(shape.row_bytes);
     }
     asm volatile("ldtilecfg %0" : : "m"(shapes));
   }
@@ -65,6 +82,16 @@ VEC void store_bf16(bf16* p, V low, V high) {
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(low) : "v"(low), "v"(high));
   std::memcpy(static_cast<void*>(p), &low, sizeof low);
 }
+// The same, element l of `even` before element l of `odd`: a row of a right factor.
+VEC void store_bf16_pairs(bf16* p, V even, V odd) {
+  using Words = uint16_t __attribute__((vector_size(4 * W)));
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(even) : "v"(even), "v"(odd));
+  Words order, words = reinterpret_cast<Words>(even);
+  UNROLL for (int l = 0; l < W; l++) order[2 * l] = static_cast<uint16_t>(l),
+                                               order[2 * l + 1] = static_cast<uint16_t>(l + W);
+  words = __builtin_shuffle(words, order);
+  std::memcpy(static_cast<void*>(p), &words, sizeof words);
+}
 
 #elif ISA_AVX512  // the same in plain code, for PYLLM_EMULATE_AVX512
 
@@ -79,12 +106,14 @@ EmulatedTiles& emulated_tiles() {
 
 class TileShapes {
  public:
-  TileShapes(int columns, int quads) {
+  TileShapes(int columns, int quads) : TileShapes([=](int t) { return default_shape(t, columns, quads); }) {}
+  template <class F>
+  explicit TileShapes(const F& shape_of) {
     EmulatedTiles& t = emulated_tiles();
     std::memset(&t, 0, sizeof t);
     for (int i = 0; i < 8; i++) {
-      t.rows[i] = i < 6 ? kTileSide : quads;
-      t.row_bytes[i] = 4 * (i == 4 || i == 5 ? quads : columns);
+      t.rows[i] = shape_of(i).rows;
+      t.row_bytes[i] = shape_of(i).row_bytes;
     }
   }
 };
@@ -121,12 +150,9 @@ void each_of_tile(const F& f) {
 template <int kSum, int kLeft, int kRight>
 void dot_bf16_tiles() {
   const auto wide = [](const uint8_t* p) {
-    uint16_t h;
-    std::memcpy(&h, p, 2);
-    const uint32_t bits = (h & 0x7f80) ? static_cast<uint32_t>(h) << 16 : (h & 0x8000u) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
+    bf16 h;
+    std::memcpy(static_cast<void*>(&h), p, 2);
+    return factor_of_tile(h);
   };
   each_of_tile<kSum, kLeft, kRight, float>([&](float c, const uint8_t* left, auto right, int at, int quads) {
     float even = 0, odd = 0;
@@ -152,6 +178,67 @@ void dot_byte_tiles() {
 VEC void store_bf16(bf16* p, V low, V high) {
   store(p, low);
   store(p + W, high);
+}
+VEC void store_bf16_pairs(bf16* p, V even, V odd) {
+  for (int l = 0; l < W; l++) put(p + 2 * l, even[l]), put(p + 2 * l + 1, odd[l]);
+}
+
+#endif
+
+#if ISA_AVX512
+
+// Where a factor's lines (A's rows, B's columns) lie, in elements.
+struct Lines {
+  const bf16* data;
+  int64_t step, k_step, count;
+};
+
+VEC V load_bytes(const bf16* p, int64_t count) {  // of 2 W elements, zeros beyond
+  V v;
+  if (count >= 2 * W) {
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  bf16 block[2 * W] = {};
+  std::memcpy(static_cast<void*>(block), p, std::max<int64_t>(count, 0) * sizeof(bf16));
+  std::memcpy(&v, block, sizeof v);
+  return v;
+}
+
+// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros: as a left tile's rows, a line each, or as a
+// right one's, pairs of k.
+[[maybe_unused]] void pack_tile(const Lines& x, int64_t k, int64_t line, int64_t k0, bool right, char* out,
+                                int64_t out_step) {
+  const int64_t lines = std::min(kTileSide, x.count - line), depth = std::min(kDepth, k - k0);
+  const bf16* corner = x.data + line * x.step + k0 * x.k_step;
+  V rows[W] = {};
+  const bool by_pairs = x.k_step != 1 && x.step == 1;
+  if (by_pairs) {
+    for (int64_t q = 0; 2 * q < depth; q++) {
+      const bf16 *even = corner + 2 * q * x.k_step, *odd = even + x.k_step;
+      const bool both = 2 * q + 1 < depth;
+      const auto some = [&](const bf16* from) {
+        VH h{};
+        lines == kTileSide ? std::memcpy(&h, from, sizeof h) : std::memcpy(&h, from, lines * sizeof(bf16));
+        return h;
+      };
+      const VH low = some(even), high = both ? some(odd) : VH{};
+      rows[q] = as_float(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
+    }
+  } else {
+    for (int64_t l = 0; l < lines; l++) {
+      const bf16* from = corner + l * x.step;
+      __builtin_prefetch(from + 2 * kTileSide * x.step);
+      bf16 block[kDepth];
+      if (x.k_step != 1) {
+        for (int64_t i = 0; i < depth; i++) block[i] = from[i * x.k_step];
+        from = block;
+      }
+      rows[l] = load_bytes(from, depth);
+    }
+  }
+  if (by_pairs != right) transpose(rows);
+  for (int64_t r = 0; r < W; r++, out += out_step) std::memcpy(out, &rows[r], sizeof rows[r]);
 }
 
 #endif
