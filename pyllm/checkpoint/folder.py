@@ -131,13 +131,16 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
     return new
 
 
-def load_checkpoint(folder: str | os.PathLike, *, training: bool = True) -> Checkpoint:
+def load_checkpoint(folder: str | os.PathLike, *, training: bool = True, tokenizer: bool = True,
+                    mapped: bool = False) -> Checkpoint:  # fmt: skip
     """Reads the checkpoint of a folder: one that `save_checkpoint` was given, or returned.
 
     Everything is checked, sizes before contents and contents before they are used: what comes back is what was saved.
 
     Args:
         training: if False, what only training needs is neither read nor checked, and comes back as None.
+        tokenizer: the same, of the tokenizer.
+        mapped: weights lie in the pages of their file, which is never changed; what is written to them stays apart.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
@@ -147,7 +150,7 @@ def load_checkpoint(folder: str | os.PathLike, *, training: bool = True) -> Chec
     while True:
         current = newest(folder)
         try:
-            return _read(current, training)
+            return _read(current, training, tokenizer, mapped)
         except RecursionError:
             raise CheckpointError(f"{current} must hold JSON that is not nested so deeply") from None
         except (CheckpointError, FileNotFoundError):
@@ -167,7 +170,7 @@ def _check_type(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, but got {type(value).__name__}")
 
 
-def _read(folder: Path, with_training: bool) -> Checkpoint:
+def _read(folder: Path, with_training: bool, with_tokenizer: bool, mapped: bool) -> Checkpoint:
     where = folder / "config.json"
     contents = read_json(where)
     if contents.get("format") != _FORMAT or contents.get("version") != _VERSION:
@@ -181,8 +184,11 @@ def _read(folder: Path, with_training: bool) -> Checkpoint:
     except ValueError as e:
         raise CheckpointError(f"{where}: {e}") from None
     files = _seals(where, contents["files"])
-    if not with_training:
-        files = {name: expected for name, expected in files.items() if name not in (_TRAINING, _OPTIMIZER)}
+    training_files = {_TRAINING, _OPTIMIZER} & files.keys()
+    unread = set() if with_training else training_files
+    if not with_tokenizer:
+        unread |= files.keys() - training_files - {_MODEL}
+    files = {name: expected for name, expected in files.items() if name not in unread}
     for name, expected in files.items():
         check_size(folder / name, expected)
     for name, expected in files.items():
@@ -192,7 +198,7 @@ def _read(folder: Path, with_training: bool) -> Checkpoint:
     training = None
     if _TRAINING in files:
         training = unpack(read_json(folder / _TRAINING), read_tensors(folder / _OPTIMIZER))
-    weights = read_tensors(folder / _MODEL)
+    weights = read_tensors(folder / _MODEL, mapped=mapped)
     for name, same in contents["tied"].items():
         if name in weights or not isinstance(same, str) or same not in weights:
             raise CheckpointError(f"{where}: tied must name weights of {_MODEL}, but got {name!r}: {same!r}")

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +66,8 @@ class GGUFReader(FileReader):
     """
 
     def __init__(self, path: Path, file: FileIO, metadata: dict[str, Any], extents: dict[str, Extent],
-                 packings: dict[str, int]):  # fmt: skip
-        super().__init__(extents, [file])
+                 packings: dict[str, int], mapped: bool):  # fmt: skip
+        super().__init__(extents, [file], mapped=mapped)
         self._path, self.metadata, self._packings = path, metadata, packings
 
     @property
@@ -151,6 +151,9 @@ class GGUFReader(FileReader):
             except ValueError as e:
                 raise CheckpointError(f"{self._path}: {short(name)} of {e}") from None
 
+    def map(self, names: Sequence[str]) -> Tensor | None:
+        return None if self._packings.keys() & set(names) else super().map(names)
+
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
         if name not in self._packings:
             super()._fill(name, extent, out)
@@ -173,7 +176,7 @@ class GGUFReader(FileReader):
             flat[at : at + count * packing.values].copy_(torch.from_numpy(values).view(-1))
 
 
-def open_gguf(path: Path) -> GGUFReader:
+def open_gguf(path: Path, *, mapped: bool = False) -> GGUFReader:
     """Reads the metadata of a GGUF file, and where its weights are.
 
     Raises:
@@ -190,7 +193,7 @@ def open_gguf(path: Path) -> GGUFReader:
     except BaseException:
         file.close()
         raise
-    return GGUFReader(path, file, metadata, extents, packings)
+    return GGUFReader(path, file, metadata, extents, packings, mapped)
 
 
 class _Cursor:

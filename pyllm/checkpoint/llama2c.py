@@ -24,7 +24,7 @@ _NUMBERS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_siz
 _LAYER = "model.layers.{}."
 
 
-def open_llama2c(path: Path) -> tuple[dict[str, Any], FileReader]:
+def open_llama2c(path: Path, *, mapped: bool = False) -> tuple[dict[str, Any], FileReader]:
     """The Hugging Face config of a llama2.c checkpoint, and its reader.
 
     Raises:
@@ -36,7 +36,7 @@ def open_llama2c(path: Path) -> tuple[dict[str, Any], FileReader]:
     except BaseException:
         file.close()
         raise
-    return config, FileReader(extents, [file])
+    return config, FileReader(extents, [file], mapped=mapped)
 
 
 def _contents(path: Path, file: FileIO, size: int) -> tuple[dict[str, Any], dict[str, Extent]]:

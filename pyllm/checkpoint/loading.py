@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,16 +30,33 @@ from pyllm.text import Tokenizer
 
 _SETTING = (Tensor.normal_, Tensor.uniform_)
 Progress = Callable[[int, int], None]
+
+
+class _How(NamedTuple):
+    """The arguments of `load`."""
+
+    dtype: torch.dtype | None
+    long: bool
+    mapped: bool
+    tokenizer: bool
+    progress: Progress | None
+
+
 _QUANTIZED = tuple(f".weight.{part}" for part in QUANTIZED)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
 
 
 def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-         long: bool = False, progress: Progress | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
+         long: bool = False, mapped: bool = True, tokenizer: bool = True,
+         progress: Progress | None = None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
     """The model and the tokenizer of a checkpoint; the model is in evaluation mode.
 
     Everything is checked before memory is taken for the weights, and no code from a checkpoint is ever run.
+
+    Weights that stay as the checkpoint has them, in dtype and order, are not copied: they lie in its files' pages,
+    which the system reads when they are used and shares among processes. Those files may be replaced, but must not be
+    written to while the model lives. Training changes copies of the pages.
 
     Args:
         path: a checkpoint of our own; a Hugging Face folder (config.json, with safetensors in one file or in shards, or
@@ -54,6 +71,8 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
             long texts, which have all of its context then. `transformers` takes them where a text is longer than those
             of the first training, and the short ones up to there, which are the only ones here if False: each text has
             the same factors from its first token to its last.
+        mapped: False copies all weights into memory of their own: what then happens to the files does not matter.
+        tokenizer: False leaves it unread, and None comes in its place.
         progress: called with the number of the weights' elements read so far, and of all.
 
     Raises:
@@ -66,19 +85,20 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
     where = Path(path)
     if not where.exists():
         where = download(path)
+    how = _How(dtype, long, mapped, tokenizer, progress)
     if where.is_dir() and not is_ours(where):
-        model, tokenizer = _folder(where, dtype, long, progress)
+        model, text = _folder(where, how)
     elif long:
         raise CheckpointError(f"{where}: long must be False: only Hugging Face folders have factors for long texts")
     elif where.is_dir():
-        model, tokenizer = _ours(where, dtype)
+        model, text = _ours(where, how)
     else:
-        model, tokenizer = _file(where, dtype, progress)
-    return model.to(device).eval() if device is not None else model.eval(), tokenizer
+        model, text = _file(where, how)
+    return model.to(device).eval() if device is not None else model.eval(), text
 
 
-def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | None]:
-    saved = load_checkpoint(path, training=False)
+def _ours(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
+    saved = load_checkpoint(path, training=False, tokenizer=how.tokenizer, mapped=how.mapped)
     if saved.model_type not in MODELS:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(MODELS)}, but got {saved.model_type!r}")
     model = _empty(path, saved.model_type, lambda: MODELS[saved.model_type](**saved.config))
@@ -101,7 +121,7 @@ def _ours(path: Path, dtype: torch.dtype | None) -> tuple[Model, Tokenizer | Non
         for module in model.modules():
             if isinstance(module, Embedding) and module.packed is not None:
                 module.to(model.dtype)
-    return model if dtype is None else model.to(dtype), saved.tokenizer
+    return model if how.dtype is None else model.to(how.dtype), saved.tokenizer
 
 
 def _quantize(path: Path, model: Model, weights: dict[str, Tensor], names: Iterable[str]) -> None:
@@ -128,8 +148,7 @@ def _quantize(path: Path, model: Model, weights: dict[str, Tensor], names: Itera
         found.clear()
 
 
-def _folder(path: Path, dtype: torch.dtype | None, long: bool,
-            progress: Progress | None) -> tuple[Model, Tokenizer | None]:  # fmt: skip
+def _folder(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
     config = read_json(path / "config.json")
     try:
         check_plain(config, "config")
@@ -142,42 +161,44 @@ def _folder(path: Path, dtype: torch.dtype | None, long: bool,
         if family.model.answers:
             config |= generation_settings(generating)
     if any((path / name).exists() for name in (WEIGHTS, INDEX)):
-        opened: FileReader | MemoryReader = open_shards(path)
+        opened: FileReader | MemoryReader = open_shards(path, mapped=how.mapped)
     elif any((path / name).exists() for name in (PICKLED, PICKLED_INDEX)):
         opened = open_pickled(path)
     else:
         raise CheckpointError(f"{path} must hold {WEIGHTS}, {INDEX} or {PICKLED}, but has none of them")
     with opened as reader:
-        model = _of_config(path, config, reader, dtype, progress, long)
+        model = _of_config(path, config, reader, how)
     model.unheeded = unheeded_settings(generating, model.config.get("suppressed_ids", ()))
-    return model, _tokenizer(path, lambda: Tokenizer.load(path))
+    return model, _tokenizer(path, lambda: Tokenizer.load(path)) if how.tokenizer else None
 
 
-def _file(path: Path, dtype: torch.dtype | None, progress: Progress | None) -> tuple[Model, Tokenizer | None]:
+def _file(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
     with open(path, "rb") as file:
         begin = file.read(4)
     if begin == b"GGUF" or path.suffix == ".gguf":
-        with open_gguf(path) as weights:
+        with open_gguf(path, mapped=how.mapped) as weights:
             table, settings = weights.architecture, weights.config
-            packed = weights if dtype is None else None
-            model = _filled(path, table, lambda: settings, weights, dtype or weights.dtype, progress, packed)
+            packed = weights if how.dtype is None else None
+            how = how._replace(dtype=how.dtype or weights.dtype)
+            model = _filled(path, table, lambda: settings, weights, how, packed)
             model.family = table.family_of(model.config)
-            if "tokenizer.ggml.model" not in weights.metadata:
+            if "tokenizer.ggml.model" not in weights.metadata or not how.tokenizer:
                 return model, None
             return model, _tokenizer(path, lambda: Tokenizer.from_gguf_metadata(weights.metadata))
     if begin[:2] in (b"PK", b"\x80\x02") or path.suffix != ".bin":
         raise CheckpointError(f"{path} must be a GGUF or a llama2.c file, but begins with {begin!r}; weights of "
                               "other formats are loaded by the folder that says what model they are of")  # fmt: skip
-    config, reader = open_llama2c(path)
+    config, reader = open_llama2c(path, mapped=how.mapped)
     with reader:
-        model = _of_config(path, config, reader, dtype, progress)
+        model = _of_config(path, config, reader, how)
+    if not how.tokenizer:
+        return model, None
     beside = (path.with_name(name) for name in ("tokenizer.bin", f"tok{model.vocab_size}.bin"))
     found = next((file for file in beside if file.exists()), None)
     return model, None if found is None else _tokenizer(path, lambda: Tokenizer.load(found))
 
 
-def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: torch.dtype | None,
-               progress: Progress | None, long: bool = False) -> Model:  # fmt: skip
+def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, how: _How) -> Model:
     """The model of a Hugging Face config."""
     family, names = _check_family(path, config), len(reader.entries())
     if family.complete is not None:
@@ -189,18 +210,18 @@ def _of_config(path: Path, config: dict[str, Any], reader: WeightReader, dtype: 
 
     def settings() -> dict[str, Any]:
         found = family.config(config)
-        return for_long_texts(found) if long else found
+        return for_long_texts(found) if how.long else found
 
-    model = _filled(path, family, settings, reader, dtype, progress)
+    model = _filled(path, family, settings, reader, how)
     model.family = family.model_type
     return model
 
 
-def _filled(path: Path, family: Family, settings: Callable[[], dict], reader: WeightReader, dtype: torch.dtype | None,
-            progress: Progress | None, packed: PackedReader | None = None) -> Model:  # fmt: skip
+def _filled(path: Path, family: Family, settings: Callable[[], dict], reader: WeightReader, how: _How,
+            packed: PackedReader | None = None) -> Model:  # fmt: skip
     model = _empty(path, family.model_type, lambda: family.model(**settings()))
     try:
-        load_weights(model, family, reader, dtype=dtype, packed=packed, progress=progress)
+        load_weights(model, family, reader, dtype=how.dtype, packed=packed, progress=how.progress)
     except WeightsError as e:
         raise CheckpointError(f"{path}: " + "; ".join(str(e).split("\n  ")).replace(":;", ":")) from None
     return model

@@ -1,15 +1,18 @@
 """What reads the weights of a checkpoint, one at a time, whatever its format.
 
 A reader knows the dtype and shape of every weight before it reads any, and takes no memory beyond the tensor that it
-fills and one small piece. Files are read, not mapped, so that nothing which happens to them later can harm.
+fills and one small piece. Weights that are used as the file has them can be mapped: no more is read than is used, and
+who writes to them gets a copy, a page at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +45,13 @@ class Extent(NamedTuple):
 class FileReader:
     """Reads weights, by the names that a family's table has for them, from where they lie in open files.
 
-    Closed by `close`, or at the end of a `with`.
+    Closed by `close`, or at the end of a `with`. With `mapped`, the files must stay as they are meanwhile, and for as
+    long as what `map` gave is used.
     """
 
-    def __init__(self, extents: dict[str, Extent], files: list[FileIO]):
-        self._extents, self._files = extents, files
+    def __init__(self, extents: dict[str, Extent], files: list[FileIO], *, mapped: bool = False):
+        self._extents, self._files, self._mapped = extents, files, mapped
+        self._maps: dict[FileIO, mmap.mmap] = {}
 
     def entries(self) -> dict[str, Entry]:
         return {name: Entry(extent.dtype, extent.shape) for name, extent in self._extents.items()}
@@ -76,7 +81,41 @@ class FileReader:
                 out.copy_(stored)
         return out
 
+    def map(self, names: Sequence[str]) -> Tensor | None:
+        """Weights of one dtype, joined along their first dimension, where they lie in the file: no copy, until they are
+        written to.
+
+        Returns:
+            None where that cannot be: they do not lie one behind the other, or not as they are to be used, or the
+            reader is not `mapped`.
+        """
+        if not self._mapped:
+            return None
+        extents = [self._extents[name] for name in names]
+        first = extents[0]
+        at = first.begin
+        for extent in extents:
+            if extent.file is not first.file or extent.begin != at or extent.change is not None:
+                return None
+            at += math.prod(extent.shape) * first.dtype.itemsize
+        if first.begin % first.dtype.itemsize or at == first.begin:
+            return None
+        if first.file not in self._maps:
+            self._maps[first.file] = mmap.mmap(first.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file, count = self._maps[first.file], (at - first.begin) // first.dtype.itemsize
+        flat = torch.frombuffer(file, dtype=first.dtype, count=count, offset=first.begin)
+        shape = first.shape if len(names) == 1 else (sum(extent.shape[0] for extent in extents), *first.shape[1:])
+        return flat.view(shape)
+
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
+        mapped = self.map([name])
+        if mapped is not None:  # threads copy and convert it
+            out.copy_(mapped)
+            begin, end = -(-extent.begin // mmap.PAGESIZE), (extent.begin + mapped.nbytes) // mmap.PAGESIZE
+            if end > begin:
+                self._maps[extent.file].madvise(mmap.MADV_DONTNEED, begin * mmap.PAGESIZE,
+                                                (end - begin) * mmap.PAGESIZE)  # fmt: skip
+            return
         extent.file.seek(extent.begin)
         for piece in _pieces(out, extent.dtype):
             fill(extent.file, piece, name)
@@ -117,6 +156,10 @@ class MemoryReader:
             _give_back()
             self._kept = 0
         return out
+
+    def map(self, names: Sequence[str]) -> Tensor | None:
+        """None: there is no file to map."""
+        return None
 
     def __enter__(self):
         return self

@@ -52,14 +52,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(mode)  # the library lets only the owner read
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own.
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own or, mapped, in the pages of the file.
 
     Raises:
         CheckpointError: the file is truncated, or its header does not describe it.
     """
-    with open_tensors(path) as reader:
-        tensors = {name: reader.read(name) for name in reader.entries()}
+    with open_tensors(path, mapped=mapped) as reader:
+        tensors: dict[str, Tensor] = {}
+        for name in reader.entries():
+            found = reader.map([name])
+            tensors[name] = reader.read(name) if found is None else found
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
             raise CheckpointError(
@@ -68,17 +71,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def open_tensors(path: Path) -> FileReader:
+def open_tensors(path: Path, *, mapped: bool = False) -> FileReader:
     """A reader of one safetensors file, whose whole header is checked against the size of the file."""
     file, size = open_file(path)
     try:
-        return FileReader(_extents(path, file, size), [file])
+        return FileReader(_extents(path, file, size), [file], mapped=mapped)
     except BaseException:
         file.close()
         raise
 
 
-def open_shards(folder: Path) -> FileReader:
+def open_shards(folder: Path, *, mapped: bool = False) -> FileReader:
     """A reader of a folder's model.safetensors, or of the files that its model.safetensors.index.json names.
 
     Raises:
@@ -86,7 +89,7 @@ def open_shards(folder: Path) -> FileReader:
             the folder, or a weight that is not where it says; a weight is in a file but not in the index.
     """
     if not (folder / INDEX).exists():
-        return open_tensors(folder / WEIGHTS)
+        return open_tensors(folder / WEIGHTS, mapped=mapped)
     index = read_json(folder / INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
@@ -113,7 +116,7 @@ def open_shards(folder: Path) -> FileReader:
         for file in files:
             file.close()
         raise
-    return FileReader(extents, files)
+    return FileReader(extents, files, mapped=mapped)
 
 
 def check_inside(index: Path, name: str, suffix: str) -> None:

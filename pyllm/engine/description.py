@@ -31,7 +31,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     """What `load` makes of a checkpoint of any kind, and the memory that it takes.
 
     The checkpoint is loaded in a process of its own, on Linux, whose peak of resident memory is compared with what it
-    had before. Files are read, not mapped, so that all that is held counts.
+    had before; weights are copied, not mapped, so that all that is held counts.
 
     Returns:
         family: Hugging Face's name of it, if it has one; model: the class; config: the arguments that it is made from.
@@ -75,7 +75,7 @@ def _measured(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forgets the peak so far
     before = _resident("RssAnon")
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, mapped=False)
     # Pages of libraries, which come and go as the system likes, are not counted.
     peak = max(_resident("VmHWM") - _resident("RssFile"), _resident("RssAnon")) - before
     dtypes: Counter[str] = Counter()
@@ -106,7 +106,7 @@ def _rehearse() -> None:
         importlib.import_module("gguf")
     with tempfile.TemporaryDirectory() as folder:
         export(Decoder(8, 8, 1, 1), folder, verify=False)
-        load(folder)
+        load(folder, mapped=False)
 
 
 def _files(path: Path) -> list[Path]:

@@ -3,8 +3,9 @@ we keep elsewhere. Nothing that a checkpoint brings is ever run."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -80,11 +81,14 @@ class Entry(Protocol):
 
 
 class WeightReader(Protocol):
-    """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor."""
+    """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor;
+    `map` gives weights, joined along their first dimension, where they lie in a file, or None."""
 
     def entries(self) -> Mapping[str, Entry]: ...
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor: ...
+
+    def map(self, names: Sequence[str]) -> Tensor | None: ...
 
 
 class PackedReader(Protocol):
@@ -177,8 +181,11 @@ def load_weights(model: Model, family: Family, reader: WeightReader, *, dtype: t
             if progress is not None:
                 progress(done, total)
             continue
-        if old.is_meta and first not in zeros and _is_whole(place) and entries[first].dtype == kind:
-            new = torch.nn.Parameter(reader.read(first), old.requires_grad)
+        found = None
+        if old.is_meta and not zeros & place.parts.keys() and {entries[part].dtype for part in place.parts} == {kind}:
+            found = _as_stored(reader, place)
+        if found is not None:
+            new = torch.nn.Parameter(found, old.requires_grad)
         else:
             if old.is_meta or old.dtype != kind:
                 new = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
@@ -259,11 +266,19 @@ class _Renamed:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._reader.read(self._names[name], out)
 
+    def map(self, names: Sequence[str]) -> Tensor | None:
+        return self._reader.map([self._names[name] for name in names])
 
-def _is_whole(place: _Place) -> bool:
-    """Whether a parameter is a tensor of the checkpoint as it is."""
-    weight = place.weight
-    return len(place.parts) == 1 and not (weight.transposed or weight.by_head or weight.as_row)
+
+def _as_stored(reader: WeightReader, place: _Place) -> Tensor | None:
+    """A parameter that is what a checkpoint holds as it is, in one piece or, mapped, in some that follow each other."""
+    weight, names = place.weight, list(place.parts)
+    if weight.transposed or weight.by_head:
+        return None
+    found = reader.map(names)
+    if found is None and len(names) == 1:
+        found = reader.read(names[0])
+    return None if found is None else found.view(place.parameter.shape)
 
 
 def _space(place: _Place) -> int:
@@ -319,10 +334,15 @@ def _parts(model: Model, family: Family, name: str, bare: bool) -> tuple[Weight,
     for weight in family.weights:
         if weight.gated is not None and weight.gated != (model.config["activation"] in GATED):
             continue
-        pattern = re.escape(weight.name)
-        for key in ("i", "e"):
-            pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>[0-9]+)")
-        if match := re.fullmatch(pattern, name):
+        if match := _pattern(weight.name).fullmatch(name):
             names = [part.format(**match.groupdict()) for part in weight.parts]
             return weight, [n.removeprefix(family.prefix) for n in names] if bare else names
     raise KeyError(f"the table of {family.model_type!r} has no row for the parameter {name}")
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern:
+    pattern = re.escape(name)
+    for key in ("i", "e"):
+        pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>[0-9]+)")
+    return re.compile(pattern)

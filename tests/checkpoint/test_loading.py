@@ -43,6 +43,37 @@ def test_one_file_shards_and_pickles_make_the_same_model(folder):
         pyllm.load(folder)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_weights_are_mapped_and_their_files_never_changed(folder, tmp_path, ours):
+    (pyllm.save if ours else pyllm.export)(pyllm.load(folder)[0], tmp_path / "saved")
+    (file,) = (folder := tmp_path / "saved").glob("**/model.safetensors")
+    before = file.read_bytes()
+    mapped, copied = pyllm.load(folder)[0], pyllm.load(folder, mapped=False)[0]
+    learning = pyllm.load(folder)[0].train()
+    optimizer = torch.optim.SGD(learning.parameters(), 0.1)
+    learning.loss(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
+    optimizer.step()
+    assert same(mapped, copied) and not same(mapped, learning) and file.read_bytes() == before
+    again = learning.state_dict()
+    file.write_bytes(bytes(len(before)))  # what is forbidden: who shares the file's pages sees it
+    weight = "blocks.0.feed_forward.down.weight"
+    assert copied.state_dict()[weight].any() and not mapped.state_dict()[weight].any()
+    assert torch.equal(again[weight], learning.state_dict()[weight])
+
+
+def test_the_tokenizer_can_be_left_unread(folder, tmp_path):
+    tokenizer = pyllm.Tokenizer.train("char", "abc")
+    pyllm.save(pyllm.load(folder)[0], tmp_path / "ours", tokenizer)
+    tokenizer.save(folder)
+    for path in (tmp_path / "ours", folder):
+        assert pyllm.load(path)[1].encode("ab") == tokenizer.encode("ab")
+        for file in path.glob("**/tokenizer.json"):
+            file.write_text("{")
+        assert pyllm.load(path, tokenizer=False)[1] is None
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            pyllm.load(path)
+
+
 def test_a_model_that_was_loaded_is_saved_as_our_own(folder, tmp_path):
     model, _ = pyllm.load(folder)
     pyllm.save(model, tmp_path / "ours")

@@ -58,6 +58,39 @@ def test_what_cannot_be_filled_is_refused(tmp_path):
             weights.read("a")
 
 
+def test_weights_are_mapped_where_they_lie(tmp_path):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(2, 5), "c": torch.randn(4).half(), "d": torch.randn(0, 5)}
+    write_tensors(path, tensors)
+    with open_tensors(path, mapped=True) as weights:
+        joined, alone, half = weights.map(["a", "b"]), weights.map(["b"]), weights.map(["c"])
+        assert weights.map(["b", "a"]) is None and weights.map(["d"]) is None
+        converted = weights.read("a", torch.empty(3, 5, dtype=torch.float64))
+    with open_tensors(path) as weights:
+        assert weights.map(["a"]) is None
+    assert torch.equal(joined, torch.cat((tensors["a"], tensors["b"]))) and torch.equal(half, tensors["c"])
+    assert torch.equal(converted, tensors["a"].double())
+    assert joined.untyped_storage().nbytes() == joined.nbytes
+    joined.zero_()  # the page is copied, and the file is as it was
+    assert not alone.any()
+    with open_tensors(path, mapped=True) as weights:
+        assert torch.equal(weights.map(["a"]), tensors["a"])
+        write_tensors(other, {"a": torch.zeros(3, 5)})
+        other.replace(path)  # the old file lives on
+        assert torch.equal(weights.map(["a"]), tensors["a"])
+        weights.read("a", torch.empty(3, 5))
+        assert torch.equal(weights.map(["a"]), tensors["a"])
+
+
+def test_what_does_not_lie_at_a_multiple_of_its_size_is_read(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    assert (8 + len(header)) % 4
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1, 2))
+    with open_tensors(tmp_path / "x.safetensors", mapped=True) as weights:
+        assert weights.map(["a"]) is None
+        assert torch.equal(weights.read("a"), torch.tensor([1.0, 2.0]))
+
+
 def test_shards_are_one_checkpoint(tmp_path):
     names = list(malformed.SHAPES)
     parts = {"a.safetensors": names[:7], "b.safetensors": names[7:]}

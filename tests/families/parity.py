@@ -22,6 +22,9 @@ class Reader:
     def read(self, name, out=None):
         return self.tensors[name].clone() if out is None else out.copy_(self.tensors[name])
 
+    def map(self, names):
+        return None
+
 
 def made(kind, model_type, settings, folder):
     """A transformers model of a class whose norms and biases are random too, saved to a folder."""
