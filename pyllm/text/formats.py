@@ -147,10 +147,9 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
                 eos += _ids(theirs.get("eos_token_id"), "eos_token_id")
                 if arguments.get("bos_id") is None:
                     arguments["bos_id"] = next(iter(_ids(theirs.get("bos_token_id"), "bos_token_id")), None)
-        size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        arguments["eos_ids"] = tuple(dict.fromkeys(i for i in eos if i is not None and 0 <= i < size))
+        arguments["eos_ids"] = tuple(dict.fromkeys(i for i in eos if _has(backend, i)))
         bos = arguments.get("bos_id")
-        arguments["bos_id"] = bos = bos if bos is not None and 0 <= bos < size else None
+        arguments["bos_id"] = bos = bos if _has(backend, bos) else None
         add = config.get("add_bos_token")
         if not isinstance(add, bool):
             add = _begins_with(backend, bos) or (not whole and config.get("tokenizer_class") in _ALWAYS_BOS)
@@ -220,9 +219,10 @@ def _check_vocabulary(model: dict[str, Any]) -> None:
 
 
 def _check_ids(vocabulary: dict[str, Any]) -> None:
-    if not vocabulary or not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in vocabulary.values()):
+    ids = vocabulary.values()
+    if {*map(type, ids)} != {int} or not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
         raise ValueError(f"there must be tokens, each with an id from 0 to {_LARGEST_ID}")
-    if len(set(vocabulary.values())) != len(vocabulary):
+    if len(set(ids)) != len(vocabulary):
         raise ValueError("two tokens have one id")
 
 
@@ -382,6 +382,10 @@ def _token(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"a token must be a string, but is {type(value).__name__}")
     return value
+
+
+def _has(backend: tokenizers.Tokenizer, id: int | None) -> bool:
+    return id is not None and 0 <= id <= _LARGEST_ID and backend.id_to_token(id) is not None
 
 
 def _ids(value: Any, name: str) -> list[int]:

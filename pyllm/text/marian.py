@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from pyllm.text.tokenizer import Tokenizer, without_control, write_config, write_file
+from pyllm.text.tokenizer import Tokenizer, write_config, write_file
 
 _CODE = re.compile(">>.*?<<", re.DOTALL)
 
@@ -31,7 +31,7 @@ class MarianTokenizer(Tokenizer):
         self._files, self._cutters, self._ids = files, cutters, backend.get_vocab(with_added_tokens=True)
         self._unknown = self._ids[backend.model.unk_token]
         cutters[0].encode_special_tokens = True
-        self._encoder, self._plain = cutters[0], without_control(cutters[0])
+        self._encoder = cutters[0]
         self.targets = MarianTokenizer(backend, cutters=cutters[1:], files=files, **arguments) if cutters[1:] else self
 
     def encode_framed(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:

@@ -48,10 +48,6 @@ class Tokenizer:
         self._backend = backend
         self._encoder = backend
         self._special: tokenizers.Tokenizer | None = None
-        self._plain = without_control(backend)
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        self._size = max(vocabulary.values(), default=-1) + 1
-        self._divisible = _divisible(backend, vocabulary)
         self._control = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         end = backend.token_to_id(END_OF_TEXT)
         self.eos_ids = tuple(eos_ids) or (() if end is None else (end,))
@@ -274,6 +270,23 @@ class Tokenizer:
     def __reduce__(self):
         return _from_json, (self.to_json(), self._arguments())
 
+    # What follows is made when it is asked for: of a large vocabulary, that takes longer than reading the file.
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return without_control(self._encoder)
+
+    @functools.cached_property
+    def _size(self) -> int:
+        count = self._backend.get_vocab_size(with_added_tokens=True)
+        if None not in map(self._backend.id_to_token, range(count)):
+            return count
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def _divisible(self) -> bool:
+        return _divisible(self._backend)
+
     def _arguments(self) -> dict[str, Any]:
         return {"bos_id": self.bos_id, "eos_ids": self.eos_ids, "add_bos": self.add_bos,
                 "chat_template": self.chat_template, "roles": self.roles}  # fmt: skip
@@ -393,13 +406,14 @@ def _ordered(trained: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return backend
 
 
-def _divisible(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> bool:
+def _divisible(backend: tokenizers.Tokenizer) -> bool:
     """Whether the ids of `_pieces` add up to the ids of the text: so for what `train` makes."""
     before = backend.pre_tokenizer
     if backend.normalizer is not None or not isinstance(backend.model, (models.BPE, models.Unigram)):
         return False
     if before is None and isinstance(backend.model, models.BPE):
-        return all(len(token) == 1 or token in (UNKNOWN, END_OF_TEXT) for token in vocabulary)
+        tokens = backend.get_vocab(with_added_tokens=True)
+        return all(len(token) == 1 or token in (UNKNOWN, END_OF_TEXT) for token in tokens)
     return isinstance(before, pre_tokenizers.ByteLevel) and before.use_regex and not before.add_prefix_space
 
 
