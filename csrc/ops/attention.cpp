@@ -79,8 +79,8 @@ AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const Tens
   for (const TensorView* t : {&q, &v})
     check(t->size(3) >= 1 && t->size(3) <= kMaxDim, "[", op, "] ", t == &q ? "q" : "v",
           " must have a head size of 1 to ", kMaxDim, ", but got ", t->size(3));
-  check(a.kv_heads == 0 ? a.heads == 0 : a.heads > 0 && a.heads % a.kv_heads == 0, "[", op,
-        "] q's heads must be a positive multiple of k's ", a.kv_heads, ", but got ", a.heads);
+  check(a.heads == 0 || (a.kv_heads > 0 && a.heads % a.kv_heads == 0), "[", op,
+        "] q's heads must be a multiple of k's ", a.kv_heads, ", but got ", a.heads);
   check(window >= 0, "[", op, "] window must be 1 or more, but got ", window);
   check(softcap >= 0 && softcap < 1e30, "[", op, "] softcap must be positive, but got ", softcap);
   a.dtype = q.dtype;

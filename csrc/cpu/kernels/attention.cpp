@@ -17,6 +17,7 @@ namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kSplit = 512;
+constexpr int64_t kMaxTileRows = 2 * kMaxRows;  // on tile registers, where to pack a block costs more of the time
 
 // ---- Many rows.
 
@@ -94,7 +95,7 @@ void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, 
 
 // `part` joins `all`; each has `rows` rounded up to whole panels.
 void merge(bool few, int64_t rows, int64_t sums_step, State part, State all) {
-  alignas(64) float keep[kMaxRows], join[kMaxRows];
+  alignas(64) float keep[kMaxTileRows], join[kMaxTileRows];
   for (int64_t i = 0; i < rows; i += W) {
     const V old_max = load(all.max + i), new_max = load(part.max + i), m = max(old_max, new_max);
     const V k = rescale(old_max, m), j = rescale(new_max, m);
@@ -133,7 +134,7 @@ struct Forward {
     few = all_rows < W;
     on_tiles = takes_tiles(a);
     sums_step = on_tiles ? round_up(a.value_dim + 1, W) : few ? round_up(a.value_dim, W) : a.value_dim;
-    tile_rows = few ? all_rows : a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
+    tile_rows = few ? all_rows : on_tiles ? kMaxTileRows : (a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows);
     const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
     const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
     while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
@@ -152,14 +153,29 @@ struct Forward {
 
   struct Tile {
     Rows rows;
-    Panel panels[kMaxRows / kLanes];
+    Panel* panels;
     Range keys;
     Buffers buffers;
     TileBuffers tile_buffers;
-    float* states;  // two
+    State all, part;
   };
 
-  void start(int64_t index, Tile& t) const {
+  int64_t panels_bytes() const {
+    return round_up((few ? 1 : (on_tiles ? kMaxTileRows : kMaxRows) / kLanes) * sizeof(Panel), 64);
+  }
+  int64_t queries_bytes() const {
+    if (on_tiles) return tile_query_bytes(a, few ? tile_rows : padded_rows());
+    return round_up(padded_rows() * a.dim * sizeof(float), 64);
+  }
+  int64_t tile_bytes() const { return panels_bytes() + queries_bytes() + 2 * state_size() * sizeof(float); }
+  int64_t work_bytes() const {  // of one thread: a block of keys and values, and its scores
+    if (on_tiles) return tile_buffer_bytes(a);
+    if (few) return 0;
+    return (round_up(kKeys * a.dim, 16) + round_up(kKeys * a.value_dim, 16) + kKeys * kLanes) * sizeof(float);
+  }
+
+  // `own` is tile_bytes() and `work` work_bytes() long.
+  void start(int64_t index, char* own, char* work, Tile& t) const {
     // The last queries of a head first: under a causal mask they take longest.
     const int64_t head = index / tiles_per_head, first = (tiles_per_head - 1 - index % tiles_per_head) * tile_rows;
     t.rows = {head / a.kv_heads,
@@ -169,20 +185,19 @@ struct Forward {
               length_of(a, head / a.kv_heads),
               first,
               std::min(tile_rows, all_rows - first)};
+    t.panels = reinterpret_cast<Panel*>(own);
     t.keys = set_panels(a, t.rows, t.panels);
+    char* queries = own + panels_bytes();
+    auto* states = reinterpret_cast<float*>(queries + queries_bytes());
+    t.all = state_at(states);
+    t.part = state_at(states + state_size());
     if (on_tiles) {
-      const int64_t bytes = tile_buffer_bytes(a, padded_rows());
-      auto* p = static_cast<char*>(cpu::scratch(bytes + 2 * state_size() * sizeof(float), 1));
-      t.tile_buffers = tile_buffers_at(a, padded_rows(), p);
-      t.states = reinterpret_cast<float*>(p + bytes);
-      return;
+      t.tile_buffers = tile_buffers_at(a, queries, work);
+    } else {
+      auto* keys = reinterpret_cast<float*>(work);
+      float* values = keys + round_up(kKeys * a.dim, 16);
+      t.buffers = {reinterpret_cast<float*>(queries), keys, values, values + round_up(kKeys * a.value_dim, 16)};
     }
-    const int64_t queries = round_up(padded_rows() * a.dim, 16), keys = few ? 0 : round_up(kKeys * a.dim, 16);
-    const int64_t values = few ? 0 : round_up(kKeys * a.value_dim, 16);
-    float* p = static_cast<float*>(
-        cpu::scratch((queries + keys + values + kKeys * kLanes + 2 * state_size()) * sizeof(float), 1));
-    t.buffers = {p, p + queries, p + queries + keys, p + queries + keys + values};
-    t.states = t.buffers.scores + kKeys * kLanes;
   }
 
   void load_queries(Tile& t) const {
@@ -201,17 +216,38 @@ struct Forward {
                         row_of(t.panels[i]));
   }
 
-  void walk(const Tile& t, int64_t split, State s) const {
-    std::fill_n(s.max, padded_rows(), -kInfinity);
-    std::fill_n(s.total, padded_rows() + sums_size(), 0.0f);
-    const Range keys{std::max(split * kSplit, t.keys.lo / kKeys * kKeys), std::min((split + 1) * kSplit, t.keys.hi)};
+  // One split for `count` tiles: one of many rows, or some of few, the heads of a sequence, block by block together, as
+  // they lie side by side in memory.
+  void walk(const Tile* t, int64_t count, int64_t split, State Tile::* state) const {
+    for (int64_t i = 0; i < count; i++) {
+      const State& s = t[i].*state;
+      std::fill_n(s.max, padded_rows(), -kInfinity);
+      std::fill_n(s.total, padded_rows() + sums_size(), 0.0f);
+    }
+    const Range keys{std::max(split * kSplit, t->keys.lo / kKeys * kKeys), std::min((split + 1) * kSplit, t->keys.hi)};
     if (keys.lo >= keys.hi) return;
-    if (on_tiles)
-      walk_tiles(a, t.rows, t.panels, few, t.tile_buffers, keys, sums_step, s);
-    else if (few)
-      walk_rows<T>(a, t.rows, t.panels[0], t.buffers.queries, keys, s);
-    else
-      walk_panels<T>(a, t.rows, t.panels, t.buffers, keys, s);
+    if (!few) {
+      if (on_tiles)
+        walk_tile_panels(a, t->rows, t->panels, t->tile_buffers, keys, sums_step, t->*state);
+      else
+        walk_panels<T>(a, t->rows, t->panels, t->buffers, keys, t->*state);
+      return;
+    }
+    for (int64_t first = keys.lo; first < keys.hi; first += kKeys)
+      for (int64_t i = 0; i < count; i++) {
+        if (!on_tiles) {
+          walk_rows<T>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].*state);
+          continue;
+        }
+        const Tile& next = t[(i + 1) % count];
+        const int64_t then = i + 1 < count ? first : first + kKeys;
+        Ahead ahead{};
+        if (then < keys.hi)
+          ahead = {block_at<bf16>(a, a.k, a.k_step, next.rows, then), block_at<bf16>(a, a.v, a.v_step, next.rows, then),
+                   std::min(kKeys, keys.hi - then)};
+        walk_tile_rows(a, t[i].rows, t[i].panels[0], t[i].tile_buffers, first, ahead, sums_step, t[i].*state);
+      }
+    for (int64_t i = 0; on_tiles && i < count; i++) end_tile_rows(a, t[i].rows.count, sums_step, t[i].*state);
   }
 
   void merge_into(const Tile& t, State part, State all) const {
@@ -248,37 +284,50 @@ struct Forward {
   }
 
   void run() const {
-    if (tiles >= 4 * cpu::num_threads() || splits == 1 || cpu::num_threads() == 1) {
-      parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-          Tile t;
-          start(i, t);
-          load_queries(t);
-          const State all = state_at(t.states), part = state_at(t.states + state_size());
-          const int64_t first = t.keys.lo / kSplit;
-          walk(t, first, all);
-          for (int64_t split = first + 1; split * kSplit < t.keys.hi; split++) {
-            walk(t, split, part);
-            merge_into(t, part, all);
-          }
-          finish(t, all);
-        }
-      });
-      return;
-    }
-    auto* states = static_cast<float*>(cpu::scratch(tiles * splits * state_size() * sizeof(float), 0));
-    parallel_for(tiles * splits, 1, [&](int64_t begin, int64_t end) {
+    const int64_t threads = cpu::num_threads(), least = 4 * threads;
+    const bool apart = splits > 1 && threads > 1 && (few ? a.batch : tiles) < least;  // the splits of a tile
+    const int64_t pieces = apart ? splits : 1;
+    const int64_t shares = std::clamp<int64_t>((least + a.batch * pieces - 1) / (a.batch * pieces), 1,
+                                               a.kv_heads);  // of a sequence's heads
+    const int64_t groups = few ? a.batch * shares : tiles;
+    const auto group_at = [&](int64_t g, int64_t& first, int64_t& count) {
+      const int64_t heads = g / shares * a.kv_heads, share = g % shares;
+      first = few ? heads + a.kv_heads * share / shares : g;
+      count = few ? heads + a.kv_heads * (share + 1) / shares - first : 1;
+    };
+    auto* states =
+        apart ? static_cast<float*>(cpu::scratch(tiles * splits * state_size() * sizeof(float), 0)) : nullptr;
+    parallel_for(groups * pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        Tile t;
-        start(i / splits, t);
-        load_queries(t);
-        walk(t, i % splits, state_at(states + i * state_size()));
+        int64_t first, count;
+        group_at(i / pieces, first, count);
+        const int64_t list_bytes = round_up(count * sizeof(Tile), 64);
+        auto* memory = static_cast<char*>(cpu::scratch(list_bytes + count * tile_bytes() + work_bytes(), 1));
+        auto* t = reinterpret_cast<Tile*>(memory);
+        char* own = memory + list_bytes;
+        for (int64_t n = 0; n < count; n++) {
+          start(first + n, own + n * tile_bytes(), own + count * tile_bytes(), t[n]);
+          load_queries(t[n]);
+          if (apart) t[n].all = state_at(states + ((first + n) * splits + i % pieces) * state_size());
+        }
+        if (apart) {
+          walk(t, count, i % pieces, &Tile::all);
+          continue;
+        }
+        walk(t, count, t->keys.lo / kSplit, &Tile::all);
+        for (int64_t split = t->keys.lo / kSplit + 1; split * kSplit < t->keys.hi; split++) {
+          walk(t, count, split, &Tile::part);
+          for (int64_t n = 0; n < count; n++) merge_into(t[n], t[n].part, t[n].all);
+        }
+        for (int64_t n = 0; n < count; n++) finish(t[n], t[n].all);
       }
     });
+    if (!apart) return;
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         Tile t;
-        start(i, t);
+        auto* own = static_cast<char*>(cpu::scratch(tile_bytes() + work_bytes(), 1));
+        start(i, own, own + tile_bytes(), t);
         const State all = state_at(states + i * splits * state_size());
         for (int64_t split = 1; split < splits; split++)
           merge_into(t, state_at(states + (i * splits + split) * state_size()), all);

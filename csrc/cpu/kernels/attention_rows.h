@@ -121,56 +121,54 @@ void add_marked_row(const float* p, const T* v, int64_t v_step, Range live, int6
 }
 
 template <int R, class T>
-void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, Range keys,
+void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, int64_t first,
               State s) {
   constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
   const int64_t sums_step = round_up(a.value_dim, W);
-  for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
-    Block block;
-    set_block(a, rows, first, block);
-    const Range live = live_keys(a, p, block);
-    if (live.lo == live.hi) continue;
-    alignas(64) float x[R][2 * kKeys];
-    score_rows<R>(queries + r0 * a.dim, block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], a.dim, live, &x[0][0]);
-    const bool mixed = may_mask(a, p, block, live);
-    float factor[R];
-    for (int r = 0; r < R; r++) {
-      const int64_t row = r0 + r;
-      const V m = max(set(max(finish_row(a, rows, p, row, block, live, x[r]))), set(s.max[row]));
-      const V base = finite_or_zero(m);
-      factor[r] = rescale(set(s.max[row]), m)[0];
-      s.max[row] = m[0];
-      for (int64_t j = live.lo; j < live.hi; j += W) {
-        const V score = load(x[r] + j), e = exp2(score - base);
-        store(x[r] + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
-      }
-      s.total[row] *= factor[r];
+  Block block;
+  set_block(a, rows, first, block);
+  const Range live = live_keys(a, p, block);
+  if (live.lo == live.hi) return;
+  alignas(64) float x[R][2 * kKeys];
+  score_rows<R>(queries + r0 * a.dim, block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], a.dim, live, &x[0][0]);
+  const bool mixed = may_mask(a, p, block, live);
+  float factor[R];
+  for (int r = 0; r < R; r++) {
+    const int64_t row = r0 + r;
+    const V m = max(set(max(finish_row(a, rows, p, row, block, live, x[r]))), set(s.max[row]));
+    const V base = finite_or_zero(m);
+    factor[r] = rescale(set(s.max[row]), m)[0];
+    s.max[row] = m[0];
+    for (int64_t j = live.lo; j < live.hi; j += W) {
+      const V score = load(x[r] + j), e = exp2(score - base);
+      store(x[r] + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
     }
-    const T* v = block_at<T>(a, a.v, a.v_step, rows, first);
-    const int64_t step = a.v_step[1];
-    float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
-    if (mixed) {
-      for (int r = 0; r < R; r++)
-        add_marked_row(x[r], v, step, live, a.value_dim, factor[r], sums + r * sums_step, total + r);
-      continue;
-    }
-    int64_t d = 0;
-    if (a.value_dim >= kWide * W)
-      for (; d + kWide * W <= a.value_dim; d += kWide * W)
-        (d == 0 ? add_values<R, kWide, true, T> : add_values<R, kWide, false, T>)(&x[0][0], v + d, step, live, W,
-                                                                                  factor, sums + d, sums_step, total);
-    for (; d < a.value_dim; d += W)
-      (d == 0 ? add_values<R, 1, true, T> : add_values<R, 1, false, T>)(&x[0][0], v + d, step, live,
-                                                                        std::min<int64_t>(W, a.value_dim - d), factor,
-                                                                        sums + d, sums_step, total);
+    s.total[row] *= factor[r];
   }
+  const T* v = block_at<T>(a, a.v, a.v_step, rows, first);
+  const int64_t step = a.v_step[1];
+  float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
+  if (mixed) {
+    for (int r = 0; r < R; r++)
+      add_marked_row(x[r], v, step, live, a.value_dim, factor[r], sums + r * sums_step, total + r);
+    return;
+  }
+  int64_t d = 0;
+  if (a.value_dim >= kWide * W)
+    for (; d + kWide * W <= a.value_dim; d += kWide * W)
+      (d == 0 ? add_values<R, kWide, true, T> : add_values<R, kWide, false, T>)(&x[0][0], v + d, step, live, W, factor,
+                                                                                sums + d, sums_step, total);
+  for (; d < a.value_dim; d += W)
+    (d == 0 ? add_values<R, 1, true, T> : add_values<R, 1, false, T>)(&x[0][0], v + d, step, live,
+                                                                      std::min<int64_t>(W, a.value_dim - d), factor,
+                                                                      sums + d, sums_step, total);
 }
 
 template <class T>
-void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, Range keys, State s) {
+void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first, State s) {
   for (int64_t r = 0; r < rows.count; r += kFewRows) {
     const auto walk = std::array{walk_few<1, T>, walk_few<2, T>, walk_few<3, T>, walk_few<4, T>};
-    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, keys, s);
+    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, first, s);
   }
 }
 

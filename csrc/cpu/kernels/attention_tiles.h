@@ -13,6 +13,11 @@
 namespace pyllm::ISA {
 namespace {
 
+struct Ahead {  // the block of keys and values that is read next, `count` long
+  const bf16 *k, *v;
+  int64_t count;
+};
+
 #if ISA_AVX512
 
 constexpr int64_t kHalf = kDepth, kHalves = kKeys / kHalf;  // keys that join the sums together
@@ -30,20 +35,21 @@ struct TileBuffers {  // of tiles: queries [panel][step][side], keys [key tile][
   bf16* weights;  // [pair of keys][lane][2], or [row][key]
 };
 
-int64_t query_bytes(const AttentionArgs& a, int64_t rows) {
-  return round_up(rows, kLanes) / kTileSide * depth_steps(a) * kTileBytes;
+int64_t tile_query_bytes(const AttentionArgs& a, int64_t rows) {
+  return (rows + kTileSide - 1) / kTileSide * depth_steps(a) * kTileBytes;
 }
-int64_t tile_buffer_bytes(const AttentionArgs& a, int64_t rows) {
-  return query_bytes(a, rows) + (kKeys / kTileSide * depth_steps(a) + value_tiles(a) * kHalves) * kTileBytes +
+int64_t tile_buffer_bytes(const AttentionArgs& a) {  // without the queries
+  return (kKeys / kTileSide * depth_steps(a) + value_tiles(a) * kHalves) * kTileBytes +
          kKeys * kLanes * static_cast<int64_t>(sizeof(float) + sizeof(bf16));
 }
-TileBuffers tile_buffers_at(const AttentionArgs& a, int64_t rows, char* p) {
+TileBuffers tile_buffers_at(const AttentionArgs& a, char* queries, char* rest) {
   TileBuffers w;
-  w.queries = p;
-  w.keys = w.queries + query_bytes(a, rows);
+  w.queries = queries;
+  w.keys = rest;
   w.values = w.keys + kKeys / kTileSide * depth_steps(a) * kTileBytes;
   w.scores = reinterpret_cast<float*>(w.values + value_tiles(a) * kHalves * kTileBytes);
   w.weights = reinterpret_cast<bf16*>(w.scores + kKeys * kLanes);
+  std::memset(w.values, 0, value_tiles(a) * kHalves * kTileBytes);
   return w;
 }
 
@@ -236,7 +242,6 @@ void walk_tile_panels(const AttentionArgs& a, const Rows& rows, const Panel* pan
   const TileShapes shapes(static_cast<int>(kTileSide), static_cast<int>(kPairs));
   const Scale scale = scale_of(a);
   const int64_t steps = depth_steps(a);
-  std::memset(w.values, 0, value_tiles(a) * kHalves * kTileBytes);
   for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
     Block block;
     set_block(a, rows, first, block);
@@ -402,6 +407,7 @@ void pack_values_by_fours(const AttentionArgs& a, const bf16* v, int64_t count, 
       std::memcpy(to + kHalves * kTileBytes, &second, sizeof second);
     }
   }
+  pack_ones(a, {half, half + 1}, true, out);
 }
 
 void order_sums(const AttentionArgs& a, float* sums) {  // places by fours as they are in the values
@@ -412,92 +418,90 @@ void order_sums(const AttentionArgs& a, float* sums) {  // places by fours as th
   }
 }
 
-// As walk_rows, for all of up to W - 1 rows at once, in N columns; a row's sums are `sums_step` long.
+// As walk_rows for the block of keys from `first` on, for all of up to W - 1 rows at once, in N columns; a row's sums are
+// `sums_step` long. The block that is read next is fetched meanwhile.
 template <int N>
-void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, Range keys,
-                    int64_t sums_step, State s) {
+void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
+                    const Ahead& ahead, int64_t sums_step, State s) {
+  Block block;
+  set_block(a, rows, first, block);
+  const Range live = live_keys(a, p, block), halves = halves_of(live);
+  if (live.lo == live.hi) return;
   const int few = static_cast<int>(rows.count), side = static_cast<int>(kTileSide);
   const TileShapes shapes([&](int t) {  // of products 0, 1, of sums 2, 3, of keys, weights, queries, values
     return TileShape{t == 2 || t == 3 || t == 5 ? few : side, t == 0 || t == 1 || t == 6 ? 4 * N : 64};
   });
-  const int64_t tiles = value_tiles(a), weight_bytes = kKeys * sizeof(bf16), sum_bytes = sums_step * sizeof(float);
-  std::memset(w.values, 0, tiles * kHalves * kTileBytes);
-  if (by_fours(a)) pack_ones(a, {0, kHalves}, true, w.values);
-  for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
-    Block block;
-    set_block(a, rows, first, block);
-    const Range live = live_keys(a, p, block), halves = halves_of(live);
-    if (live.lo == live.hi) continue;
-    const bf16 *k = block_at<bf16>(a, a.k, a.k_step, rows, first), *v = block_at<bf16>(a, a.v, a.v_step, rows, first);
-    const int64_t ahead = std::clamp<int64_t>(keys.hi - first - kKeys, 0, kKeys);  // keys of the next block
-    const bf16* next_k = ahead ? block_at<bf16>(a, a.k, a.k_step, rows, first + kKeys) : nullptr;
-    const bf16* next_v = ahead ? block_at<bf16>(a, a.v, a.v_step, rows, first + kKeys) : nullptr;
-    alignas(64) float x[W][2 * kKeys];
-    for (int64_t half = halves.lo; half < halves.hi; half++) {
-      prefetch_rows(next_k, a.k_step[1], half * kHalf, std::min(ahead, (half + 1) * kHalf), a.dim);
-      score_rows_half<N>(a, rows.count, k, block.count, half, w, &x[0][0]);
-    }
-    const bool masks = may_mask(a, p, block, live);
-    const bool mark = masks && !all_finite(v, a.v_step[1], block.count, a.value_dim);
-    for (int64_t r = 0; r < rows.count; r++) {
-      const float factor = weigh_row(a, rows, p, r, block, live, masks, mark, x[r], s.max[r], w.weights + r * kKeys);
-      float* sums = s.sums + r * sums_step;
-      if (factor != 1)
-        for (int64_t d = 0; d < sums_step; d += W) store(sums + d, load(sums + d) * factor);
-    }
-    if (mark) {
-      add_marked_tiles(
-          rows.count, v, a.v_step[1], live.hi, a.value_dim,
-          [&](int64_t r, int64_t j) { return j < halves.lo * kHalf ? bf16{} : w.weights[r * kKeys + j]; },
-          [&](int64_t r, int64_t d) {
-            return s.sums + r * sums_step + (by_fours(a) && d < a.value_dim ? place_by_fours(d) : d);
-          });
-      continue;
-    }
-    for (int64_t half = halves.lo; half < halves.hi; half++) {
-      prefetch_rows(next_v, a.v_step[1], half * kHalf, std::min(ahead, (half + 1) * kHalf), a.value_dim);
-      if (by_fours(a))
-        pack_values_by_fours(a, v, block.count, half, w.values);
-      else
-        pack_values(a, v, block.count, {half, half + 1}, true, w.values);
-    }
-    for (int64_t t = 0; t < tiles; t++) {
-      float* sums = s.sums + t * kTileSide;
-      load_tile<2>(sums, sum_bytes);
-      for (int64_t half = halves.lo; half < halves.hi; half++) {
-        load_tile<5>(w.weights + half * kHalf, weight_bytes);
-        load_tile<7>(w.values + (t * kHalves + half) * kTileBytes, 64);
-        dot_bf16_tiles<2, 5, 7>();
-      }
-      store_tile<2>(sums, sum_bytes);
-    }
+  const bf16 *k = block_at<bf16>(a, a.k, a.k_step, rows, first), *v = block_at<bf16>(a, a.v, a.v_step, rows, first);
+  alignas(64) float x[W][2 * kKeys];
+  for (int64_t half = halves.lo; half < halves.hi; half++) {
+    prefetch_rows(ahead.k, a.k_step[1], half * kHalf, std::min(ahead.count, (half + 1) * kHalf), a.dim);
+    score_rows_half<N>(a, rows.count, k, block.count, half, w, &x[0][0]);
   }
+  const bool masks = may_mask(a, p, block, live);
+  const bool mark = masks && !all_finite(v, a.v_step[1], block.count, a.value_dim);
   for (int64_t r = 0; r < rows.count; r++) {
+    const float factor = weigh_row(a, rows, p, r, block, live, masks, mark, x[r], s.max[r], w.weights + r * kKeys);
+    float* sums = s.sums + r * sums_step;
+    if (factor != 1)
+      for (int64_t d = 0; d < sums_step; d += W) store(sums + d, load(sums + d) * factor);
+  }
+  if (mark)
+    return add_marked_tiles(
+        rows.count, v, a.v_step[1], live.hi, a.value_dim,
+        [&](int64_t r, int64_t j) { return j < halves.lo * kHalf ? bf16{} : w.weights[r * kKeys + j]; },
+        [&](int64_t r, int64_t d) {
+          return s.sums + r * sums_step + (by_fours(a) && d < a.value_dim ? place_by_fours(d) : d);
+        });
+  for (int64_t half = halves.lo; half < halves.hi; half++) {
+    prefetch_rows(ahead.v, a.v_step[1], half * kHalf, std::min(ahead.count, (half + 1) * kHalf), a.value_dim);
+    if (by_fours(a))
+      pack_values_by_fours(a, v, block.count, half, w.values);
+    else
+      pack_values(a, v, block.count, {half, half + 1}, true, w.values);
+  }
+  for (int64_t t = 0; t < value_tiles(a); t++) {
+    float* sums = s.sums + t * kTileSide;
+    load_tile<2>(sums, sums_step * sizeof(float));
+    for (int64_t half = halves.lo; half < halves.hi; half++) {
+      load_tile<5>(w.weights + half * kHalf, kKeys * sizeof(bf16));
+      load_tile<7>(w.values + (t * kHalves + half) * kTileBytes, 64);
+      dot_bf16_tiles<2, 5, 7>();
+    }
+    store_tile<2>(sums, sums_step * sizeof(float));
+  }
+}
+
+void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
+                    const Ahead& ahead, int64_t sums_step, State s) {
+  const auto walk = rows.count == 1   ? walk_tile_rows<1>
+                    : rows.count == 2 ? walk_tile_rows<2>
+                    : rows.count <= 4 ? walk_tile_rows<4>
+                    : rows.count <= 8 ? walk_tile_rows<8>
+                                      : walk_tile_rows<16>;
+  walk(a, rows, p, w, first, ahead, sums_step, s);
+}
+
+// After the last block: sums in the order of the values, and the totals out of them.
+void end_tile_rows(const AttentionArgs& a, int64_t rows, int64_t sums_step, State s) {
+  for (int64_t r = 0; r < rows; r++) {
     float* sums = s.sums + r * sums_step;
     if (by_fours(a)) order_sums(a, sums);
     s.total[r] = sums[a.value_dim];
   }
 }
 
-void walk_tiles(const AttentionArgs& a, const Rows& rows, const Panel* panels, bool few, const TileBuffers& w,
-                Range keys, int64_t sums_step, State s) {
-  if (!few) return walk_tile_panels(a, rows, panels, w, keys, sums_step, s);
-  const auto walk = rows.count == 1   ? walk_tile_rows<1>
-                    : rows.count == 2 ? walk_tile_rows<2>
-                    : rows.count <= 4 ? walk_tile_rows<4>
-                    : rows.count <= 8 ? walk_tile_rows<8>
-                                      : walk_tile_rows<16>;
-  walk(a, rows, panels[0], w, keys, sums_step, s);
-}
-
 #else  // there are none
 
 struct TileBuffers {};
 bool takes_tiles(const AttentionArgs&) { return false; }
-int64_t tile_buffer_bytes(const AttentionArgs&, int64_t) { return 0; }
-TileBuffers tile_buffers_at(const AttentionArgs&, int64_t, char*) { return {}; }
+int64_t tile_query_bytes(const AttentionArgs&, int64_t) { return 0; }
+int64_t tile_buffer_bytes(const AttentionArgs&) { return 0; }
+TileBuffers tile_buffers_at(const AttentionArgs&, char*, char*) { return {}; }
 void pack_tile_queries(const AttentionArgs&, const Rows&, const Panel&, bool, int64_t, const TileBuffers&) {}
-void walk_tiles(const AttentionArgs&, const Rows&, const Panel*, bool, const TileBuffers&, Range, int64_t, State) {}
+void walk_tile_panels(const AttentionArgs&, const Rows&, const Panel*, const TileBuffers&, Range, int64_t, State) {}
+void walk_tile_rows(const AttentionArgs&, const Rows&, const Panel&, const TileBuffers&, int64_t, const Ahead&, int64_t,
+                    State) {}
+void end_tile_rows(const AttentionArgs&, int64_t, int64_t, State) {}
 
 #endif
 
