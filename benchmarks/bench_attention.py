@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyllm import ops, reference
 from pyllm.benchmarks.timing import DTYPES, Case, Providers, modes
+from pyllm.ops.paging import page_width
 
 OPS = ("attention",)
 SIZES = {  # (batch, positions, heads, head size)
@@ -36,6 +37,13 @@ PAGES = {  # (batch, queries, keys, heads, key/value heads, head size), beside t
     "full": [(1, 1, 4096, 32, 8, 64), (8, 1, 512, 14, 2, 64), (32, 1, 512, 14, 2, 64), (1, 128, 1024, 14, 2, 64)],
 }
 
+INT8_PAGES = {  # the same, of int8, beside pages of the queries' dtype
+    "tiny": [(2, 1, 70, 4, 2, 8)],
+    "small": [],
+    "usual": [(1, 1, 4096, 32, 8, 64)],
+    "full": [(1, 1, 4096, 32, 8, 64), (1, 1, 4096, 32, 8, 128), (32, 1, 512, 14, 2, 64), (1, 128, 1024, 14, 2, 64)],
+}
+
 
 def cases(sizes: str) -> Iterator[Case]:
     for dtype in DTYPES:
@@ -45,6 +53,8 @@ def cases(sizes: str) -> Iterator[Case]:
             yield from _one_query(*size, dtype)
         for pages in PAGES[sizes]:
             yield _in_pages(*pages, dtype)
+        for pages in INT8_PAGES[sizes]:
+            yield _in_int8_pages(*pages, dtype)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -93,3 +103,26 @@ def _in_pages(batch: int, queries: int, keys: int, heads: int, kv_heads: int, di
     label = f"{batch} x {queries}, {keys} keys in pages, {heads} heads of {dim} on {kv_heads} {dtype}"
     return Case("attention", label, setup, flops=4 * batch * queries * keys * heads * dim,
                 bytes=2 * batch * keys * kv_heads * dim * DTYPES[dtype].itemsize, against="not in pages")  # fmt: skip
+
+
+def _in_int8_pages(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: str) -> Case:
+    width = page_width(dim, torch.int8)
+
+    def setup() -> Providers:
+        q = torch.randn(batch, queries, heads, dim).to(DTYPES[dtype])
+        count, lengths = -(-keys // ops.PAGE_TILE), torch.full((batch,), keys)
+        table = torch.randperm(batch * count, dtype=torch.int32).view(batch, count)
+        rows = [torch.randn(table.numel(), ops.PAGE_TILE, kv_heads, dim) for _ in range(2)]
+        positions = torch.arange(ops.PAGE_TILE).expand(table.numel(), -1)
+        each = torch.arange(table.numel(), dtype=torch.int32)[:, None]
+        int8 = [ops.write_pages(torch.zeros(*t.shape[:3], width, dtype=torch.int8), t, each, positions) for t in rows]
+        plain = [reference.paging.numbers(t).to(DTYPES[dtype]) for t in int8]
+        return {
+            "pyllm": lambda: ops.attention(q, *int8, causal=True, key_lengths=lengths, page_table=table),
+            "not in 8 bits": lambda: ops.attention(q, *plain, causal=True, key_lengths=lengths, page_table=table),
+            "reference": lambda: reference.attention(q, *int8, causal=True, key_lengths=lengths, page_table=table),
+        }
+
+    label = f"{batch} x {queries}, {keys} keys in int8 pages, {heads} heads of {dim} on {kv_heads} {dtype}"
+    return Case("attention", label, setup, flops=4 * batch * queries * keys * heads * dim,
+                bytes=2 * batch * keys * kv_heads * width, against="not in 8 bits")  # fmt: skip

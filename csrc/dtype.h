@@ -4,15 +4,16 @@
 
 namespace pyllm {
 
-enum class DType : uint8_t { f32, bf16, f16, f64, i64, i32, boolean, u8 };
+enum class DType : uint8_t { f32, bf16, f16, f64, i64, i32, boolean, u8, i8 };
 
 constexpr const char* name_of(DType t) {
-  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "uint8"};
+  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "int64",
+                                   "int32",   "bool",     "uint8",   "int8"};
   return names[static_cast<int>(t)];
 }
 
 constexpr int64_t size_of(DType t) {
-  constexpr int64_t sizes[] = {4, 2, 2, 8, 8, 4, 1, 1};
+  constexpr int64_t sizes[] = {4, 2, 2, 8, 8, 4, 1, 1, 1};
   return sizes[static_cast<int>(t)];
 }
 

@@ -48,9 +48,12 @@ inline TensorView view_of(const dlpack::Tensor& t, bool read_only) {
     v.dtype = DType::boolean;
   else if (code == dlpack::kUInt && bits == 8 && lanes == 1)
     v.dtype = DType::u8;
+  else if (code == dlpack::kInt && bits == 8 && lanes == 1)
+    v.dtype = DType::i8;
   else
     fail(Error::type,
-         "dtype must be float32, bfloat16, float16, float64, int64, int32, uint8 or bool, but got DLPack type code ",
+         "dtype must be float32, bfloat16, float16, float64, int64, int32, int8, uint8 or bool, but got DLPack type "
+         "code ",
          int(code), " with ", int(bits), " bits");
   v.data = static_cast<char*>(t.data) + t.byte_offset;
   v.device_type = t.device.type;

@@ -1,19 +1,18 @@
 #pragma once
 #include <cstdint>
 
+#include "args/paging.h"
 #include "dtype.h"
 
 namespace pyllm {
 
-constexpr int64_t kKeyTile = 64;  // keys that are walked together; a page holds whole tiles
-
 // Steps are in elements. q (batch, queries, heads, dim), k (batch, keys, kv_heads, dim), v (..., value_dim): the last
 // dimension has step 1, the others are those of q_step: batch, position, head. With a page_table (batch, pages of a
 // sequence), k and v are (pages, page_size, kv_heads, ...), and key j of a sequence lies in the page that its row names
-// at j / page_size; `keys` is how many a row has room for.
+// at j / page_size; `keys` is how many a row has room for. Pages may be int8, see args/paging.h.
 struct AttentionArgs {
   int64_t batch, queries, keys, heads, kv_heads, dim, value_dim;
-  DType dtype;
+  DType dtype, stored;  // of q and out; of k and v
   const char *q, *k, *v;
   int64_t q_step[3], k_step[3], v_step[3];
   bool causal;

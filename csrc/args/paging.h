@@ -5,10 +5,20 @@
 
 namespace pyllm {
 
-// Row (batch, time) of `rows` goes to its position of pages (pages, page_size, heads, width): to the page that the table
-// (batch, pages of a sequence) names at position / page_size. A position's heads lie next to each other in the pages.
+constexpr int64_t kKeyTile = 64;  // keys that are walked together; a page holds whole tiles
+
+// A head's numbers in an int8 page: a byte each, and behind them a bf16 scale for each group, by which they are multiplied.
+constexpr int64_t kInt8Group = 32;
+constexpr int64_t int8_width(int64_t dim) { return dim + (dim + kInt8Group - 1) / kInt8Group * 2; }
+constexpr int64_t int8_dim(int64_t width) { return width - (width + kInt8Group + 1) / (kInt8Group + 2) * 2; }
+
+// Row (batch, time) of `rows`, of `heads` times `dim` numbers, goes to its position of pages (pages, page_size, heads,
+// width): to the page that the table (batch, pages of a sequence) names at position / page_size. A position's heads lie
+// next to each other in the pages, which are of the rows' dtype or int8.
 struct WritePagesArgs {
-  int64_t batch, time, heads, bytes;  // bytes: of a head
+  int64_t batch, time, heads, dim, bytes;  // bytes: of a head in the pages
+  DType dtype;                             // of rows
+  bool int8;
   const char* rows;
   int64_t row_batch, row_time, row_head;  // steps in bytes, as those of the pages
   char* pages;

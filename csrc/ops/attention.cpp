@@ -65,25 +65,29 @@ AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const Tens
                      double scale, double softcap) {
   const TensorView* const qkv[] = {&q, &k, &v};
   const char* const names[] = {"q", "k", "v"};
+  const bool bytes = page_table.present() && k.present() && k.dtype == DType::i8;
+  if (bytes && k.device_type == kCuda)
+    fail(Error::not_implemented, "[", op, "] k must be in pages of q's dtype on a CUDA device, but got int8");
   for (int i = 0; i < 3; i++) {
-    i == 0 ? check_float(op, names[i], q) : check_dtype(op, names[i], *qkv[i], q.dtype);
+    i == 0 ? check_float(op, names[i], q) : check_dtype(op, names[i], *qkv[i], bytes ? DType::i8 : q.dtype);
     check_ndim(op, names[i], *qkv[i], 4);
     check_inner_stride(op, names[i], *qkv[i]);
   }
   AttentionArgs a{};
   a.batch = q.size(0), a.queries = q.size(1), a.heads = q.size(2), a.dim = q.size(3);
-  a.keys = k.size(1), a.kv_heads = k.size(2), a.value_dim = v.size(3);
+  a.keys = k.size(1), a.kv_heads = k.size(2), a.value_dim = bytes ? int8_dim(v.size(3)) : v.size(3);
   if (page_table.present()) set_pages(op, k, key_lengths, page_table, a);
-  check_shape(op, "k", k, page_table.present() ? k.size(0) : a.batch, k.size(1), a.kv_heads, a.dim);
-  check_shape(op, "v", v, k.size(0), k.size(1), a.kv_heads, a.value_dim);
-  for (const TensorView* t : {&q, &v})
-    check(t->size(3) >= 1 && t->size(3) <= kMaxDim, "[", op, "] ", t == &q ? "q" : "v",
-          " must have a head size of 1 to ", kMaxDim, ", but got ", t->size(3));
+  check_shape(op, "k", k, page_table.present() ? k.size(0) : a.batch, k.size(1), a.kv_heads,
+              bytes ? int8_width(a.dim) : a.dim);
+  check_shape(op, "v", v, k.size(0), k.size(1), a.kv_heads, bytes ? int8_width(a.value_dim) : a.value_dim);
+  for (const int64_t* dim : {&a.dim, &a.value_dim})
+    check(*dim >= 1 && *dim <= kMaxDim, "[", op, "] ", dim == &a.dim ? "q" : "v", " must have a head size of 1 to ",
+          kMaxDim, ", but got ", *dim);
   check(a.heads == 0 || (a.kv_heads > 0 && a.heads % a.kv_heads == 0), "[", op,
         "] q's heads must be a multiple of k's ", a.kv_heads, ", but got ", a.heads);
   check(window >= 0, "[", op, "] window must be 1 or more, but got ", window);
   check(softcap >= 0 && softcap < 1e30, "[", op, "] softcap must be positive, but got ", softcap);
-  a.dtype = q.dtype;
+  a.dtype = q.dtype, a.stored = k.dtype;
   a.q = q.data, a.k = k.data, a.v = v.data;
   copy_steps(q, a.q_step), copy_steps(k, a.k_step), copy_steps(v, a.v_step);
   a.causal = causal;

@@ -46,15 +46,22 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
                  const TensorView& positions) {
   const char* op = "write_pages";
   const Place place(op, "pages", pages);
-  check_float(op, "pages", pages);
+  check_device(op, "pages", pages);
+  const bool bytes = pages.dtype == DType::i8;
+  if (!bytes) check_float(op, "pages", pages);
+  if (bytes && place.cuda())
+    fail(Error::not_implemented, "[", op, "] pages must be of the rows' dtype on a CUDA device, but got int8");
   check_ndim(op, "pages", pages, 4);
   check_contiguous(op, "pages", pages);
   check_writable(op, "pages", pages);
-  check_dtype(op, "rows", rows, pages.dtype);
+  bytes ? check_float(op, "rows", rows) : check_dtype(op, "rows", rows, pages.dtype);
   check_ndim(op, "rows", rows, 4);
   check_inner_stride(op, "rows", rows);
   const int64_t batch = rows.size(0), time = rows.size(1), page_size = pages.size(1);
-  check_shape(op, "rows", rows, batch, time, pages.size(2), pages.size(3));
+  const int64_t dim = bytes ? int8_dim(pages.size(3)) : pages.size(3);
+  check_shape(op, "rows", rows, batch, time, pages.size(2), dim);
+  check(!bytes || pages.size(3) == int8_width(dim), "[", op, "] pages must have ", int8_width(dim),
+        " bytes for a head of ", dim, ", but got ", pages.size(3));
   check_dtype(op, "page_table", page_table, DType::i32);
   check_ndim(op, "page_table", page_table, 2);
   check_inner_stride(op, "page_table", page_table);
@@ -75,18 +82,21 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
              page);
     }
   if (rows.numel() == 0) return;
-  const int64_t size = size_of(pages.dtype);
+  const int64_t size = size_of(rows.dtype), stored = size_of(pages.dtype);
   const WritePagesArgs args{batch,
                             time,
                             pages.size(2),
-                            pages.size(3) * size,
+                            dim,
+                            pages.size(3) * stored,
+                            rows.dtype,
+                            bytes,
                             rows.data,
                             rows.step(0) * size,
                             rows.step(1) * size,
                             rows.step(2) * size,
                             pages.data,
-                            pages.step(0) * size,
-                            pages.step(1) * size,
+                            pages.step(0) * stored,
+                            pages.step(1) * stored,
                             page_size,
                             page_table.as<int32_t>(),
                             page_table.step(0),

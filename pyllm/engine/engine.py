@@ -50,6 +50,10 @@ class Engine:
         num_pages: the budget: pages of 64 positions of all layers' keys and values; by default what `max_sequences`
             sequences of `max_length` need. Of a recurrent model each sequence needs one slot, and as many more keep
             beginnings; of an encoder-decoder pages for what is answered too, which those who answer the same share.
+        kv_cache_memory_bytes: the budget in bytes, in place of num_pages.
+        kv_cache_dtype: "auto" keeps keys and values in the model's dtype, "int8" in 8 bits with a scale for 32 numbers,
+            see `ops.write_pages`: nearly half the memory of bfloat16, with bits of its own, which depend on others, on
+            pieces and on threads no more than those of "auto". For models with attention.
         chunk: how many ids of prompts are read in a step.
         reuse_prefixes: whether prompts take over what is known of their beginnings.
         speculate: "lookup", or a smaller model with the same vocabulary, a draft: what they propose is read together
@@ -59,15 +63,17 @@ class Engine:
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None = None, *, max_sequences: int = 32,
-                 max_length: int | None = None, num_pages: int | None = None, chunk: int = 256,
+                 max_length: int | None = None, num_pages: int | None = None,
+                 kv_cache_memory_bytes: int | None = None, kv_cache_dtype: str = "auto", chunk: int = 256,
                  reuse_prefixes: bool = True, speculate: str | Model | None = None,
                  clock: Callable[[], float] = time.monotonic):  # fmt: skip
         for name, value in (("max_sequences", max_sequences), ("max_length", max_length), ("num_pages", num_pages),
-                            ("chunk", chunk)):  # fmt: skip
+                            ("kv_cache_memory_bytes", kv_cache_memory_bytes), ("chunk", chunk)):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
-        self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes)
+        self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes, kv_cache_dtype,
+                             kv_cache_memory_bytes)  # fmt: skip
         warn_of_unheeded(model)
         self._waiting: list[tuple[float, int, Request]] = []
         self._running: list[Request] = []

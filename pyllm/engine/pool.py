@@ -16,6 +16,7 @@ from pyllm.engine.pages import Holding, Pages
 from pyllm.models import Model
 from pyllm.nn import AttentionState, KeyValueCache, RecurrentState
 from pyllm.nn.state import PAGE_SIZE
+from pyllm.ops.paging import page_width
 
 
 class AttentionPool:
@@ -23,9 +24,11 @@ class AttentionPool:
 
     longest: int | None = None  # positions, where it is less than `most`
 
-    def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool):
+    def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool,
+                 dtype: torch.dtype | None = None):  # fmt: skip
         def pool(t: Tensor) -> Tensor:
-            return t.new_zeros(num_pages + 1, *t.shape[1:])  # the last for what is padding
+            kind = dtype or t.dtype  # one more page than there are, for what is padding
+            return t.new_zeros(num_pages + 1, *t.shape[1:3], page_width(t.shape[3], kind), dtype=kind)
 
         self.caches = [KeyValueCache(pool(c.keys), pool(c.values), c.page_table) for c in caches]
         self.pages = Pages(num_pages, PAGE_SIZE, reuse=reuse)

@@ -28,8 +28,9 @@ class Source:
 class SourcePool(AttentionPool):
     """Pages of answers' keys and values, and of their sources', which live as long as an answer to them."""
 
-    def __init__(self, model: Model, state: SourceState, num_pages: int, longest: int):
-        super().__init__(model, state.caches, num_pages, longest, reuse=False)
+    def __init__(self, model: Model, state: SourceState, num_pages: int, longest: int,
+                 dtype: torch.dtype | None = None):  # fmt: skip
+        super().__init__(model, state.caches, num_pages, longest, reuse=False, dtype=dtype)
         shapes = {t.shape[2:] for c in state.caches for t in (c.keys, c.values)}
         shapes |= {t.shape[2:] for pair in state.sources for t in pair}
         if len(shapes) > 1:

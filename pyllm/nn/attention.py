@@ -10,6 +10,7 @@ from pyllm import ops
 from pyllm.nn.linear import Linear
 from pyllm.nn.position import alibi_slopes, rope_frequencies
 from pyllm.nn.state import PAGE_SIZE, KeyValueCache
+from pyllm.ops.paging import page_width
 
 
 class Attention(torch.nn.Module):
@@ -90,7 +91,7 @@ class Attention(torch.nn.Module):
         return ops.rope(x, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
 
     def new_cache(self, page_table: Tensor, num_pages: int, dtype: torch.dtype) -> KeyValueCache:
-        shape = (num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim)
+        shape = (num_pages, PAGE_SIZE, self.num_kv_heads, page_width(self.head_dim, dtype))
         keys, values = (torch.zeros(shape, dtype=dtype, device=page_table.device) for _ in range(2))
         return KeyValueCache(keys, values, page_table)
 

@@ -51,9 +51,9 @@ PAGE_SIZE = ops.PAGE_TILE  # positions of a page
 
 @dataclass
 class KeyValueCache:
-    """One attention layer's keys and values in pages, (pages, PAGE_SIZE, kv heads, head size) each, and the table
-    (B, P), int32, of the pages in which the positions of each sequence are; see `ops.attention`. A model's layers
-    share a table."""
+    """One attention layer's keys and values in pages, (pages, PAGE_SIZE, kv heads, head size) each, or int8 pages, see
+    `ops.write_pages`; and the table (B, P), int32, of the pages in which the positions of each sequence are; see
+    `ops.attention`. A model's layers share a table."""
 
     keys: Tensor
     values: Tensor

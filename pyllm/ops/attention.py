@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyllm import _C
 from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.paging import head_size
 
 
 @overload
@@ -50,7 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
         page_table: (B, P), int32: k and v are pages, (pages, page size, Hkv, D), the page size a multiple of 64, and
             key j of sequence b is key j % page size of page page_table[b, j // page size]. The bits are those of keys
             that lie next to each other. It needs key_lengths, in which Tk is P * page size; entries beyond those are
-            not read, and a bias may end where they do. For inference: no gradients.
+            not read, and a bias may end where they do. On the CPU, pages may be of int8, as `write_pages` makes them
+            for D and Dv; the bits are those of what they stand for in float32. For inference: no gradients.
         return_weights: also returns the softmax's result, (B, H, Tq, Tk) in q's dtype.
 
     Returns:
@@ -59,6 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
     Raises:
         ValueError, TypeError: a shape, dtype or length that does not fit; a gradient of keys in pages.
         IndexError: an entry of the page table that names no page.
+        NotImplementedError: int8 pages on a CUDA device.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
@@ -91,7 +94,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _forward(q, k, v, bias, masks, page_table, options, keep_lse, return_weights):
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    out = q.new_empty(batch, queries, heads, v.shape[3])
+    out = q.new_empty(batch, queries, heads, head_size(v))
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if keep_lse else None
     weights = None
     if return_weights:

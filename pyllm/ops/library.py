@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from pyllm.ops.linear import PackedLinear
+from pyllm.ops.paging import head_size
 from pyllm.ops.quantized_linear import PackedQuantizedWeight
 
 _LIBRARY = torch.library.Library("pyllm", "DEF")
@@ -62,7 +63,8 @@ def _loss(a, like):
 def _attention(a):
     keys = a.k.shape[1] * (1 if a.page_table is None else a.page_table.shape[1])
     weights = a.q.new_empty(a.q.shape[0], a.q.shape[2], a.q.shape[1], keys)
-    return [_like(a.q), weights] if a.return_weights else [_like(a.q)]
+    out = a.q.new_empty(*a.q.shape[:3], head_size(a.v))
+    return [out, weights] if a.return_weights else [out]
 
 
 def _recurrent(a, states=1):

@@ -6,6 +6,18 @@ from torch import Tensor
 from pyllm import _C
 
 PAGE_TILE = _C.page_tile()  # a page of keys or values has a multiple of so many positions
+INT8_GROUP = 32  # numbers of an int8 page that share a scale
+
+
+def page_width(head_size: int, dtype: torch.dtype) -> int:
+    """The last size of pages: a head's numbers and, where they are int8, 2 bytes for the scale of each group of 32."""
+    return head_size + (2 * -(-head_size // INT8_GROUP) if dtype == torch.int8 else 0)
+
+
+def head_size(pages: Tensor) -> int:
+    """How many numbers a head has in pages, of which `page_width` is the last size."""
+    width = pages.shape[-1]
+    return width - 2 * -(-width // (INT8_GROUP + 2)) if pages.dtype == torch.int8 else width
 
 
 def next_positions(lengths: Tensor, count: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -33,9 +45,14 @@ def next_positions(lengths: Tensor, count: int, capacity: int) -> tuple[Tensor, 
 def write_pages(pages: Tensor, rows: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
     """Writes new keys or values into pages, in place, where `ops.attention` with the same page table finds them.
 
+    Pages of int8 hold them in 8 bits: each group of 32 numbers of a head, the last perhaps of fewer, is rounded to
+    multiples, of -127 to 127, of a bfloat16 scale of its own: its largest number / 127, rounded up. A group with a
+    number that is not finite is NaN.
+
     Args:
-        pages: (pages, page size, H, D), contiguous, float32, bfloat16 or float16.
-        rows: (B, T, H, D), pages' dtype.
+        pages: (pages, page size, H, D), contiguous, float32, bfloat16 or float16; or, on the CPU, int8, with the bytes
+            of the scales behind the D numbers of each head: (pages, page size, H, `paging.page_width(D, int8)`).
+        rows: (B, T, H, D), pages' dtype or, where that is int8, any of the other three.
         page_table: (B, P), int32: position j of sequence b is row j % page size of page page_table[b, j // page size].
         positions: (B, T), int64 or int32; each row's own.
 
@@ -45,6 +62,7 @@ def write_pages(pages: Tensor, rows: Tensor, page_table: Tensor, positions: Tens
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, or a gradient that is asked for.
         IndexError: a position beyond the table, or an entry of it that names no page.
+        NotImplementedError: int8 pages on a CUDA device.
     """
     if torch.is_grad_enabled() and (pages.requires_grad or rows.requires_grad):
         raise ValueError("[write_pages] has no gradients: pages and rows must not require one "

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyllm.reference.paging import numbers
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None,
               scale: float | None = None, bias: Tensor | None = None, softcap: float | None = None,
@@ -14,6 +16,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
         first = torch.arange(page_table.shape[1], device=q.device) * k.shape[1]
         reached = page_table.where(first < key_lengths[:, None], torch.zeros_like(page_table))
         k, v = (t[reached].flatten(1, 2) for t in (k, v))  # (B, P * page size, ...)
+        if k.dtype == torch.int8:
+            k, v = numbers(k), numbers(v)
         if bias is not None and 1 < bias.shape[-1] < k.shape[1]:
             bias = torch.nn.functional.pad(bias, (0, k.shape[1] - bias.shape[-1]))
     (batch, queries, heads, dim), keys, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)

@@ -52,6 +52,16 @@ def test_layouts(dtype, device):
             check({"q": q[:, :20], "k": k, "v": views[2]}, device)
 
 
+def test_int8_pages_are_not_there(device):
+    rows, table = torch.ones(1, 1, 2, 8, device=device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+    pages, one = torch.zeros(1, 64, 2, 10, dtype=torch.int8, device=device), torch.ones(1, device=device).long()
+    with pytest.raises(NotImplementedError, match=r"\[write_pages\] pages must be of the rows' dtype on a CUDA device"):
+        ops.write_pages(pages, rows, table, one[None])
+    with pytest.raises(NotImplementedError, match=r"\[attention\] k must be in pages of q's dtype on a CUDA device"):
+        ops.attention(rows, pages, pages, key_lengths=one, page_table=table)
+    assert not pages.any()
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 37, 70), (4, 1, 70), (37, 70), (2, 1, 1, 70)])
 def test_the_gradient_of_a_bias(shape, device):
     for options in ({"causal": True}, {"softcap": 2.0, "window": 20}):

@@ -17,7 +17,7 @@ import torch
 
 import pyllm
 from pyllm import _C, ops
-from pyllm.nn.state import PAGE_SIZE
+from pyllm.nn.state import PAGE_SIZE, AttentionState, own_pages
 
 VOCAB = 40
 DECODERS = {
@@ -27,7 +27,7 @@ DECODERS = {
     "learned": {"position": "learned", "norm": "layer_norm", "activation": "gelu", "qkv_bias": True, "bias": True},
     "experts": {"num_experts": 4, "logit_softcap": 5.0},
 }
-KINDS = [*DECODERS, "bf16", "int8", "int4", "lstm", "gru", "rwkv"]
+KINDS = [*DECODERS, "bf16", "int8", "int4", "int8 keys", "lstm", "gru", "rwkv"]
 
 
 def make(kind: str) -> pyllm.models.Model:
@@ -60,12 +60,19 @@ def prompt(rng: random.Random, shared: list[int]) -> list[int]:
     return ids * rng.choice([1, 1, 2]) if len(ids) < 40 else ids
 
 
+def int8_state(model, length: int) -> AttentionState:
+    """That of a sequence whose keys and values are kept in 8 bits."""
+    table = own_pages(1, length)
+    caches = [block.attention.new_cache(table, table.numel(), torch.int8) for block in model.blocks]
+    return AttentionState(caches, table.numel() * PAGE_SIZE)
+
+
 @torch.no_grad()
-def expected(model, ids: list[int], drawn: list[int], params: pyllm.SamplingParams):
+def expected(model, kind: str, ids: list[int], drawn: list[int], params: pyllm.SamplingParams):
     """What is drawn after each of the prompt's continuations, from one pass over all of the text."""
     n, count = len(ids), len(drawn)
     whole = torch.tensor(ids + drawn)
-    logits = model(whole[None, :-1])[0, n - 1 :]
+    logits = model(whole[None, :-1], int8_state(model, n + count) if kind == "int8 keys" else None)[0, n - 1 :]
     history = whole[:-1].repeat(count, 1)
     history.masked_fill_(torch.arange(n + count - 1) >= torch.arange(n, n + count)[:, None], -1)
     given = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p",
@@ -87,7 +94,7 @@ def trial(model, kind: str, seed: int, most: int = 63) -> Counter[str]:
     speculate = None if recurrent else rng.choice([None, "lookup", model])
     engine = pyllm.Engine(model, max_sequences=rng.choice([1, 2, 7, 64]), chunk=rng.choice([1, 7, 64, 100, 400]),
                           num_pages=rng.choice([least, least + 3, 4 * least, 200]), reuse_prefixes=rng.random() < 0.7,
-                          speculate=speculate)  # fmt: skip
+                          speculate=speculate, kv_cache_dtype="int8" if kind == "int8 keys" else "auto")  # fmt: skip
     if speculate is not None:  # as if it were free, so that much is proposed
         engine._speculation.fixed = engine._speculation.row_cost = engine._speculation.proposer.cost = 0.0
     engine.steps.recordable = seed // len(KINDS) % 3 > 0
@@ -111,7 +118,7 @@ def trial(model, kind: str, seed: int, most: int = 63) -> Counter[str]:
         for i in (0, rng.choice(order)):
             for request in made[i].samples:
                 if request.ids:
-                    found = expected(model, asked[i][0], request.ids, request.params)
+                    found = expected(model, kind, asked[i][0], request.ids, request.params)
                     assert found.ids.tolist() == request.ids, (kind, seed, "ids")
                     assert found.logprobs.tolist() == request.logprobs, (kind, seed, "log-probabilities")
                     assert found.processed_logprobs.tolist() == request.processed_logprobs, (kind, seed, "processed")

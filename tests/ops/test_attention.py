@@ -3,6 +3,7 @@ import torch
 from twins import check_twin
 
 from pyllm import ops, reference
+from pyllm.ops.paging import page_width
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {  # (batch, queries, keys, heads, key heads, head size)
@@ -296,6 +297,73 @@ def test_pages_equal_their_twin(queries, dtype, kernels):
     inputs = {"q": q, "k": in_pages(k, TABLE, 11).nan_to_num(), "v": in_pages(v, TABLE, 11).nan_to_num()}
     for options in ({"causal": True}, {"window": 9, "bias": torch.randn(4, 1, 530)}, {"return_weights": True}):
         check(inputs, key_lengths=LENGTHS, page_table=TABLE, **options)
+
+
+def int8_pages(t, table, count):
+    """t (B, T, H, D) as int8 pages, and what they stand for, in as many float32 pages."""
+    shape = count, 64, t.shape[2], page_width(t.shape[3], torch.int8)
+    pages = torch.full(shape, -1, dtype=torch.int8)  # scales that are not numbers
+    positions = torch.arange(t.shape[1]).repeat(len(t), 1)
+    for row, entries, own in zip(t.split(1), table.split(1), positions.split(1), strict=True):
+        reached = int((entries >= 0).sum()) * 64
+        ops.write_pages(pages, row[:, :reached], entries, own[:, :reached])
+    return pages, reference.paging.numbers(pages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_int8_pages_give_the_bits_of_the_floats_they_stand_for(queries, options, dtype, isa, threads):
+    for heads, kv_heads, dim, value_dim in ((4, 2, 20, 13), (3, 1, 64, 96), (2, 2, 33, 128)):
+        q, k, v = qkv(3, queries, 530, heads, kv_heads, dim, dtype, value_dim).values()
+        (k, of_k), (v, of_v) = (int8_pages(t, TABLE, 11) for t in (k, v))
+        given = {"key_lengths": LENGTHS, "page_table": TABLE, "return_weights": True} | OPTIONS[options]
+        for n in (1, 2):
+            threads(n)
+            found, expected = ops.attention(q, k, v, **given), ops.attention(q.float(), of_k, of_v, **given)
+            assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dim", [8, 64, 72])
+def test_int8_pages_agree_in_steps(dim, isa):
+    q, k, v = qkv(1, 150, 150, 4, 2, dim).values()
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    (k, _), (v, _) = (int8_pages(t, table, 3) for t in (k, v))
+    bias, given = torch.randn(4, 1, 192), {"page_table": table, "causal": True, "window": 90}
+    full = ops.attention(q, k, v, key_lengths=torch.tensor([150]), bias=bias, **given)
+    for t in (0, 63, 64, 100, 149):
+        row = slice(t, t + 1)
+        step = ops.attention(q[:, row], k, v, key_lengths=torch.tensor([t + 1]), bias=bias, **given)
+        assert torch.equal(step, full[:, row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_int8_pages_equal_their_twin(queries, dtype, isa):
+    q, k, v = qkv(3, queries, 530, 4, 2, 40, dtype).values()
+    inputs = {"q": q, "k": int8_pages(k, TABLE, 11)[0], "v": int8_pages(v, TABLE, 11)[0]}
+    inputs = inputs | {name: inputs[name].where(inputs[name] != -1, torch.zeros(1, dtype=torch.int8)) for name in "kv"}
+    for options in ({"causal": True}, {"window": 9, "bias": torch.randn(4, 1, 530)}, {"return_weights": True}):
+        check(inputs, key_lengths=LENGTHS, page_table=TABLE, **options)
+
+
+def test_int8_pages_are_checked():
+    q, pages = torch.randn(2, 3, 4, 31), torch.zeros(5, 64, 2, 33, dtype=torch.int8)
+    table, lengths = torch.tensor([[0, 1], [4, 2]], dtype=torch.int32), torch.tensor([64, 65])
+    good = {"q": q, "k": pages, "v": pages, "page_table": table, "key_lengths": lengths}
+    assert ops.attention(**good).shape == q.shape
+    wide = pages.new_zeros(5, 64, 2, 35)
+    for error, message, arguments in (
+        (TypeError, "v must be int8, but got float32", {"v": torch.zeros(5, 64, 2, 31)}),
+        (TypeError, "v must be float32, but got int8", {"k": torch.zeros(5, 64, 2, 31)}),
+        (TypeError, "k must be float32, but got int8", {"page_table": None}),
+        (ValueError, r"k must have shape \(5, 64, 2, 33\), but got \(5, 64, 2, 35\)", {"k": wide}),
+        (ValueError, r"v must have shape \(5, 64, 2, 33\), but got \(5, 64, 2, 35\)", {"v": wide}),
+        (ValueError, "v must have a head size of 1 to 256, but got 257", {"v": pages.new_zeros(5, 64, 2, 275)}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            ops.attention(**(good | arguments))
 
 
 def test_pages_are_checked():

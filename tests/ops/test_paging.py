@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pyllm import ops, reference
+from pyllm.ops.paging import head_size, page_width
 
 TABLE = torch.tensor([[3, 1, -1], [0, 4, 2]], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 63, 64, 127, 1], [130, 5, 65, 64, 191]])
@@ -30,6 +31,39 @@ def test_layouts(isa, threads):
         for n in (1, 2, 5):
             threads(n)
             assert torch.equal(ops.write_pages(torch.zeros(80, 64, 4, 8), rows, table, positions), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 7, 31, 32, 33, 64, 80, 256])
+def test_int8_pages_are_those_of_its_twin(dim, dtype, isa, threads):
+    pages = torch.randint(-128, 128, (5, 64, 3, page_width(dim, torch.int8)), dtype=torch.int8)
+    assert head_size(pages) == dim
+    rows = (torch.randn(2, 5, 3, dim) * torch.logspace(-9, 4, 30).view(2, 5, 3, 1)).to(dtype)
+    rows[0, 1], rows[0, 2], rows[1, 0, 1, 0] = 0.0, -1e-40, float("inf")
+    rows[1, 1, 2, -1] = float("nan")
+    expected = reference.write_pages(pages.clone(), rows, TABLE, POSITIONS)
+    threads(2)
+    for own in (rows, rows.transpose(1, 2).contiguous().transpose(1, 2), rows.mT.contiguous().mT):
+        assert torch.equal(ops.write_pages(pages.clone(), own, TABLE, POSITIONS), expected)
+    said = reference.paging.numbers(expected)[TABLE.gather(1, POSITIONS // 64), POSITIONS % 64]
+    for got, row in zip(said.split(32, -1), rows.float().split(32, -1), strict=True):
+        finite = row.isfinite().all(-1)
+        assert got[~finite].isnan().all()
+        bound = row.abs().amax(-1, keepdim=True) / 127 * (0.5 + 2**-7) + 1e-40
+        assert ((got - row).abs() <= bound)[finite].all()
+
+
+def test_bad_int8_pages():
+    rows, bytes = torch.ones(2, 5, 2, 31), torch.zeros(5, 64, 2, 33, dtype=torch.int8)
+    for error, message, pages, given in (
+        (ValueError, r"rows must have shape \(2, 5, 2, 31\), but got \(2, 5, 2, 30\)", bytes, rows[..., :30]),
+        (TypeError, "rows must be float32, bfloat16 or float16, but got int8", bytes, rows.to(torch.int8)),
+        (ValueError, "pages must have 33 bytes for a head of 31, but got 35", bytes.new_zeros(5, 64, 2, 35), rows),
+        (TypeError, "pages must be float32, bfloat16 or float16, but got uint8", bytes.view(torch.uint8), rows),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            ops.write_pages(pages, given, TABLE, POSITIONS)
+        assert not pages.any()
 
 
 def test_bad_writes_change_nothing():

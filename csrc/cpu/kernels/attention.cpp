@@ -8,6 +8,9 @@
 //
 // Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
 // query of a group of heads): see kernels/attention_rows.h. bf16 on tile registers: kernels/attention_tiles.h, both.
+//
+// Keys and values of int8 pages become floats, number times scale, on their way: the bits are those of such floats in
+// memory.
 #include <type_traits>
 
 #include "cpu/kernels/attention_rows.h"
@@ -59,7 +62,7 @@ struct Buffers {
   float *queries, *keys, *values, *scores;
 };
 
-template <class T>
+template <class S>
 void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, const Buffers& w, Range keys, State s) {
   for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
     Block block;
@@ -70,9 +73,8 @@ void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, 
       const Range live = live_keys(a, p, block);
       if (live.lo == live.hi) continue;
       if (!loaded) {
-        copy_rows(block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], block.count, a.dim, 1.0f, w.keys, a.dim);
-        finite = copy_rows(block_at<T>(a, a.v, a.v_step, rows, first), a.v_step[1], block.count, a.value_dim, 1.0f,
-                           w.values, a.value_dim);
+        copy_rows(stored_keys<S>(a, rows, first), block.count, 1.0f, w.keys, a.dim);
+        finite = copy_rows(stored_values<S>(a, rows, first), block.count, 1.0f, w.values, a.value_dim);
         loaded = true;
       }
       const bool mark =
@@ -120,8 +122,8 @@ void merge(bool few, int64_t rows, int64_t sums_step, State part, State all) {
       }
 }
 
-template <class T>
-struct Forward {
+template <class T, class S>
+struct Forward {  // of queries of T, and keys and values that are stored as S
   const AttentionForwardArgs& f;
   const AttentionArgs& a;
   int64_t group, all_rows, tile_rows, tiles_per_head, tiles, splits;
@@ -209,7 +211,8 @@ struct Forward {
         pack_tile_queries(a, t.rows, t.panels[i], few, i, t.tile_buffers);
     else if (few)
       for (int64_t i = 0; i < t.rows.count; i++)
-        copy_rows(row_of(t.panels[0])(i), 0, 1, a.dim, query_factor(a), t.buffers.queries + i * a.dim, a.dim);
+        copy_rows(Stored<T>{row_of(t.panels[0])(i), 0, a.dim}, 1, query_factor(a), t.buffers.queries + i * a.dim,
+                  a.dim);
     else
       for (int64_t i = 0; i * kLanes < t.rows.count; i++)
         pack_panel_rows(t.panels[i], a.dim, query_factor(a), t.buffers.queries + i * a.dim * kLanes,
@@ -230,20 +233,20 @@ struct Forward {
       if (on_tiles)
         walk_tile_panels(a, t->rows, t->panels, t->tile_buffers, keys, sums_step, t->*state);
       else
-        walk_panels<T>(a, t->rows, t->panels, t->buffers, keys, t->*state);
+        walk_panels<S>(a, t->rows, t->panels, t->buffers, keys, t->*state);
       return;
     }
     for (int64_t first = keys.lo; first < keys.hi; first += kKeys)
       for (int64_t i = 0; i < count; i++) {
         if (!on_tiles) {
-          walk_rows<T>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].*state);
+          walk_rows<S>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].*state);
           continue;
         }
         const Tile& next = t[(i + 1) % count];
         const int64_t then = i + 1 < count ? first : first + kKeys;
         Ahead ahead{};
         if (then < keys.hi)
-          ahead = {block_at<bf16>(a, a.k, a.k_step, next.rows, then), block_at<bf16>(a, a.v, a.v_step, next.rows, then),
+          ahead = {stored_keys<bf16>(a, next.rows, then).data, stored_values<bf16>(a, next.rows, then).data,
                    std::min(kKeys, keys.hi - then)};
         walk_tile_rows(a, t[i].rows, t[i].panels[0], t[i].tile_buffers, first, ahead, sums_step, t[i].*state);
       }
@@ -368,7 +371,7 @@ struct Forward {
         for (int64_t k = 0; k < rows.length; k += kKeys) {
           Block block;
           set_block(a, rows, k, block);
-          copy_rows(block_at<T>(a, a.k, a.k_step, rows, k), a.k_step[1], block.count, a.dim, 1.0f, keys, a.dim);
+          copy_rows(stored_keys<S>(a, rows, k), block.count, 1.0f, keys, a.dim);
           for (int64_t r = 0; r < rows.count; r += kLanes) {
             const Panel& p = panels[r / kLanes];
             const Range live = live_keys(a, p, block);
@@ -389,14 +392,20 @@ struct Forward {
   }
 };
 
+template <class T, class S>
+void run(const AttentionForwardArgs& f) {
+  const Forward<T, S> forward(f);
+  forward.run();
+  if (f.weights) forward.write_weights();
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForwardArgs& f) {
   if (f.in.batch * f.in.queries * f.in.heads == 0) return;
   with_dtype(f.in.dtype, [&](auto* tag) {
-    const Forward<std::remove_pointer_t<decltype(tag)>> forward(f);
-    forward.run();
-    if (f.weights) forward.write_weights();
+    using T = std::remove_pointer_t<decltype(tag)>;
+    f.in.stored == DType::i8 ? run<T, int8_t>(f) : run<T, T>(f);
   });
 }
 

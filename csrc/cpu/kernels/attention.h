@@ -12,6 +12,7 @@
 // bits do not depend on its neighbours in the panel, nor on how far beyond its last key the block reaches.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/attention.h"
 #include "cpu/kernels/vec.h"
@@ -193,15 +194,35 @@ Range live_keys(const AttentionArgs& a, const Panel& p, const Block& b) {
   return r.lo < r.hi ? r : Range{0, 0};
 }
 
-// count rows of `dim` elements, row_step apart, as contiguous floats; whether all of them are finite.
-template <class T>
-bool copy_rows(const T* source, int64_t row_step, int64_t count, int64_t dim, float factor, float* out,
-               int64_t out_step) {
+// Rows as they are stored, `step` elements apart: floating-point numbers, or bytes with the scales of their groups behind
+// them, see args/paging.h. Number d of row i is numbers * scale.
+template <class S>
+struct Stored {
+  static constexpr bool kScaled = std::is_same_v<S, int8_t>;
+  const S* data;
+  int64_t step, dim;
+
+  V numbers(int64_t i, int64_t d, int64_t n) const { return get(data + i * step + d, n); }
+  float scale(int64_t i, int64_t d) const {
+    bf16 s;
+    std::memcpy(&s, data + i * step + dim + d / kInt8Group * 2, sizeof s);
+    return to_float(s);
+  }
+  V get_row(int64_t i, int64_t d, int64_t n) const {
+    if constexpr (kScaled) return numbers(i, d, n) * scale(i, d);
+    return numbers(i, d, n);
+  }
+};
+
+// The first `count` rows as contiguous floats; whether all of them are finite.
+template <class S>
+bool copy_rows(const Stored<S>& source, int64_t count, float factor, float* out, int64_t out_step) {
+  const int64_t dim = source.dim;
   V zeros{};
   for (int64_t i = 0; i < count; i++)
     for (int64_t d = 0; d < dim; d += W) {
       const int64_t n = std::min<int64_t>(W, dim - d);
-      const V x = get(source + i * row_step + d, n) * factor;
+      const V x = source.get_row(i, d, n) * factor;
       zeros = fma(x, V{}, zeros);
       write(out + i * out_step + d, x, n);
     }
@@ -318,12 +339,21 @@ const T* row_at(const char* data, const int64_t* step, int64_t batch, int64_t po
   return reinterpret_cast<const T*>(data) + batch * step[0] + position * step[1] + head * step[2];
 }
 
-// Key `first` of k, or value of v; the rest of its block follows, in the same page where there are pages.
-template <class T>
-const T* block_at(const AttentionArgs& a, const char* data, const int64_t* step, const Rows& rows, int64_t first) {
-  if (!a.page_table) return row_at<T>(data, step, rows.batch, first, rows.kv_head);
+// k, or v, from key `first` on; the rest of its block follows, in the same page where there are pages.
+template <class S>
+Stored<S> block_at(const AttentionArgs& a, const char* data, const int64_t* step, int64_t dim, const Rows& rows,
+                   int64_t first) {
+  if (!a.page_table) return {row_at<S>(data, step, rows.batch, first, rows.kv_head), step[1], dim};
   const int64_t page = a.page_table[rows.batch * a.table_step + first / a.page_size];
-  return row_at<T>(data, step, page, first % a.page_size, rows.kv_head);
+  return {row_at<S>(data, step, page, first % a.page_size, rows.kv_head), step[1], dim};
+}
+template <class S>
+Stored<S> stored_keys(const AttentionArgs& a, const Rows& rows, int64_t first) {
+  return block_at<S>(a, a.k, a.k_step, a.dim, rows, first);
+}
+template <class S>
+Stored<S> stored_values(const AttentionArgs& a, const Rows& rows, int64_t first) {
+  return block_at<S>(a, a.v, a.v_step, a.value_dim, rows, first);
 }
 
 }  // namespace

@@ -121,18 +121,16 @@ struct Backward {
         t.lse[i + l] = live ? f.lse[offset(t.rows.batch, p.head[l], p.query[l])] : kInfinity;
         t.delta[i + l] = live ? delta[offset(t.rows.batch, p.head[l], p.query[l])] : 0.0f;
         if (!by_rows || !live) continue;
-        copy_rows(query(l), 0, 1, a.dim, factor, t.queries + (i + l) * dim_step, dim_step);
-        copy_rows(dout(l), 0, 1, a.value_dim, 1.0f, t.dout + (i + l) * value_step, value_step);
+        copy_rows(Stored<T>{query(l), 0, a.dim}, 1, factor, t.queries + (i + l) * dim_step, dim_step);
+        copy_rows(Stored<T>{dout(l), 0, a.value_dim}, 1, 1.0f, t.dout + (i + l) * value_step, value_step);
       }
     }
   }
 
   void load_block(Tile& t, int64_t first) const {
     set_block(a, t.rows, first, t.block);
-    copy_rows(row_at<T>(a.k, a.k_step, t.rows.batch, first, t.rows.kv_head), a.k_step[1], t.block.count, a.dim, 1.0f,
-              t.keys_at, a.dim);
-    copy_rows(row_at<T>(a.v, a.v_step, t.rows.batch, first, t.rows.kv_head), a.v_step[1], t.block.count, a.value_dim,
-              1.0f, t.values, a.value_dim);
+    copy_rows(stored_keys<T>(a, t.rows, first), t.block.count, 1.0f, t.keys_at, a.dim);
+    copy_rows(stored_values<T>(a, t.rows, first), t.block.count, 1.0f, t.values, a.value_dim);
   }
 
   // P and dS of a panel against the block's live keys; dS of the bias is added to dbias[key][kRows].

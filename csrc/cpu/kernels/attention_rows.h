@@ -24,24 +24,29 @@ float read_float(const char* p, DType dtype, int64_t i) {
   return x;
 }
 
-// scores[r][j] of R rows against keys live of a block that starts at k: kGroups vectors of keys at a time.
-template <int R, class T>
-void score_rows(const float* queries, const T* k, int64_t k_step, int64_t dim, Range live, float* scores) {
+// scores[r][j] of R rows against keys live of a block: kGroups vectors of keys at a time.
+template <int R, class S>
+void score_rows(const float* queries, const Stored<S>& k, Range live, float* scores) {
   constexpr int kGroups = R == 1 ? 4 : R == 2 ? 2 : 1;
   for (int64_t j = live.lo; j < live.hi; j += kGroups * W) {
-    V s[kGroups][R] = {};
+    V s[kGroups][R] = {}, scale[kGroups] = {};
+    const auto key = [&](int64_t g, int64_t l) { return std::min(j + g * W + l, live.hi - 1); };
     const auto chunk = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
       for (int g = 0; g < kGroups; g++) {
         V x[W];
-        for (int64_t l = 0; l < W; l++) x[l] = get(k + std::min(j + g * W + l, live.hi - 1) * k_step + d, n);
+        for (int64_t l = 0; l < W; l++) x[l] = k.numbers(key(g, l), d, n);
         transpose(x);
-        for (int64_t l = 0; l < n; l++)
-          for (int r = 0; r < R; r++) s[g][r] = fma(set(queries[r * dim + d + l]), x[l], s[g][r]);
+        if (k.kScaled && d % kInt8Group == 0)
+          for (int64_t l = 0; l < W; l++) scale[g][l] = k.scale(key(g, l), d);
+        for (int64_t l = 0; l < n; l++) {
+          if constexpr (k.kScaled) x[l] = x[l] * scale[g];
+          for (int r = 0; r < R; r++) s[g][r] = fma(set(queries[r * k.dim + d + l]), x[l], s[g][r]);
+        }
       }
     };
     int64_t d = 0;
-    for (; d + W <= dim; d += W) chunk(d, W);
-    if (d < dim) chunk(d, dim - d);
+    for (; d + W <= k.dim; d += W) chunk(d, W);
+    if (d < k.dim) chunk(d, k.dim - d);
     for (int g = 0; g < kGroups; g++)
       for (int r = 0; r < R; r++)
         if (j + g * W < live.hi) store(scores + r * 2 * kKeys + j + g * W, s[g][r]);
@@ -81,10 +86,11 @@ V finish_row(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r
   return top;
 }
 
-// sums[r] * factor[r] + p[r][live] v, N vectors wide, or n elements where N is 1. kTotal: total[r] too.
-template <int R, int N, bool kTotal, class T>
-VEC void add_values(const float* p, const T* v, int64_t v_step, Range live, int64_t n, const float* factor, float* sums,
-                    int64_t sums_step, float* total) {
+// sums[r] * factor[r] + p[r][live] v, of v's elements from d on, N vectors wide, or n elements where N is 1. kTotal:
+// total[r] too.
+template <int R, int N, bool kTotal, class S>
+VEC void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor,
+                    float* sums, int64_t sums_step, float* total) {
   V s[R][N];
   float t[R];
   for (int r = 0; r < R; r++) {
@@ -92,8 +98,12 @@ VEC void add_values(const float* p, const T* v, int64_t v_step, Range live, int6
     if (kTotal) t[r] = total[r];
   }
   for (int64_t j = live.lo; j < live.hi; j++) {
-    V x[N];
-    for (int i = 0; i < N; i++) x[i] = N > 1 ? load(v + j * v_step + i * W) : get(v + j * v_step, n);
+    V x[N], scale{};
+    for (int i = 0; i < N; i++) {
+      x[i] = v.numbers(j, d + i * W, N > 1 ? W : n);
+      if (v.kScaled && i * W % kInt8Group == 0) scale = set(v.scale(j, d + i * W));
+      if constexpr (v.kScaled) x[i] = x[i] * scale;
+    }
     for (int r = 0; r < R; r++) {
       const float w = p[r * 2 * kKeys + j];
       for (int i = 0; i < N; i++) s[r][i] = fma(set(w), x[i], s[r][i]);
@@ -107,20 +117,19 @@ VEC void add_values(const float* p, const T* v, int64_t v_step, Range live, int6
 }
 
 // The same for one row, less the keys that are marked by a negative p.
-template <class T>
-void add_marked_row(const float* p, const T* v, int64_t v_step, Range live, int64_t dim, float factor, float* sums,
-                    float* total) {
+template <class S>
+void add_marked_row(const float* p, const Stored<S>& v, Range live, float factor, float* sums, float* total) {
   for (int64_t j = live.lo; j < live.hi; j++)
     if (!(p[j] < 0)) *total += p[j];
-  for (int64_t d = 0; d < dim; d += W) {
+  for (int64_t d = 0; d < v.dim; d += W) {
     V s = load(sums + d) * factor;
     for (int64_t j = live.lo; j < live.hi; j++)
-      if (!(p[j] < 0)) s = fma(set(p[j]), get(v + j * v_step + d, std::min<int64_t>(W, dim - d)), s);
+      if (!(p[j] < 0)) s = fma(set(p[j]), v.get_row(j, d, std::min<int64_t>(W, v.dim - d)), s);
     store(sums + d, s);
   }
 }
 
-template <int R, class T>
+template <int R, class S>
 void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, int64_t first,
               State s) {
   constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
@@ -130,7 +139,7 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
   const Range live = live_keys(a, p, block);
   if (live.lo == live.hi) return;
   alignas(64) float x[R][2 * kKeys];
-  score_rows<R>(queries + r0 * a.dim, block_at<T>(a, a.k, a.k_step, rows, first), a.k_step[1], a.dim, live, &x[0][0]);
+  score_rows<R>(queries + r0 * a.dim, stored_keys<S>(a, rows, first), live, &x[0][0]);
   const bool mixed = may_mask(a, p, block, live);
   float factor[R];
   for (int r = 0; r < R; r++) {
@@ -145,29 +154,27 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
     }
     s.total[row] *= factor[r];
   }
-  const T* v = block_at<T>(a, a.v, a.v_step, rows, first);
-  const int64_t step = a.v_step[1];
+  const Stored<S> v = stored_values<S>(a, rows, first);
   float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
   if (mixed) {
-    for (int r = 0; r < R; r++)
-      add_marked_row(x[r], v, step, live, a.value_dim, factor[r], sums + r * sums_step, total + r);
+    for (int r = 0; r < R; r++) add_marked_row(x[r], v, live, factor[r], sums + r * sums_step, total + r);
     return;
   }
   int64_t d = 0;
   if (a.value_dim >= kWide * W)
     for (; d + kWide * W <= a.value_dim; d += kWide * W)
-      (d == 0 ? add_values<R, kWide, true, T> : add_values<R, kWide, false, T>)(&x[0][0], v + d, step, live, W, factor,
+      (d == 0 ? add_values<R, kWide, true, S> : add_values<R, kWide, false, S>)(&x[0][0], v, d, live, W, factor,
                                                                                 sums + d, sums_step, total);
   for (; d < a.value_dim; d += W)
-    (d == 0 ? add_values<R, 1, true, T> : add_values<R, 1, false, T>)(&x[0][0], v + d, step, live,
+    (d == 0 ? add_values<R, 1, true, S> : add_values<R, 1, false, S>)(&x[0][0], v, d, live,
                                                                       std::min<int64_t>(W, a.value_dim - d), factor,
                                                                       sums + d, sums_step, total);
 }
 
-template <class T>
+template <class S>
 void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first, State s) {
   for (int64_t r = 0; r < rows.count; r += kFewRows) {
-    const auto walk = std::array{walk_few<1, T>, walk_few<2, T>, walk_few<3, T>, walk_few<4, T>};
+    const auto walk = std::array{walk_few<1, S>, walk_few<2, S>, walk_few<3, S>, walk_few<4, S>};
     walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, first, s);
   }
 }

@@ -24,7 +24,9 @@ constexpr int64_t kHalf = kDepth, kHalves = kKeys / kHalf;  // keys that join th
 constexpr int64_t kKeyTiles = kHalf / kTileSide;
 static_assert(kKeyTiles == 2 && kHalves == 2 && kLanes == 2 * kTileSide);
 
-bool takes_tiles(const AttentionArgs& a) { return a.dtype == DType::bf16 && a.dim > 0 && cpu::has_amx(); }
+bool takes_tiles(const AttentionArgs& a) {
+  return a.dtype == DType::bf16 && a.stored == DType::bf16 && a.dim > 0 && cpu::has_amx();
+}
 
 int64_t depth_steps(const AttentionArgs& a) { return (a.dim + kDepth - 1) / kDepth; }
 int64_t value_tiles(const AttentionArgs& a) { return a.value_dim / kTileSide + 1; }
@@ -245,7 +247,7 @@ void walk_tile_panels(const AttentionArgs& a, const Rows& rows, const Panel* pan
   for (int64_t first = keys.lo; first < keys.hi; first += kKeys) {
     Block block;
     set_block(a, rows, first, block);
-    const bf16 *k = block_at<bf16>(a, a.k, a.k_step, rows, first), *v = block_at<bf16>(a, a.v, a.v_step, rows, first);
+    const bf16 *k = stored_keys<bf16>(a, rows, first).data, *v = stored_values<bf16>(a, rows, first).data;
     bool loaded = false, checked = false, finite = true;
     for (int64_t i = 0; i * kLanes < rows.count; i++) {
       const Panel& p = panels[i];
@@ -431,7 +433,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
   const TileShapes shapes([&](int t) {  // of products 0, 1, of sums 2, 3, of keys, weights, queries, values
     return TileShape{t == 2 || t == 3 || t == 5 ? few : side, t == 0 || t == 1 || t == 6 ? 4 * N : 64};
   });
-  const bf16 *k = block_at<bf16>(a, a.k, a.k_step, rows, first), *v = block_at<bf16>(a, a.v, a.v_step, rows, first);
+  const bf16 *k = stored_keys<bf16>(a, rows, first).data, *v = stored_values<bf16>(a, rows, first).data;
   alignas(64) float x[W][2 * kKeys];
   for (int64_t half = halves.lo; half < halves.hi; half++) {
     prefetch_rows(ahead.k, a.k_step[1], half * kHalf, std::min(ahead.count, (half + 1) * kHalf), a.dim);

@@ -257,6 +257,18 @@ VEC VH load_bits(const void* p) {
 }
 VEC V load(const bf16* p) { return widen_bf16(load_bits(p)); }
 VEC V load(const f16* p) { return widen_f16(load_bits(p)); }
+VEC V load(const int8_t* p) {
+  using VN = int8_t __attribute__((vector_size(W)));
+  VN bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+#if __AVX512F__
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+#elif __AVX2__ && ISA_AVX2
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(bytes, VI), V);
+#endif
+}
 VEC void store(bf16* p, V v) {
   const VH h = narrow_bf16(v);
   std::memcpy(static_cast<void*>(p), &h, sizeof h);
