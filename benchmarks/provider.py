@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/provider.py FOLDER BITS [--batch 8,32]
 
-What is timed is said at the top of peers/providers.py. 8 and 4 bits are the folder's own weights quantised once, to a
-checkpoint beside them, in a process of its own.
+What is timed is said at the top of peers/providers.py. 16, 8 and 4 bits are the folder's own weights converted once, to
+a checkpoint beside them, in a process of its own: the peers' files are converted too, and hold no vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import pyllm
 from pyllm.engine import generate_ids
 
 THREADS = 2
-FORMATS = {"8": "int8", "4": "int4"}
-DTYPES = {"32": torch.float32, "16": torch.bfloat16}
+CONVERSIONS = {"16": "model.bfloat16()", "8": "model.quantize('int8')", "4": "model.quantize('int4')"}
 GREEDY = pyllm.SamplingParams(temperature=0)
 SEEDS = itertools.count()
 
@@ -51,22 +50,22 @@ def decode(model: pyllm.models.Model, rows: int, count: int) -> float:
     return rows * count / (time.perf_counter() - began)
 
 
-def quantised(folder: Path, bits: str) -> Path:
+def converted(folder: Path, bits: str) -> Path:
     """The folder's weights in so many bits; made if they are not there yet."""
-    out = folder / f"pyllm-{FORMATS[bits]}"
+    out = folder / f"pyllm-{bits}bits"
     if not out.exists():
-        code = ("import sys, pyllm; model, tokenizer = pyllm.load(sys.argv[1]); model.quantize(sys.argv[2]); "
-                "pyllm.save(model, sys.argv[3], tokenizer)")  # fmt: skip
-        subprocess.run([sys.executable, "-c", code, folder, FORMATS[bits], out], check=True)
+        code = ("import sys, pyllm; model, _ = pyllm.load(sys.argv[1]); "
+                f"{CONVERSIONS[bits]}; pyllm.save(model, sys.argv[2])")  # fmt: skip
+        subprocess.run([sys.executable, "-c", code, folder, out], check=True)
     return out
 
 
 def measure(folder: Path, bits: str, batches: list[int]) -> dict[str, float]:
-    path = quantised(folder, bits) if bits in FORMATS else folder
+    path = converted(folder, bits) if bits in CONVERSIONS else folder
     torch.set_num_threads(THREADS)
     pyllm.set_num_threads(THREADS)
     began = time.perf_counter()
-    model = pyllm.load(path, dtype=DTYPES.get(bits))[0]
+    model = pyllm.load(path, tokenizer=False)[0]
     result = {"load_s": round(time.perf_counter() - began, 3)}
     measures = {"prefill": partial(prefill, model), "decode": partial(decode, model, 1, 64)}
     measures |= {f"decode{rows}": partial(decode, model, rows, 24) for rows in batches}
@@ -79,7 +78,7 @@ def measure(folder: Path, bits: str, batches: list[int]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("bits", choices=[*DTYPES, *FORMATS])
+    parser.add_argument("bits", choices=["32", *CONVERSIONS])
     parser.add_argument("--batch", default="", help="sequences decoded together, as 8,32")
     given = parser.parse_args()
     print(json.dumps(measure(given.folder, given.bits, [int(b) for b in given.batch.split(",") if b])))

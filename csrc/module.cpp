@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "activation_backward", &ops::activation_backward);
   def(m, "attention_forward", &ops::attention_forward);
   def(m, "attention_backward", &ops::attention_backward);
+  m.def("checksum", &ops::checksum, py::call_guard<py::gil_scoped_release>());
   def(m, "cross_entropy_forward", &ops::cross_entropy_forward);
   def(m, "cross_entropy_backward", &ops::cross_entropy_backward);
   def(m, "linear_cross_entropy", &ops::linear_cross_entropy);

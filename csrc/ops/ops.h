@@ -46,6 +46,8 @@ void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const T
                    bool centred);
 int64_t multiply_add(int64_t rounds);  // how many floating-point operations that was
 void read(const TensorView& data);
+// sums (MiB begun, 64), int32, of bytes: see cpu/kernels/checksum.cpp.
+void checksum(const TensorView& data, const TensorView& sums);
 void linear(const TensorView& x, const TensorView& weight, const TensorView& bias_or_none, const TensorView& y,
             bool packed);
 void pack_linear(const TensorView& weight, const TensorView& panels);

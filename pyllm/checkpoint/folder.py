@@ -5,7 +5,7 @@ checkpoint, and is never changed. Saving writes a folder beside it under another
 renames it to the next number: at that one rename the new checkpoint takes the place of the old, which is then removed.
 Whatever stops a writer, one or the other is there and whole; the next writer clears away what was left half-done.
 
-    config.json             what kind of model, its settings, and size and SHA-256 of the other files
+    config.json             what kind of model, its settings, and size and SHA-256 or checksum of the other files
     model.safetensors       weights; those that share memory once
     tokenizer.json          if there is a tokenizer, or Marian's files in its place; with tokenizer_config.json and
                             generation_config.json, which hold its control tokens and chat template
@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from pyllm.checkpoint.files import (
+    DIGESTS,
     CheckpointError,
     Seal,
     check_contents,
@@ -111,7 +112,7 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
         if plain is not None:
             write_json(writing / _TRAINING, plain, indent=None)
             write_tensors(writing / _OPTIMIZER, optimizer)
-        files = {path.name: seal(path)._asdict() for path in sorted(writing.iterdir())}
+        files = {path.name: seal(path).entry() for path in sorted(writing.iterdir())}
         write_json(writing / "config.json", {"format": _FORMAT, "version": _VERSION, "model_type": model_type,
                                              "config": config, "tied": tied, "files": files})  # fmt: skip
         seal(writing / "config.json")
@@ -222,11 +223,22 @@ def _seals(where: Path, files: dict) -> dict[str, Seal]:
             {_MODEL, *MARIAN, *_MORE_OF_TOKENIZER}]  # fmt: skip
     if files.keys() not in [*sets, *({*names, _TRAINING, _OPTIMIZER} for names in sets)]:
         raise CheckpointError(f"{where}: files must name those of a checkpoint, but got {', '.join(files)}")
+    seals = {}
     for name, expected in files.items():
-        if not (isinstance(expected, dict) and expected.keys() == {"bytes", "sha256"}
-                and isinstance(expected["bytes"], int) and isinstance(expected["sha256"], str)):  # fmt: skip
-            raise CheckpointError(f"{where}: files: {name} must have bytes and sha256, but got {expected!r}")
-    return {name: Seal(**expected) for name, expected in files.items()}
+        size, kind, digest = _entry(expected)
+        if type(size) is not int or kind not in DIGESTS or not isinstance(digest, str):
+            raise CheckpointError(f"{where}: files: {name} must have bytes and {' or '.join(DIGESTS)}, "
+                                  f"but got {expected!r}")  # fmt: skip
+        seals[name] = Seal(size, kind, digest)
+    return seals
+
+
+def _entry(expected: Any) -> tuple[Any, Any, Any]:
+    """The size, and kind and value of the digest, of a file's entry; None for what is wrong."""
+    if not isinstance(expected, dict) or len(expected) != 2:
+        return None, None, None
+    kind = next((key for key in expected if key != "bytes"), None)
+    return expected.get("bytes"), kind, expected.get(kind)
 
 
 def newest(folder: Path) -> Path:

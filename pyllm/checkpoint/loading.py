@@ -110,10 +110,11 @@ def _ours(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
         raise CheckpointError(f"{path}: {'; '.join(wrong[:5])}" + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
     _quantize(path, model, saved.weights, quantized)
-    names = [[name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
-             for parameter in model.parameters()]  # fmt: skip
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     model.load_state_dict(saved.weights, assign=True)
-    for first, *tied in names:  # they came back as parameters of their own
+    for first, *tied in names.values():  # they came back as parameters of their own
         for name in tied:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
@@ -126,26 +127,22 @@ def _ours(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
 
 def _quantize(path: Path, model: Model, weights: dict[str, Tensor], names: Iterable[str]) -> None:
     """Takes the quantised weights of layers out of `weights` and puts them into the layers."""
-
-    def parts(name: str) -> dict[str, Tensor]:
-        return {k: weights[f"{name}.weight.{k}"] for k in QUANTIZED if f"{name}.weight.{k}" in weights}
-
-    sharing: dict[tuple, list[str]] = {}
+    shared: dict[tuple | None, Quantizable] = {}
     for name in names:
-        sharing.setdefault(tuple((k, p.data_ptr(), p.shape) for k, p in parts(name).items()), []).append(name)
-    for alike in sharing.values():  # one after the other, so that no more than one is held twice
-        found = parts(alike[0])
-        for name in alike:
-            for k in found:
-                del weights[f"{name}.weight.{k}"]
+        panels, layout = parts = [weights.pop(f"{name}.weight.{k}", None) for k in QUANTIZED]
+        same = None
+        if panels is not None and layout is not None and panels.numel():
+            same = panels.data_ptr(), layout.dtype, tuple(layout.flatten().tolist())
         try:
-            first, *others = (cast(Quantizable, model.get_submodule(name)) for name in alike)
-            first.load_quantized_(**found)
-            for layer in others:
-                layer.quantize_(cast(PackedQuantizedWeight, first.packed))
+            layer = cast(Quantizable, model.get_submodule(name))
+            if same in shared:
+                layer.quantize_(cast(PackedQuantizedWeight, shared[same].packed))
+            else:
+                layer.load_quantized_(*parts)
+                if same is not None:
+                    shared[same] = layer
         except (AttributeError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{path}: {alike[0]}.weight: {e}") from None
-        found.clear()
+            raise CheckpointError(f"{path}: {name}.weight: {e}") from None
 
 
 def _folder(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from pyllm.checkpoint.files import LARGEST_JSON, CheckpointError, parse_json, read_json, short
 from pyllm.checkpoint.reader import Extent, FileReader, check_extents, open_file
 
+_ALIGNMENT = 64
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,19 +38,28 @@ def check_tensors(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file. Tensors that share memory are written each on its own."""
-    own, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        own[name] = tensor
-    path.touch()
-    mode = path.stat().st_mode
-    safetensors.torch.save_file(own, path, {"format": "pt"})  # without which transformers refuses it
-    path.chmod(mode)  # the library lets only the owner read
+    """Writes a safetensors file, one tensor after the other; tensors that share memory each on its own.
+
+    Tensors lie in the order given, so that those that follow each other can be mapped as one, but for those whose sizes
+    would put others out of step: all are aligned to their elements, and what can be to 64 bytes.
+    """
+
+    def out_of_step(name: str) -> tuple[bool, int]:
+        return tensors[name].nbytes % _ALIGNMENT != 0, -tensors[name].itemsize
+
+    kinds = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses it
+    names, end = sorted(tensors, key=out_of_step), 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": kinds[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [begin, end]}  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyllm import ops
 
-QUANTIZED = ("values", "scales", "minimums")  # what a quantised weight is made of, in a state dict
+QUANTIZED = ("panels", "layout")  # what a quantised weight is made of, in a state dict
 
 
 class Quantizable(nn.Module):
     """A layer whose weight (N, K) can be quantised: it is then in `packed`, and `weight` is None.
 
-    Its state dict has weight.values, weight.scales and, in formats that have them, weight.minimums in place of weight,
-    and loading such a one quantises it.
+    Its state dict has weight.panels and weight.layout in place of weight, as `ops.PackedQuantizedWeight` has them, and
+    loading such a one, made for any instruction set, quantises it.
     """
 
     packed: ops.PackedQuantizedWeight | None = None
@@ -31,16 +32,11 @@ class Quantizable(nn.Module):
         self.packed = packed if own.is_meta else packed.to(own.device)
         self.register_parameter("weight", None)
 
-    def load_quantized_(
-        self, values: Tensor | None = None, scales: Tensor | None = None, minimums: Tensor | None = None
-    ) -> None:
+    def load_quantized_(self, panels: Tensor | None = None, layout: Tensor | None = None) -> None:
         """Puts a quantised weight, as state dicts have it, in the place of the layer's own."""
-        if values is None or scales is None or values.dim() != 2 or scales.dim() != 2:
-            raise ValueError("a quantised weight must have values and scales of 2 dimensions each")
-        k, groups = self.size()[1], scales.shape[1]
-        group = 16 if groups != -(-k // 32) and groups == -(-k // 16) else 32
-        bits = 8 * values.shape[1] // max(group * groups, 1)
-        self.quantize_(ops.QuantizedWeight(values, scales, minimums, bits, self.size(), group))
+        if panels is None or layout is None or layout.dtype != torch.int64 or layout.dim() != 1:
+            raise ValueError("a quantised weight must have panels, and a layout of whole numbers")
+        self.quantize_(ops.PackedQuantizedWeight.of_panels(panels, tuple(layout.tolist()), self.size()))
 
     def _apply(self, fn, recurse=True):  # what `to`, `cuda` and `cpu` do
         super()._apply(fn, recurse)
@@ -51,9 +47,8 @@ class Quantizable(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            weight = self.packed.unpack()
-            parts = {"values": weight.values, "scales": weight.scales, "minimums": weight.minimums}
-            destination |= {f"{prefix}weight.{k}": v for k, v in parts.items() if v is not None}
+            layout = torch.tensor(self.packed.layout, dtype=torch.int64)
+            destination |= {f"{prefix}weight.panels": self.packed.panels, f"{prefix}weight.layout": layout}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         parts = {k: state_dict.pop(f"{prefix}weight.{k}", None) for k in QUANTIZED}

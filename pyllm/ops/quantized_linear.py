@@ -60,7 +60,6 @@ class PackedQuantizedWeight:
     half_scales: bool
     has_minimums: bool
     shape: tuple[int, int]
-    _unpacked: list[weakref.ref] = field(default_factory=list, compare=False, repr=False)
     _moved: weakref.WeakValueDictionary = field(
         default_factory=weakref.WeakValueDictionary, compare=False, repr=False
     )  # by device
@@ -75,10 +74,32 @@ class PackedQuantizedWeight:
         return self.bits, self.group, self.half_scales, self.has_minimums
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_unpacked", "_moved")}
+        return {key: value for key, value in self.__dict__.items() if key != "_moved"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _unpacked=[], _moved=weakref.WeakValueDictionary())
+        self.__dict__.update(state, _moved=weakref.WeakValueDictionary())
+
+    @classmethod
+    def of_panels(cls, panels: Tensor, layout: tuple[int, ...], shape: tuple[int, int]) -> PackedQuantizedWeight:
+        """A weight packed before, for whatever instruction set: in the order of the one in use now.
+
+        Raises:
+            ValueError, TypeError: a layout that there is not, or panels that are not so laid out.
+        """
+        bits, group, half, minimums = layout if len(layout) == 4 else (0,) * 4
+        if (bits, group) not in ((8, 32), (8, 16), (4, 32)) or not {half, minimums} <= {0, 1}:
+            raise ValueError("[pack_quantized] layout must be 8 or 4 bits, groups of 32 or, of 8 bits, 16, and whether "
+                             f"scales are halves and there are minimums, but got {layout}")  # fmt: skip
+        if panels.dtype != torch.uint8:
+            raise TypeError(f"[pack_quantized] panels must be uint8, but got {panels.dtype}")
+        packed = cls(panels.contiguous(), bits, group, bool(half), bool(minimums), shape)
+        size = group * bits // 8 + (2 if half else 4) * (1 + minimums)
+        width = packed.width if panels.dim() == 3 else 0
+        expected = (-(-shape[0] // width), -(-shape[1] // group), width * size) if width in (8, 16, 32) else ()
+        if panels.shape != expected:
+            raise ValueError(f"[pack_quantized] panels of layout {layout} must be for a weight {shape}, but have shape "
+                             f"{tuple(panels.shape)}")  # fmt: skip
+        return packed.to(panels.device)
 
     @property
     def width(self) -> int:
@@ -117,16 +138,7 @@ class PackedQuantizedWeight:
         return f"int{self.bits}" + ("-min" if self.has_minimums else "")
 
     def unpack(self) -> QuantizedWeight:
-        """What was packed; the same tensors as before, as long as someone holds them."""
-        held = [t for t in (ref() for ref in self._unpacked) if t is not None]
-        if len(held) != 2 + self.has_minimums:
-            weight = self._unpack()
-            held = [t for t in (weight.values, weight.scales, weight.minimums) if t is not None]
-            self._unpacked[:] = map(weakref.ref, held)
-        minimums = held[2] if self.has_minimums else None
-        return QuantizedWeight(held[0], held[1], minimums, self.bits, self.shape, self.group)
-
-    def _unpack(self) -> QuantizedWeight:
+        """What was packed."""
         count, groups, _ = self.panels.shape
         dtype = torch.float16 if self.half_scales else torch.float32
         parts = 1 + self.has_minimums

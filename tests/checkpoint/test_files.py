@@ -3,12 +3,14 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyllm import _C
 from pyllm.checkpoint import CheckpointError
 from pyllm.checkpoint.safetensors import read_tensors, write_tensors
 
@@ -104,3 +106,51 @@ def test_any_change_to_a_header_is_an_error_or_a_tensor(tmp_path_factory, data):
     except CheckpointError:
         return
     assert sum(t.nbytes for t in tensors.values()) == 26
+
+
+def test_tensors_are_written_in_order_and_aligned(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"odd": torch.ones(3, dtype=torch.uint8), "half": torch.ones(5, dtype=torch.float16)}
+    tensors |= {f"b{i}": torch.full((8, 8), float(i)) for i in (2, 0, 1)} | {"long": torch.ones(3, dtype=torch.int64)}
+    write_tensors(path, tensors)
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    assert list(header) == ["__metadata__", "b2", "b0", "b1", "long", "half", "odd"] and (8 + length) % 64 == 0
+    for name, tensor in tensors.items():
+        begin = 8 + length + header[name]["data_offsets"][0]
+        assert begin % (64 if name[0] == "b" else tensor.itemsize) == 0
+
+
+def summed(data: bytes) -> np.ndarray:
+    """What `_C.checksum` makes, word by word."""
+    sums = []
+    for begin in range(0, len(data), 1 << 20):
+        block = data[begin : begin + (1 << 20)]
+        words = np.frombuffer(block + bytes(-len(block) % 256), np.uint32).reshape(-1, 64)
+        h = np.arange(1, 65, dtype=np.uint32) * np.uint32(0x9E3779B1)
+        for row in words:
+            x = h ^ row
+            h = (x << np.uint32(15) | x >> np.uint32(17)) * np.uint32(0x9E3779B1)
+        sums.append(h)
+    return np.array(sums)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000, (1 << 20) + 300])
+def test_checksums_are_the_same_on_all_kernels_and_see_each_change(isa, size):
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+
+    def found():
+        sums = torch.empty(-(-size // (1 << 20)), 64, dtype=torch.int32)
+        _C.checksum(data, sums)
+        return sums.numpy().view(np.uint32)
+
+    before = found().copy()
+    np.testing.assert_array_equal(before, summed(data.tobytes()))
+    for at in {0, size // 2, size - 1}:
+        for bit in (1, 128):
+            data[at] ^= bit
+            assert (found() != before).any()
+            data[at] ^= bit
+    with pytest.raises(ValueError, match=r"\[checksum\] sums must"):
+        _C.checksum(data, torch.empty(3, 64, dtype=torch.int32))

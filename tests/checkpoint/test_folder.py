@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -61,6 +62,9 @@ def test_the_whole_tokenizer_comes_back(tmp_path):
 def test_older_checkpoints_with_tokenizer_json_alone_are_read(tmp_path):
     folder = save(tmp_path)
     config = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        contents = (folder / name).read_bytes()
+        config["files"][name] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).write_text("{}")
         del config["files"][name]
@@ -157,7 +161,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named(tmp_path, name):
     path = save(tmp_path) / name
-    whole = path.read_bytes()
+    whole, digest = path.read_bytes(), "checksum" if name.endswith(".safetensors") else "SHA-256"
     cuts = {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 2}
     for data in [whole[:cut] for cut in cuts if cut < len(whole)] + [whole + b"x", b"\xff" + whole[1:]]:
         path.write_bytes(data)
@@ -167,7 +171,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
     if name != "config.json":
         for at in range(0, len(whole), max(1, len(whole) // 50)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            with pytest.raises(CheckpointError, match=f"{name} is damaged: its SHA-256 must be"):
+            with pytest.raises(CheckpointError, match=f"{name} is damaged: its {digest} must be"):
                 load_checkpoint(tmp_path)
     path.unlink()
     with pytest.raises(CheckpointError, match=name if name != "config.json" else "must hold|missing"):
@@ -199,9 +203,15 @@ def test_a_damaged_config_is_described(tmp_path):
         ({"files": lacking("model.safetensors")}, "files must name those of a checkpoint"),
         ({"files": lacking("training.json")}, "files must name those of a checkpoint"),
         ({"files": files | {"../a": model}}, r"files must name those of a checkpoint, but got .*\.\./a"),
-        ({"files": files | {"model.safetensors": 3}}, "files: model.safetensors must have bytes and sha256, but got 3"),
+        (
+            {"files": files | {"model.safetensors": 3}},
+            "files: model.safetensors must have bytes and sha256 or checksum, but got 3",
+        ),
+        ({"files": files | {"model.safetensors": {"bytes": 7, "md5": "0"}}}, "must have bytes and sha256 or checksum"),
+        ({"files": files | {"model.safetensors": model | {"sha256": "0"}}}, "must have bytes and sha256 or checksum"),
         ({"files": files | {"model.safetensors": model | {"bytes": 7}}}, "must have 7 bytes, but has"),
-        ({"files": files | {"model.safetensors": model | {"sha256": "0"}}}, "must be 0, but is"),
+        ({"files": files | {"model.safetensors": model | {"checksum": "0"}}}, "its checksum must be 0, but is"),
+        ({"files": files | {"model.safetensors": {"bytes": model["bytes"], "sha256": "0"}}}, "SHA-256 must be 0"),
     ]:
         path.write_text(json.dumps(whole | changes))
         with pytest.raises(CheckpointError, match=message):

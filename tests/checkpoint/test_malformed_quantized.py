@@ -18,15 +18,20 @@ def quantised(weights):
 
 
 SPOILT = {
-    "values cut": lambda w: w.update({"head.weight.values": w["head.weight.values"][:, 1:].contiguous()}),
-    "scales cut": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][1:].contiguous()}),
-    "values of another type": lambda w: w.update({"head.weight.values": w["head.weight.values"].long()}),
-    "scales of no group": lambda w: w.update({"head.weight.scales": w["head.weight.scales"][:, :0].contiguous()}),
-    "scales missing": lambda w: w.pop("head.weight.scales"),
-    "values missing": lambda w: w.pop("head.weight.values"),
-    "minimums of another type": lambda w: w.update({"head.weight.minimums": w["head.weight.scales"].float()}),
-    "a layer that is not there": lambda w: w.update({"tail.weight.values": w["head.weight.values"]}),
-    "a part of one dimension": lambda w: w.update({"head.weight.scales": w["head.weight.scales"].flatten()}),
+    "panels cut": lambda w: w.update({"head.weight.panels": w["head.weight.panels"][1:].clone()}),
+    "groups cut": lambda w: w.update({"head.weight.panels": w["head.weight.panels"][:, 1:].clone()}),
+    "groups of fewer bytes": lambda w: w.update({"head.weight.panels": w["head.weight.panels"][..., 1:].clone()}),
+    "panels of another type": lambda w: w.update({"head.weight.panels": w["head.weight.panels"].long()}),
+    "panels of two dimensions": lambda w: w.update({"head.weight.panels": w["head.weight.panels"].flatten(1)}),
+    "panels of no bytes": lambda w: w.update({"head.weight.panels": w["head.weight.panels"][..., :0].clone()}),
+    "panels missing": lambda w: w.pop("head.weight.panels"),
+    "layout missing": lambda w: w.pop("head.weight.layout"),
+    "another layout": lambda w: w.update({"head.weight.layout": torch.tensor([4, 32, 1, 0])}),
+    "groups that there are not": lambda w: w.update({"head.weight.layout": torch.tensor([4, 16, 1, 0])}),
+    "a flag that is none": lambda w: w.update({"head.weight.layout": torch.tensor([8, 32, 2, 0])}),
+    "a layout of three": lambda w: w.update({"head.weight.layout": torch.tensor([8, 32, 1])}),
+    "a layout of another type": lambda w: w.update({"head.weight.layout": torch.tensor([8.0, 32.0, 1.0, 0.0])}),
+    "a layer that is not there": lambda w: w.update({"tail.weight.panels": w["head.weight.panels"]}),
 }
 
 
@@ -43,7 +48,7 @@ def test_spoilt_quantised_weights_are_refused(spoil, tmp_path):
 @pytest.mark.parametrize("weights", FORMATS)
 def test_any_bytes_of_quantised_weights_are_refused_or_harmless(weights, tmp_path):
     config, right = quantised(weights)
-    names = [name for name in right if ".weight." in name]
+    names = [name for name in right if name.endswith(".panels")]
     refused = 0
     for case in range(20):
         name, wrong = names[torch.randint(len(names), ()).item()], dict(right)
@@ -54,8 +59,8 @@ def test_any_bytes_of_quantised_weights_are_refused_or_harmless(weights, tmp_pat
         elif change == 1:  # of another dtype
             found = found.view(torch.uint8 if found.dtype != torch.uint8 else torch.int8)
         elif change == 2:  # rows, or columns, more or less
-            more = torch.randint(1, 70, (2,)).tolist()
-            found = found.repeat(3, 3)[: more[0], : more[1]].contiguous()
+            more = torch.randint(1, 9, (2,)).tolist()
+            found = found.repeat(3, 3, 1)[: more[0], : more[1]].contiguous()
         else:  # another layer's
             found = wrong[names[torch.randint(len(names), ()).item()]]
         wrong[name] = found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import pyllm
-from pyllm import nn
+from pyllm import _C, nn
 from pyllm.quantization import FORMATS, quantize_weight
 from pyllm.quantization.compensation import quantize_compensated
 
@@ -194,7 +194,7 @@ def test_an_adapter_trains_on_top():
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     after = model.state_dict()
-    assert torch.equal(before["head.weight.values"], after["head.weight.values"])
+    assert torch.equal(before["head.weight.panels"], after["head.weight.panels"])
 
 
 def test_a_tied_table_is_held_and_saved_once(tmp_path):
@@ -240,3 +240,22 @@ def test_the_layer_takes_only_its_own_shape():
     with pytest.raises(ValueError, match=r"must have shape \(5, 8\), but got \(5, 9\)"):
         layer.quantize_(quantize_weight(torch.randn(5, 9), 8))
     assert layer.packed is None
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_another_instruction_set_packed_is_loaded(isa, weights, mapped, tmp_path):
+    there = _C.info()["isa"]
+    _C.set_isa("baseline" if there != "baseline" else _C.info()["isas"][-1])
+    model = decoder()
+    model.quantize(weights)
+    pyllm.save(model, tmp_path)
+    _C.set_isa(there)
+    again, _ = pyllm.load(tmp_path, mapped=mapped)
+    assert again.embedding.packed is again.head.packed
+    for name, layer in again.named_modules():
+        if isinstance(layer, nn.Quantizable) and layer.packed is not None:
+            assert layer.packed.width == _C.panel_width()
+            was = model.get_submodule(name).packed
+            assert torch.equal(layer.packed.unpack().dequantize(), was.unpack().dequantize())
+    assert again(ids).isfinite().all()
