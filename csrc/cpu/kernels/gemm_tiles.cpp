@@ -34,7 +34,8 @@ struct Left {  // rows of A: tile after tile along k
 
 // kDown tiles of rows by two of columns, `steps` tiles of k: sums to c (32 x 32).
 template <int kDown>
-void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead) {
+void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead,
+            int64_t ahead_bytes) {
   constexpr int64_t c_bytes = kSide * sizeof(float);
   float* below = c + kTileSide * kSide;
   if (first) {
@@ -46,7 +47,8 @@ void square(const Left& a, const char* b, int64_t steps, float* c, bool first, c
   }
   const char* left = a.data;
   for (int64_t s = 0; s < steps; s++, left += a.step_bytes, b += kPairs * kRowBytes) {
-    for (int l = 0; l < kAheadBytes / 64; l++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead + s * 64, 0, 2);
+    __builtin_prefetch(ahead + ahead_bytes + s * 64, 0, 2);
     load_tile<4>(left, a.row_bytes);
     load_tile<6>(b, kRowBytes);
     load_tile<7>(b + kRowBytes / 2, kRowBytes);
@@ -116,7 +118,10 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
                         panel + s * kPairs * kRowBytes + side * kRowBytes / 2, kRowBytes);
           right_tiles = panel;
         }
-        const char* ahead = right_tiles + (p.packed_narrow ? packed_rows * kRowBytes : 0);
+        // B's next panel, a row of it for each 16 of ours: packed, or as it lies, where k lies along its columns.
+        const char* ahead = p.packed_narrow ? right_tiles + packed_rows * kRowBytes
+                                            : reinterpret_cast<const char*>(b.data + (j + kSide) * b.step + k0);
+        const int64_t ahead_bytes = p.packed_narrow ? steps * 64 : b.k_step == 1 ? 2 * b.step : 0;
         const int64_t columns = std::min(kSide, right - j);
         for (int64_t i = 0; i < rows; i += kSide) {
           const Left tiles = i < whole
@@ -133,7 +138,7 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
           if (k0 == 0 && p.accumulate)
             each([&](int64_t row, int64_t column, int64_t n, float* to) { store(to, start(p, row, column, n)); });
           (live > kTileSide ? square<2> : square<1>)(tiles, right_tiles, steps, c, first,
-                                                     ahead + i / kSide * steps * kAheadBytes);
+                                                     ahead + i / kSide * 2 * ahead_bytes, ahead_bytes);
           if (last && columns == kSide && p.c_dtype == DType::bf16)
             finish_bf16(p, i0 + i, live, j, c);
           else if (last)

@@ -228,7 +228,6 @@ VEC V load_bytes(const bf16* p, int64_t count) {  // of 2 W elements, zeros beyo
   } else {
     for (int64_t l = 0; l < lines; l++) {
       const bf16* from = corner + l * x.step;
-      __builtin_prefetch(from + 2 * kTileSide * x.step);
       bf16 block[kDepth];
       if (x.k_step != 1) {
         for (int64_t i = 0; i < depth; i++) block[i] = from[i * x.k_step];
