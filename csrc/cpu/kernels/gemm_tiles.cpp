@@ -32,10 +32,26 @@ struct Left {  // rows of A: tile after tile along k
   int64_t row_bytes, step_bytes;
 };
 
-// kDown tiles of rows by two of columns, `steps` tiles of k: sums to c (32 x 32).
+// Rows of a square whose sums wait to be rounded to bf16.
+struct Waiting {
+  const float *from, *bias;
+  bf16* to;
+  int64_t c_step, rows = 0;
+
+  VEC void finish(int64_t count) {
+    for (; rows > 0 && count > 0; rows--, count--, from += kSide, to += c_step) {
+      V low = load(from), high = load(from + W);
+      if (bias) low = low + load(bias), high = high + load(bias + W);
+      store_bf16(to, low, high);
+    }
+  }
+};
+
+// kDown tiles of rows by two of columns, `steps` tiles of k: sums to c (32 x 32). What waits is finished
+// in the shadow of the products.
 template <int kDown>
-void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead,
-            int64_t ahead_bytes) {
+void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead, int64_t ahead_bytes,
+            Waiting& waiting) {
   constexpr int64_t c_bytes = kSide * sizeof(float);
   float* below = c + kTileSide * kSide;
   if (first) {
@@ -46,6 +62,7 @@ void square(const Left& a, const char* b, int64_t steps, float* c, bool first, c
     if constexpr (kDown == 2) load_tile<2>(below, c_bytes), load_tile<3>(below + W, c_bytes);
   }
   const char* left = a.data;
+  const int64_t at_once = (kSide + steps - 1) / steps;
   for (int64_t s = 0; s < steps; s++, left += a.step_bytes, b += kPairs * kRowBytes) {
     __builtin_prefetch(ahead + s * 64, 0, 2);
     __builtin_prefetch(ahead + ahead_bytes + s * 64, 0, 2);
@@ -54,6 +71,7 @@ void square(const Left& a, const char* b, int64_t steps, float* c, bool first, c
     load_tile<7>(b + kRowBytes / 2, kRowBytes);
     dot_bf16_tiles<0, 4, 6>();
     dot_bf16_tiles<1, 4, 7>();
+    waiting.finish(at_once);
     if constexpr (kDown == 2) {
       load_tile<5>(left + kTileSide * a.row_bytes, a.row_bytes);
       dot_bf16_tiles<2, 5, 6>();
@@ -74,27 +92,20 @@ VEC V start(const Product& p, int64_t i, int64_t j, int64_t n) {
   return v;
 }
 
-// `count` rows of a square from row i and column j on, all of its columns, to bf16.
-void finish_bf16(const Product& p, int64_t i, int64_t count, int64_t j, const float* from) {
-  const V low = p.bias ? load(p.bias + j) : V{}, high = p.bias ? load(p.bias + j + W) : V{};
-  auto* to = static_cast<bf16*>(p.c) + i * p.c_step + j;
-  for (int64_t r = 0; r < count; r++, from += kSide, to += p.c_step)
-    store_bf16(to, load(from) + low, load(from + W) + high);
-}
-
 // Rows i0..i1, at most kMaxHeight, by columns j0..j1.
 void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0, height = round_up(rows, kSide);
   const int64_t block = p.k <= kMaxDepth ? round_up(p.k, kDepth) : kBlockDepth, blocks = (p.k + block - 1) / block;
   const int64_t left_bytes = height * block * sizeof(bf16), right_bytes = block / 2 * kRowBytes;
   auto* copy = static_cast<char*>(cpu::scratch(
-      left_bytes + right_bytes + (blocks == 1 ? kSide : height * kStrip / kSide) * kSide * sizeof(float), 7));
+      left_bytes + right_bytes + (blocks == 1 ? 2 * kSide : height * kStrip / kSide) * kSide * sizeof(float), 7));
   char* panel = copy + left_bytes;
   auto* wide = reinterpret_cast<float*>(panel + right_bytes);
   const Lines a = {static_cast<const bf16*>(p.a.data) + i0 * p.a.row_step, p.a.row_step, p.a.column_step, rows};
   const Lines b = columns_of(p);
   const int64_t packed_rows = round_up(p.k, kDepth) / 2;  // of a packed panel
   const TileShapes shapes(kTileSide, kPairs);
+  Waiting waiting;
   for (int64_t left = j0; left < j1; left += kStrip) {
     const int64_t right = std::min(left + kStrip, j1);
     for (int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += block) {
@@ -127,7 +138,7 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
           const Left tiles = i < whole
                                  ? Left{reinterpret_cast<const char*>(a.data + i * a.step + k0), 2 * a.step, 2 * kDepth}
                                  : Left{copy + i * block * 2, 64, kSide * 64};
-          float* c = blocks == 1 ? wide : wide + (j - left) * height + i * kSide;
+          float* c = blocks == 1 ? wide + i / kSide % 2 * kSide * kSide : wide + (j - left) * height + i * kSide;
           const int64_t live = std::min(kSide, rows - i);
           const auto each = [&](const auto& f) {
             for (int64_t r = 0; r < live; r++)
@@ -138,15 +149,18 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
           if (k0 == 0 && p.accumulate)
             each([&](int64_t row, int64_t column, int64_t n, float* to) { store(to, start(p, row, column, n)); });
           (live > kTileSide ? square<2> : square<1>)(tiles, right_tiles, steps, c, first,
-                                                     ahead + i / kSide * 2 * ahead_bytes, ahead_bytes);
+                                                     ahead + i / kSide * 2 * ahead_bytes, ahead_bytes, waiting);
+          waiting.finish(kSide);
           if (last && columns == kSide && p.c_dtype == DType::bf16)
-            finish_bf16(p, i0 + i, live, j, c);
+            waiting = {c, p.bias ? p.bias + j : nullptr, static_cast<bf16*>(p.c) + (i0 + i) * p.c_step + j, p.c_step,
+                       live};
           else if (last)
             each([&](int64_t row, int64_t at, int64_t n, float* from) { finish(p, row, at, n, load(from)); });
         }
       }
     }
   }
+  waiting.finish(kSide);
 }
 
 // At most kFewRows rows i0..i1 of A, packed as right factors, by columns j0..j1 of B, read where they lie: C transposed.
