@@ -134,7 +134,7 @@ inline void check_contiguous(const char* op, const char* arg, const TensorView& 
         t.shape_text());
 }
 inline void check_inner_stride(const char* op, const char* arg, const TensorView& t) {
-  check(t.ndim == 0 || t.size(-1) <= 1 || t.step(-1) == 1, "[", op, "] ", arg,
+  check(t.ndim == 0 || t.size(-1) <= 1 || t.step(-1) == 1 || t.numel() == 0, "[", op, "] ", arg,
         " must have stride 1 in its last dimension, but got ", t.ndim ? t.step(-1) : 0);
 }
 // Every element a whole number in [0, bound), or `allowed`; `ids` is contiguous. The first that is not is named by its

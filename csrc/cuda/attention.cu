@@ -35,14 +35,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   auto* const queries = reinterpret_cast<float*>(shared_memory());
   float* const keys = queries + kRows * dim;  // a row more than dim apart: 32 lanes read 32 banks
   float* const values = keys + kKeys * (dim + 1);
-  const int64_t splits = partials.max ? partials.splits : 1, split = blockIdx.x % splits;
-  const int64_t tile_index = tiles - 1 - blockIdx.x / splits % tiles, head = blockIdx.x / splits / tiles;
-  const Tile t = tile_of(a, head / a.kv_heads, head % a.kv_heads, tile_index * kRows, kRows, record);
-  Range range = seen_by_some(a, t);
-  if (partials.max) {
-    if (range.lo < split * kSplit) range.lo = split * kSplit;
-    if (range.hi > (split + 1) * kSplit) range.hi = (split + 1) * kSplit;
-  }
+  const Place at = place_of(a, tiles, partials.max ? partials.splits : 1);
+  const Tile t = tile_of(a, at.batch, at.kv_head, (tiles - 1 - at.tile) * kRows, kRows, length_of(a, at.batch, record));
+  const Range range = seen_in_split(a, t, partials, at.split);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   load_rows<T>(queries, static_cast<int>(t.count), dim, dim, [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
   RowMask masks[kEach];
@@ -98,7 +93,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   for (int r = 0; r < kEach; r++) {
     const int row = warp + r * kWarps;
     if (row >= t.count) continue;
-    const int64_t partial = partials.max ? partial_at(a, t, partials, row, split) : 0;
+    const int64_t partial = partials.max ? partial_at(a, t, partials, row, at.split) : 0;
     T* to = reinterpret_cast<T*>(f.out) + out_row(a, t, row) * value_dim;
 #pragma unroll
     for (int w = 0; w < kWide; w++) {
@@ -123,8 +118,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 template <class T>
 __global__ void __launch_bounds__(128) merge(AttentionForwardArgs f, Partials p, FaultRecord* record) {
   const AttentionArgs& a = f.in;
-  const int64_t rows = a.queries * (a.heads / a.kv_heads), head = blockIdx.x / rows;
-  const Tile t = tile_of(a, head / a.kv_heads, head % a.kv_heads, blockIdx.x % rows, 1, record);
+  const Place at = place_of(a, a.queries * (a.heads / a.kv_heads));  // a tile a row
+  const Tile t = tile_of(a, at.batch, at.kv_head, at.tile, 1, length_of(a, at.batch, record));
   const int64_t first = partial_at(a, t, p, 0, 0);
   float max = -INFINITY, sum = 0;
   for (int64_t s = 0; s < p.splits; s++) max = fmaxf(max, p.max[first + s]);
@@ -149,7 +144,8 @@ __global__ void __launch_bounds__(128) write_weights(AttentionForwardArgs f, Fau
   const int64_t group = a.heads / a.kv_heads, rows = a.queries * group, all = a.batch * a.kv_heads * rows;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp; i < all;
        i += static_cast<int64_t>(gridDim.x) * 4) {
-    const Tile t = tile_of(a, i / rows / a.kv_heads, i / rows % a.kv_heads, i % rows, 1, record);
+    const int64_t batch = i / rows / a.kv_heads;
+    const Tile t = tile_of(a, batch, i / rows % a.kv_heads, i % rows, 1, length_of(a, batch, record));
     const RowMask mask = mask_of(a, t, 0);
     const T* q = query_at<T>(a.q, a.q_step, t, 0);
     const int64_t at = lse_at(a, t, 0);

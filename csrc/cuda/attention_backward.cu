@@ -1,4 +1,6 @@
-// Attention, backward, in float32 throughout, by threads alone: the weights are computed again from the scores and the sums
+// Attention, backward. bfloat16 and float16 go through matrix instructions where shapes and strides allow
+// (attention_backward_mma.cu, and attention_bias_mma.cu for a bias); everything else, float32 first of all, through this
+// file's kernels, in float32 throughout, by threads alone: the weights are computed again from the scores and the sums
 // that forward kept. One kernel takes 16 rows and walks the keys that they see, for the gradient of the queries; one takes
 // 16 keys and walks the rows that see them, for those of keys and values; one takes an element of the bias and adds up
 // whatever it was broadcast over. None of them adds to what another block writes, so the sums have one order.
@@ -11,26 +13,6 @@ namespace pyllm::cuda {
 namespace {
 
 constexpr int kOwn = 16, kOther = 32, kWarps = 4, kEach = kOwn / kWarps;  // a warp's rows or keys
-
-struct Kept {  // of a row
-  float lse, delta;
-};
-struct Gradients {  // of a row and a key: its weight; what reaches the score with its bias, and the product
-  float weight, score, product;
-};
-__device__ __forceinline__ Gradients gradients_of(const AttentionBackwardArgs& f, const Tile& t, const RowMask& mask,
-                                                  const Kept& kept, int64_t j, float product, float dweight) {
-  const AttentionArgs& a = f.in;
-  float capped = 0;
-  const float score = score_of(a, t, mask, j, product, capped);
-  if (score == -INFINITY) return {0, 0, 0};
-  if (f.dweights) {
-    const int64_t at = ((t.batch * a.heads + mask.head) * a.queries + mask.query) * a.keys + j;
-    dweight += float_at(f.dweights, a.dtype, at);
-  }
-  const float weight = exp2f(score - kept.lse), d = weight * (dweight - kept.delta);
-  return {weight, d, d * a.scale * (a.softcap > 0 ? 1.0f - capped * capped : 1.0f)};
-}
 
 template <class T>
 __device__ __forceinline__ float dot(const T* a, const T* b, int64_t n) {
@@ -62,21 +44,55 @@ __global__ void __launch_bounds__(128) set_delta(AttentionBackwardArgs f, float*
   }
 }
 
-// count rows of `dim` elements as floats, `step` apart.
-template <class T, class F>
-__device__ __forceinline__ void load_rows(float* to, int count, int dim, int step, const F& row_of) {
-  for (int i = threadIdx.x; i < count * dim; i += blockDim.x)
-    to[i / dim * step + i % dim] = to_float(row_of(i / dim)[i % dim]);
-}
+// A block: 16 rows (or keys) that its warps own, and 32 of the other side that the lanes take, of two kinds each, as
+// floats in shared memory: queries and the gradients of their results, keys and values.
+template <class T>
+struct Block {
+  const AttentionBackwardArgs& f;
+  const AttentionArgs& a;
+  const int dim, value_dim, lane, warp;
+  const Place at;
+  const int64_t length;
+  const float* const delta;
+  FaultRecord* const record;
+  float *own, *own_values, *other, *other_values;  // rows of `other` are one more than their size apart, for the banks
 
-struct Room {  // shared memory: 16 rows that the warps own, 32 that the lanes take, of each of two kinds
-  float *own, *own_values, *other, *other_values;
-
-  __device__ Room(int dim, int value_dim) {
+  __device__ Block(const AttentionBackwardArgs& args, const float* deltas, int64_t tiles, FaultRecord* faults)
+      : f(args),
+        a(args.in),
+        dim(static_cast<int>(a.dim)),
+        value_dim(static_cast<int>(a.value_dim)),
+        lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        at(place_of(a, tiles)),
+        length(length_of(a, at.batch, faults)),
+        delta(deltas),
+        record(faults) {
     own = reinterpret_cast<float*>(shared_memory());
     own_values = own + kOwn * dim;
     other = own_values + kOwn * value_dim;
     other_values = other + kOther * (dim + 1);
+  }
+
+  __device__ Tile rows(int64_t first, int64_t most) const {
+    return tile_of(a, at.batch, at.kv_head, first, most, length);
+  }
+  __device__ Kept kept(const Tile& t, int row) const {
+    return row < t.count ? Kept{f.lse[lse_at(a, t, row)], delta[lse_at(a, t, row)]} : Kept{0, 0};
+  }
+  __device__ void load_rows(const Tile& t, float* q, float* dout, int gap) const {
+    const int count = static_cast<int>(t.count);
+    load(q, count, dim, gap, [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
+    load(dout, count, value_dim, gap, [&](int i) { return query_at<T>(f.dout, f.dout_step, t, i); });
+  }
+  __device__ void load_keys(const Tile& t, int64_t first, int count, float* k, float* v, int gap) const {
+    load(k, count, dim, gap, [&](int j) { return key_at<T>(a, a.k, a.k_step, t, first + j, record); });
+    load(v, count, value_dim, gap, [&](int j) { return key_at<T>(a, a.v, a.v_step, t, first + j, record); });
+  }
+  template <class F>
+  __device__ static void load(float* to, int count, int size, int gap, const F& row_of) {
+    for (int i = threadIdx.x; i < count * size; i += blockDim.x)
+      to[i / size * (size + gap) + i % size] = to_float(row_of(i / size)[i % size]);
   }
 };
 size_t shared_bytes(const AttentionArgs& a) {
@@ -120,100 +136,81 @@ __device__ __forceinline__ void write_row(T* to, const float (&sums)[kWide], int
 template <class T, int kWide>  // kWide * 32: at least dim
 __global__ void __launch_bounds__(kWarps* kWarp)
     queries(AttentionBackwardArgs f, const float* delta, int64_t tiles, FaultRecord* record) {
-  const AttentionArgs& a = f.in;
-  const int dim = static_cast<int>(a.dim), value_dim = static_cast<int>(a.value_dim);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Room room(dim, value_dim);
-  const int64_t head = blockIdx.x / tiles, first_row = (tiles - 1 - blockIdx.x % tiles) * kOwn;
-  const Tile t = tile_of(a, head / a.kv_heads, head % a.kv_heads, first_row, kOwn, record);
-  const Range range = seen_by_some(a, t);
+  const Block<T> b(f, delta, tiles, record);
+  const Tile t = b.rows((tiles - 1 - b.at.tile) * kOwn, kOwn);
+  const Range range = seen_by_some(f.in, t);
   const int rows = static_cast<int>(t.count);
-  load_rows<T>(room.own, rows, dim, dim, [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
-  load_rows<T>(room.own_values, rows, value_dim, value_dim,
-               [&](int i) { return query_at<T>(f.dout, f.dout_step, t, i); });
+  b.load_rows(t, b.own, b.own_values, 0);
   RowMask masks[kEach];
   Kept kept[kEach];
   float dq[kEach][kWide] = {};
 #pragma unroll
   for (int r = 0; r < kEach; r++) {
-    const int row = warp + r * kWarps;
-    masks[r] = mask_of(a, t, row);
-    kept[r] = row < rows ? Kept{f.lse[lse_at(a, t, row)], delta[lse_at(a, t, row)]} : Kept{0, 0};
+    masks[r] = mask_of(f.in, t, b.warp + r * kWarps);
+    kept[r] = b.kept(t, b.warp + r * kWarps);
   }
   for (int64_t first = range.lo / kOther * kOther; first < range.hi; first += kOther) {
     const int count = static_cast<int>(t.length - first < kOther ? t.length - first : kOther);
     __syncthreads();
-    load_rows<T>(room.other, count, dim, dim + 1,
-                 [&](int j) { return key_at<T>(a, a.k, a.k_step, t, first + j, record); });
-    load_rows<T>(room.other_values, count, value_dim, value_dim + 1,
-                 [&](int j) { return key_at<T>(a, a.v, a.v_step, t, first + j, record); });
+    b.load_keys(t, first, count, b.other, b.other_values, 1);
     __syncthreads();
     float products[kEach], dweights[kEach];
-    multiply(room.own, room.other, dim, warp, lane, rows, count, products);
-    multiply(room.own_values, room.other_values, value_dim, warp, lane, rows, count, dweights);
+    multiply(b.own, b.other, b.dim, b.warp, b.lane, rows, count, products);
+    multiply(b.own_values, b.other_values, b.value_dim, b.warp, b.lane, rows, count, dweights);
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
-      if (warp + r * kWarps >= rows) continue;
+      if (b.warp + r * kWarps >= rows) continue;
       float d = 0;
-      if (lane < count) d = gradients_of(f, t, masks[r], kept[r], first + lane, products[r], dweights[r]).product;
-      add_rows(d, room.other, dim, lane, count, dq[r]);
+      if (b.lane < count) d = gradients_of(f, t, masks[r], kept[r], first + b.lane, products[r], dweights[r]).product;
+      add_rows(d, b.other, b.dim, b.lane, count, dq[r]);
     }
   }
 #pragma unroll
-  for (int r = 0; r < kEach; r++)
-    if (warp + r * kWarps < rows)
-      write_row(reinterpret_cast<T*>(f.dq) + out_row(a, t, warp + r * kWarps) * dim, dq[r], dim, lane);
+  for (int r = 0; r < kEach; r++) {
+    const int row = b.warp + r * kWarps;
+    if (row < rows) write_row(reinterpret_cast<T*>(f.dq) + out_row(f.in, t, row) * b.dim, dq[r], b.dim, b.lane);
+  }
 }
 
 template <class T, int kWide>  // kWide * 32: at least dim and value_dim
 __global__ void __launch_bounds__(kWarps* kWarp)
     keys(AttentionBackwardArgs f, const float* delta, int64_t tiles, FaultRecord* record) {
   const AttentionArgs& a = f.in;
-  const int dim = static_cast<int>(a.dim), value_dim = static_cast<int>(a.value_dim);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Room room(dim, value_dim);
-  const int64_t head = blockIdx.x / tiles, first = blockIdx.x % tiles * kOwn;
-  const int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads, all_rows = a.queries * (a.heads / a.kv_heads);
+  const Block<T> b(f, delta, tiles, record);
+  const int64_t first = b.at.tile * kOwn, group = a.heads / a.kv_heads;
   const int own = static_cast<int>(a.keys - first < kOwn ? a.keys - first : kOwn);
-  const int64_t own_row = (batch * a.keys + first) * a.kv_heads + kv_head;  // of dk and dv, of the first key
+  const int live = static_cast<int>(b.length - first < own ? b.length - first : own);  // none where negative
+  const Range range = queries_that_see(a, b.length, first, first + own);
+  b.load_keys(b.rows(0, 1), first, live, b.own, b.own_values, 0);
   float dk[kEach][kWide] = {}, dv[kEach][kWide] = {};
-  for (int64_t first_row = 0; first_row < all_rows; first_row += kOther) {
-    const Tile t = tile_of(a, batch, kv_head, first_row, kOther, record);
-    const Range range = seen_by_some(a, t);
-    if (range.lo >= first + own || range.hi <= first) continue;
-    const int rows = static_cast<int>(t.count),
-              live = static_cast<int>(t.length - first < own ? t.length - first : own);
+  for (int64_t first_row = range.lo * group / kOther * kOther; first_row < range.hi * group; first_row += kOther) {
+    const Tile t = b.rows(first_row, kOther);
+    const int rows = static_cast<int>(t.count);
     __syncthreads();
-    // The keys are loaded again with each tile of rows: they lie in the caches, and need no memory of their own.
-    load_rows<T>(room.own, live, dim, dim, [&](int j) { return key_at<T>(a, a.k, a.k_step, t, first + j, record); });
-    load_rows<T>(room.own_values, live, value_dim, value_dim,
-                 [&](int j) { return key_at<T>(a, a.v, a.v_step, t, first + j, record); });
-    load_rows<T>(room.other, rows, dim, dim + 1, [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
-    load_rows<T>(room.other_values, rows, value_dim, value_dim + 1,
-                 [&](int i) { return query_at<T>(f.dout, f.dout_step, t, i); });
+    b.load_rows(t, b.other, b.other_values, 1);
     __syncthreads();
-    const RowMask mask = mask_of(a, t, lane);
-    const Kept kept = lane < rows ? Kept{f.lse[lse_at(a, t, lane)], delta[lse_at(a, t, lane)]} : Kept{0, 0};
+    const RowMask mask = mask_of(a, t, b.lane);
+    const Kept kept = b.kept(t, b.lane);
     float products[kEach], dweights[kEach];
-    multiply(room.own, room.other, dim, warp, lane, live, rows, products);
-    multiply(room.own_values, room.other_values, value_dim, warp, lane, live, rows, dweights);
+    multiply(b.own, b.other, b.dim, b.warp, b.lane, live, rows, products);
+    multiply(b.own_values, b.other_values, b.value_dim, b.warp, b.lane, live, rows, dweights);
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
-      const int key = warp + r * kWarps;
+      const int key = b.warp + r * kWarps;
       if (key >= live) continue;
       Gradients g{0, 0, 0};
-      if (lane < rows) g = gradients_of(f, t, mask, kept, first + key, products[r], dweights[r]);
-      add_rows(g.product, room.other, dim, lane, rows, dk[r]);
-      add_rows(g.weight, room.other_values, value_dim, lane, rows, dv[r]);
+      if (b.lane < rows) g = gradients_of(f, t, mask, kept, first + key, products[r], dweights[r]);
+      add_rows(g.product, b.other, b.dim, b.lane, rows, dk[r]);
+      add_rows(g.weight, b.other_values, b.value_dim, b.lane, rows, dv[r]);
     }
   }
 #pragma unroll
   for (int r = 0; r < kEach; r++) {
-    const int key = warp + r * kWarps;
+    const int key = b.warp + r * kWarps;
     if (key >= own) continue;
-    const int64_t row = own_row + key * a.kv_heads;
-    write_row(reinterpret_cast<T*>(f.dk) + row * dim, dk[r], dim, lane);
-    write_row(reinterpret_cast<T*>(f.dv) + row * value_dim, dv[r], value_dim, lane);
+    const int64_t row = (b.at.batch * a.keys + first + key) * a.kv_heads + b.at.kv_head;
+    write_row(reinterpret_cast<T*>(f.dk) + row * b.dim, dk[r], b.dim, b.lane);
+    write_row(reinterpret_cast<T*>(f.dv) + row * b.value_dim, dv[r], b.value_dim, b.lane);
   }
 }
 
@@ -224,7 +221,7 @@ __global__ void __launch_bounds__(128)
   const AttentionArgs& a = f.in;
   const int64_t full[4] = {a.batch, a.heads, a.queries, a.keys},
                 thread = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
-  const int64_t element = thread / lanes, group = a.heads / a.kv_heads;
+  const int64_t element = thread / lanes;
   float sum = 0;
   if (element < elements) {
     int64_t from[4], over[4], rest = element, count = 1;  // the part of each axis that is this element's
@@ -241,7 +238,7 @@ __global__ void __launch_bounds__(128)
         at[i] = from[i] + left % over[i];
         left /= over[i];
       }
-      const Tile t = tile_of(a, at[0], at[1] / group, at[2] * group + at[1] % group, 1, record);
+      const Tile t = tile_of_head(a, at[0], at[1], at[2], 1, length_of(a, at[0], record));
       const RowMask mask = mask_of(a, t, 0);
       if (at[3] < mask.range.lo || at[3] >= mask.range.hi) continue;
       const float product = dot(query_at<T>(a.q, a.q_step, t, 0), key_at<T>(a, a.k, a.k_step, t, at[3], record), a.dim);
@@ -259,7 +256,9 @@ __global__ void __launch_bounds__(128)
 
 void attention_backward(const AttentionBackwardArgs& f, const Work& work) {
   const AttentionArgs& a = f.in;
-  if (a.heads == 0 || a.batch == 0) return;
+  int64_t elements = f.dbias ? 1 : 0;  // of the bias
+  for (const int64_t size : f.dbias_size) elements *= size;
+  if (a.batch * a.heads == 0) return set_zero(f.dbias, elements * size_of(a.bias_dtype), work);
   const int64_t rows = a.batch * a.heads * a.queries, heads = a.batch * a.kv_heads;
   const Scratch delta(work, rows * sizeof(float));
   FaultRecord* const record = fault_record(work.device);
@@ -271,12 +270,11 @@ void attention_backward(const AttentionBackwardArgs& f, const Work& work) {
              record);
     };
     launch(set_delta<T>, {blocks_for(divided_up(rows, 4))}, dim3(128), 0, work, f, delta.as<float>());
-    if (f.dq) run(a.dim <= 128 ? queries<T, 4> : queries<T, 8>, divided_up(a.queries * (a.heads / a.kv_heads), kOwn));
-    if (f.dk) run(widest <= 128 ? keys<T, 4> : keys<T, 8>, divided_up(a.keys, kOwn));
-    if (!f.dbias) return;
-    int64_t elements = 1;
-    for (const int64_t size : f.dbias_size) elements *= size;
-    if (elements == 0) return;
+    if (!backward_by_matrices(f, delta.as<const float>(), work)) {
+      if (f.dq) run(a.dim <= 128 ? queries<T, 4> : queries<T, 8>, divided_up(a.queries * (a.heads / a.kv_heads), kOwn));
+      if (f.dk) run(widest <= 128 ? keys<T, 4> : keys<T, 8>, divided_up(a.keys, kOwn));
+    }
+    if (elements == 0 || bias_by_matrices(f, delta.as<const float>(), work)) return;
     const int lanes = a.batch * a.heads * a.queries * a.keys / elements >= kWarp ? kWarp : 1;
     launch(bias<T>, {divided_up(elements * lanes, 128)}, dim3(128), 0, work, f, delta.as<const float>(), elements,
            lanes, record);

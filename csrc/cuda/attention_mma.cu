@@ -7,15 +7,11 @@
 // A masked key has a weight of zero, but is multiplied all the same: a value there that is not finite makes NaN of the rows
 // that share its tile (keys beyond a sequence's length are never read).
 //
-// Shared memory holds rows of kDim elements (beyond the head's size: zeros) in chunks of 16 bytes; chunk c of row r stands
-// at c ^ (r % 8), so that the eight rows that an ldmatrix reads lie in different banks.
-//
 // Four warps take 64 rows; where a sequence has few rows (decoding), one warp takes them and a split of the keys, and the
 // floor is reading the keys and values once.
 #include <type_traits>
 
-#include "cuda/attention_rows.h"
-#include "cuda/matrix.h"
+#include "cuda/attention_tiles.h"
 
 namespace pyllm::cuda {
 namespace {
@@ -26,22 +22,6 @@ struct Shape {
   static constexpr int kStages = 2;
   static constexpr size_t kBytes = (kRows + 2 * kStages * kKeys) * kDim * 2;
 };
-
-template <int kDim, class T>
-__device__ __forceinline__ T* chunk_at(T* rows, int row, int chunk) {
-  return rows + row * kDim + ((chunk ^ (row % 8)) * 8);
-}
-
-// Rows [0, count) at row_of(i), each `dim` elements, to shared memory, and zeros beyond, for which `valid` is not read.
-template <int kDim, int kThreads, class T, class F>
-__device__ __forceinline__ void copy_rows(T* to, int rows, int count, int dim, const void* valid, const F& row_of) {
-  constexpr int kChunks = kDim / 8;
-  for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const int left = row < count ? dim - chunk * 8 : 0, taken = left < 0 ? 0 : left < 8 ? left : 8;
-    copy_async(chunk_at<kDim>(to, row, chunk), taken ? row_of(row) + chunk * 8 : valid, taken * 2);
-  }
-}
 
 template <class T, int kDim, int kWarps>
 __global__ void __launch_bounds__(kWarp* kWarps)
@@ -54,14 +34,10 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   T* const values = keys + S::kStages * kKeys * kDim;  // likewise
 
   // The last tile of rows first: with a causal mask it has the most keys.
-  const int64_t splits = partials.max ? partials.splits : 1, split = blockIdx.x % splits;
-  const int64_t tile_index = tiles - 1 - blockIdx.x / splits % tiles, head = blockIdx.x / splits / tiles;
-  const Tile t = tile_of(a, head / a.kv_heads, head % a.kv_heads, tile_index * S::kRows, S::kRows, record);
-  Range range = seen_by_some(a, t);
-  if (partials.max) {
-    if (range.lo < split * kSplit) range.lo = split * kSplit;
-    if (range.hi > (split + 1) * kSplit) range.hi = (split + 1) * kSplit;
-  }
+  const Place at = place_of(a, tiles, partials.max ? partials.splits : 1);
+  const Tile t =
+      tile_of(a, at.batch, at.kv_head, (tiles - 1 - at.tile) * S::kRows, S::kRows, length_of(a, at.batch, record));
+  const Range range = seen_in_split(a, t, partials, at.split);
   const int64_t first_key = range.lo / kKeys * kKeys;
   const int64_t steps = range.lo < range.hi ? divided_up(range.hi - first_key, kKeys) : 0;
 
@@ -69,24 +45,14 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const int row0 = warp * 16 + group;  // and row0 + 8
   const RowMask masks[2] = {mask_of(a, t, row0), mask_of(a, t, row0 + 8)};
   // Keys that every row of the tile sees need no mask.
-  const Range by_all{visible(a, t.length, t.query(t.count - 1)).lo, visible(a, t.length, t.query(0)).hi};
+  const Range by_all = seen_by_all(a, t);
   const bool plain = !a.query_segments && !a.bias && a.softcap == 0;
 
   const auto load_keys = [&](int64_t step) {
-    const int64_t first = first_key + step * kKeys;
-    const int stage = static_cast<int>(step % S::kStages);
-    const int count = static_cast<int>(t.length - first < kKeys ? t.length - first : kKeys);
-    // A tile lies within one page.
-    const T* k = key_at<T>(a, a.k, a.k_step, t, first, record);
-    const T* v = key_at<T>(a, a.v, a.v_step, t, first, record);
-    copy_rows<kDim, S::kThreads>(keys + stage * kKeys * kDim, kKeys, k ? count : 0, static_cast<int>(a.dim), a.q,
-                                 [&](int j) { return k + j * a.k_step[1]; });
-    copy_rows<kDim, S::kThreads>(values + stage * kKeys * kDim, kKeys, v ? count : 0, static_cast<int>(a.value_dim),
-                                 a.q, [&](int j) { return v + j * a.v_step[1]; });
+    const int64_t to = step % S::kStages * kKeys * kDim;
+    copy_keys<kDim, S::kThreads>(a, t, first_key + step * kKeys, kKeys, keys + to, values + to, record);
   };
-
-  copy_rows<kDim, S::kThreads>(queries, S::kRows, static_cast<int>(t.count), static_cast<int>(a.dim), a.q,
-                               [&](int i) { return query_at<T>(a.q, a.q_step, t, i); });
+  copy_queries<kDim, S::kThreads>(a, t, a.q, a.q_step, a.dim, queries, S::kRows);
   if (steps > 0) load_keys(0);
   end_of_copies();
 
@@ -101,18 +67,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     T* const v = values + step % S::kStages * kKeys * kDim;
 
     float scores[kTiles][4] = {};
-#pragma unroll
-    for (int d = 0; d < kDim / 16; d++) {
-      uint32_t q[4];  // 16 rows by 16 elements of the head
-      load_matrices<false>(q, chunk_at<kDim>(queries, warp * 16 + lane % 16, d * 2 + lane / 16));
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        uint32_t b[4];  // 16 keys by 16 elements: the two halves of 8 keys, then of the next 8
-        load_matrices<false>(b, chunk_at<kDim>(k, n * 8 + lane / 16 * 8 + lane % 8, d * 2 + lane / 8 % 2));
-        multiply_add<T>(scores[n], q, {b[0], b[1]});
-        multiply_add<T>(scores[n + 1], q, {b[2], b[3]});
-      }
-    }
+    add_products<kDim>(scores, queries + warp * 16 * kDim, k);
 
     const int64_t first = first_key + step * kKeys;
     const bool whole = plain && first >= by_all.lo && first + kKeys <= by_all.hi;
@@ -148,18 +103,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     for (int d = 0; d < kDim / 8; d++)
 #pragma unroll
       for (int i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const uint32_t p[4] = {two<T>(scores[n][0], scores[n][1]), two<T>(scores[n][2], scores[n][3]),
-                             two<T>(scores[n + 1][0], scores[n + 1][1]), two<T>(scores[n + 1][2], scores[n + 1][3])};
-#pragma unroll
-      for (int d = 0; d < kDim / 8; d += 2) {
-        uint32_t b[4];  // 16 keys by 16 elements of the value
-        load_matrices<true>(b, chunk_at<kDim>(v, n * 8 + lane % 16, d + lane / 16));
-        multiply_add<T>(out[d], p, {b[0], b[1]});
-        multiply_add<T>(out[d + 1], p, {b[2], b[3]});
-      }
-    }
+    add_weighted<kDim>(out, scores, v);
     __syncthreads();  // before the next copies overwrite this stage
   }
   wait_for_copies<0>();
@@ -170,20 +114,17 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
     const int row = row0 + r * 8;
     if (row >= t.count) continue;
-    const float scale = partials.max ? 1.0f : sum[r] == 0 ? 0.0f : 1.0f / sum[r];
-    const int64_t partial = partials.max ? partial_at(a, t, partials, row, split) : 0;
-    T* to = reinterpret_cast<T*>(f.out) + out_row(a, t, row) * a.value_dim;
+    const int64_t partial = partials.max ? partial_at(a, t, partials, row, at.split) : 0;
+    if (!partials.max) {
+      store_row(reinterpret_cast<T*>(f.out) + out_row(a, t, row) * a.value_dim, out, r, static_cast<int>(a.value_dim),
+                sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
+    } else {
 #pragma unroll
-    for (int d = 0; d < kDim / 8; d++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = d * 8 + pair + i;
-        if (column >= a.value_dim) continue;
-        if (partials.max)
-          partials.values[partial * a.value_dim + column] = out[d][r * 2 + i];
-        else
-          to[column] = from_float<T>(out[d][r * 2 + i] * scale);
-      }
+      for (int d = 0; d < kDim / 8; d++)
+        if (d * 8 < a.value_dim)
+          *reinterpret_cast<float2*>(partials.values + partial * a.value_dim + d * 8 + pair) = {out[d][r * 2],
+                                                                                                out[d][r * 2 + 1]};
+    }
     if (lane % 4 != 0) continue;
     if (partials.max) {
       partials.max[partial] = max[r];
@@ -203,28 +144,14 @@ void run(const AttentionForwardArgs& f, const Partials& partials, const Work& wo
          dim3(S::kThreads), S::kBytes, work, f, partials, tiles, fault_record(work.device));
 }
 
-template <class T, int kDim>
-void run(const AttentionForwardArgs& f, const Partials& partials, const Work& work) {
-  partials.max ? run<T, kDim, 1>(f, partials, work) : run<T, kDim, 4>(f, partials, work);
-}
-
-template <class T>
-void run(const AttentionForwardArgs& f, const Partials& partials, const Work& work) {
-  const int64_t dim = std::max(f.in.dim, f.in.value_dim);
-  dim <= 64    ? run<T, 64>(f, partials, work)
-  : dim <= 128 ? run<T, 128>(f, partials, work)
-               : run<T, 256>(f, partials, work);
-}
-
 }  // namespace
 
 bool forward_by_matrices(const AttentionForwardArgs& f, const Partials& partials, const Work& work) {
-  const AttentionArgs& a = f.in;
-  if (a.dtype == DType::f32 || a.dim % 8 != 0 || a.value_dim % 8 != 0) return false;
-  bool whole = whole_packs(a.q) && whole_packs(a.k) && whole_packs(a.v);
-  for (int i = 0; i < 3; i++) whole = whole && a.q_step[i] % 8 == 0 && a.k_step[i] % 8 == 0 && a.v_step[i] % 8 == 0;
-  if (!whole) return false;
-  a.dtype == DType::bf16 ? run<bf16>(f, partials, work) : run<f16>(f, partials, work);
+  if (!fits_matrices(f.in) || !whole_packs(f.out)) return false;
+  with_tiles(f.in, [&](auto type, auto dim) {
+    using T = decltype(type);
+    partials.max ? run<T, dim.value, 1>(f, partials, work) : run<T, dim.value, 4>(f, partials, work);
+  });
   return true;
 }
 

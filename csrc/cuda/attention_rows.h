@@ -11,7 +11,7 @@
 
 namespace pyllm::cuda {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kSplit = 256;   // keys
 constexpr int64_t kFewRows = 16;  // rows of a sequence's key/value head up to which keys are split
 
@@ -22,12 +22,23 @@ struct Partials {
   int64_t splits;
 };
 
-struct Tile {  // rows first..first + count of a key/value head
-  int64_t batch, kv_head, group, first, count;
-  int64_t length;  // keys that count
+// Where a block stands: blocks of a split run fastest, then tiles of rows or keys, then key/value heads.
+struct Place {
+  int64_t batch, kv_head, tile, split;
+};
+__device__ __forceinline__ Place place_of(const AttentionArgs& a, int64_t tiles, int64_t splits = 1) {
+  const int64_t head = blockIdx.x / splits / tiles;
+  return {head / a.kv_heads, head % a.kv_heads, blockIdx.x / splits % tiles, blockIdx.x % splits};
+}
 
-  __device__ int64_t query(int64_t i) const { return (first + i) / group; }
-  __device__ int64_t head(int64_t i) const { return kv_head * group + (first + i) % group; }
+struct Tile {  // rows first..first + count of a key/value head, or of one head alone
+  int64_t batch, kv_head, first_head, first, count;
+  int64_t length;       // keys that count
+  int64_t first_query;  // of the first row
+  uint32_t group, offset;
+
+  __device__ int64_t query(int i) const { return first_query + (offset + i) / group; }
+  __device__ int64_t head(int i) const { return first_head + (offset + i) % group; }
 };
 
 __device__ __forceinline__ int64_t length_of(const AttentionArgs& a, int64_t batch, FaultRecord* record) {
@@ -39,9 +50,23 @@ __device__ __forceinline__ int64_t length_of(const AttentionArgs& a, int64_t bat
 }
 
 __device__ __forceinline__ Tile tile_of(const AttentionArgs& a, int64_t batch, int64_t kv_head, int64_t first,
-                                        int64_t most, FaultRecord* record) {
-  const int64_t group = a.heads / a.kv_heads, rows = a.queries * group;
-  return {batch, kv_head, group, first, rows - first < most ? rows - first : most, length_of(a, batch, record)};
+                                        int64_t most, int64_t length) {
+  const int64_t group = a.heads / a.kv_heads, rows = a.queries * group, query = first / group;
+  return {batch,
+          kv_head,
+          kv_head * group,
+          first,
+          rows - first < most ? rows - first : most,
+          length,
+          query,
+          static_cast<uint32_t>(group),
+          static_cast<uint32_t>(first - query * group)};
+}
+// Queries first..first + most of one head.
+__device__ __forceinline__ Tile tile_of_head(const AttentionArgs& a, int64_t batch, int64_t head, int64_t first,
+                                             int64_t most, int64_t length) {
+  const int64_t count = a.queries - first < most ? a.queries - first : most;
+  return {batch, head / (a.heads / a.kv_heads), head, first, count, length, first, 1, 0};
 }
 
 // Keys [lo, hi) that a query sees, segments apart; both rise with the query. None where lo >= hi.
@@ -56,9 +81,31 @@ __device__ __forceinline__ Range visible(const AttentionArgs& a, int64_t length,
   if (a.window && !a.causal && last + a.window < r.hi) r.hi = last + a.window;
   return r;
 }
-// That some row of the tile sees.
+// That some row of the tile sees, and that all of its rows see.
 __device__ __forceinline__ Range seen_by_some(const AttentionArgs& a, const Tile& t) {
-  return {visible(a, t.length, t.query(0)).lo, visible(a, t.length, t.query(t.count - 1)).hi};
+  return {visible(a, t.length, t.query(0)).lo, visible(a, t.length, t.query(static_cast<int>(t.count) - 1)).hi};
+}
+__device__ __forceinline__ Range seen_by_all(const AttentionArgs& a, const Tile& t) {
+  return {visible(a, t.length, t.query(static_cast<int>(t.count) - 1)).lo, visible(a, t.length, t.query(0)).hi};
+}
+// Of these, the keys of a split.
+__device__ __forceinline__ Range seen_in_split(const AttentionArgs& a, const Tile& t, const Partials& p,
+                                               int64_t split) {
+  Range r = seen_by_some(a, t);
+  if (!p.max) return r;
+  if (r.lo < split * kSplit) r.lo = split * kSplit;
+  if (r.hi > (split + 1) * kSplit) r.hi = (split + 1) * kSplit;
+  return r;
+}
+// The queries that see some key of [first, last); none where lo >= hi.
+__device__ __forceinline__ Range queries_that_see(const AttentionArgs& a, int64_t length, int64_t first, int64_t last) {
+  const int64_t before = length - a.queries;  // the key that query 0 stands at
+  if (last > length) last = length;
+  Range r{0, first < last ? a.queries : 0};
+  if (a.causal && first - before > r.lo) r.lo = first - before;
+  if (a.window && !a.causal && first - before - a.window + 1 > r.lo) r.lo = first - before - a.window + 1;
+  if (a.window && last - before + a.window - 1 < r.hi) r.hi = last - before + a.window - 1;
+  return r;
 }
 
 // Where key j of k, or value j of v, begins; null where the page table names no page.
@@ -73,7 +120,7 @@ __device__ __forceinline__ const T* key_at(const AttentionArgs& a, const char* d
   return nullptr;
 }
 template <class T>
-__device__ __forceinline__ const T* query_at(const char* data, const int64_t* step, const Tile& t, int64_t i) {
+__device__ __forceinline__ const T* query_at(const char* data, const int64_t* step, const Tile& t, int i) {
   return reinterpret_cast<const T*>(data) + t.batch * step[0] + t.query(i) * step[1] + t.head(i) * step[2];
 }
 
@@ -86,7 +133,7 @@ struct RowMask {  // of one row
   Range range;
   int64_t query, head, segment;
 };
-__device__ __forceinline__ RowMask mask_of(const AttentionArgs& a, const Tile& t, int64_t i) {
+__device__ __forceinline__ RowMask mask_of(const AttentionArgs& a, const Tile& t, int i) {
   if (i >= t.count) return {{0, 0}, 0, 0, 0};
   RowMask m{visible(a, t.length, t.query(i)), t.query(i), t.head(i), 0};
   if (a.query_segments)
@@ -116,22 +163,46 @@ __device__ __forceinline__ float score_of(const AttentionArgs& a, const Tile& t,
 }
 
 // Where a row's result goes.
-__device__ __forceinline__ int64_t out_row(const AttentionArgs& a, const Tile& t, int64_t i) {
+__device__ __forceinline__ int64_t out_row(const AttentionArgs& a, const Tile& t, int i) {
   return (t.batch * a.queries + t.query(i)) * a.heads + t.head(i);
 }
-__device__ __forceinline__ int64_t lse_at(const AttentionArgs& a, const Tile& t, int64_t i) {
+__device__ __forceinline__ int64_t lse_at(const AttentionArgs& a, const Tile& t, int i) {
   return (t.batch * a.heads + t.head(i)) * a.queries + t.query(i);
 }
 __device__ __forceinline__ float finite_or_zero(float m) { return m == -INFINITY ? 0.0f : m; }
 __device__ __forceinline__ float lse_of(float max, float sum) { return sum == 0 ? INFINITY : max + log2f(sum); }
 
 // Of a split's row: (batch, kv_head, row, split).
-__device__ __forceinline__ int64_t partial_at(const AttentionArgs& a, const Tile& t, const Partials& p, int64_t i,
+__device__ __forceinline__ int64_t partial_at(const AttentionArgs& a, const Tile& t, const Partials& p, int i,
                                               int64_t split) {
   return ((t.batch * a.kv_heads + t.kv_head) * a.queries * t.group + t.first + i) * p.splits + split;
 }
 
-// In attention_mma.cu: bfloat16 and float16 through matrix instructions; false where the shapes or strides are not theirs.
+// Backward: what forward kept of a row, and its sum of gradients times results.
+struct Kept {
+  float lse, delta;
+};
+struct Gradients {  // of a row and a key: its weight; what reaches the score with its bias, and the product
+  float weight, score, product;
+};
+__device__ __forceinline__ Gradients gradients_of(const AttentionBackwardArgs& f, const Tile& t, const RowMask& mask,
+                                                  const Kept& kept, int64_t j, float product, float dweight) {
+  const AttentionArgs& a = f.in;
+  float capped = 0;
+  const float score = score_of(a, t, mask, j, product, capped);
+  if (score == -INFINITY) return {0, 0, 0};
+  if (f.dweights) {
+    const int64_t at = ((t.batch * a.heads + mask.head) * a.queries + mask.query) * a.keys + j;
+    dweight += float_at(f.dweights, a.dtype, at);
+  }
+  const float weight = exp2f(score - kept.lse), d = weight * (dweight - kept.delta);
+  return {weight, d, d * a.scale * (a.softcap > 0 ? 1.0f - capped * capped : 1.0f)};
+}
+
+// Of bfloat16 and float16 through matrix instructions (attention_mma.cu, attention_backward_mma.cu, attention_bias_mma.cu);
+// false where the shapes or strides are not theirs. delta is (batch, heads, queries).
 bool forward_by_matrices(const AttentionForwardArgs& f, const Partials& partials, const Work& work);
+bool backward_by_matrices(const AttentionBackwardArgs& f, const float* delta, const Work& work);
+bool bias_by_matrices(const AttentionBackwardArgs& f, const float* delta, const Work& work);
 
 }  // namespace pyllm::cuda

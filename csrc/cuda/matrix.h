@@ -99,6 +99,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #endif
 }
+__device__ __forceinline__ void copy_async(float* to, const float* from) {
+#if PYLLM_EMULATE_CUDA
+  *to = *from;
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+#endif
+}
 __device__ __forceinline__ void end_of_copies() {  // of one group
 #if !PYLLM_EMULATE_CUDA
   asm volatile("cp.async.commit_group;" ::: "memory");

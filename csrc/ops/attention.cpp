@@ -83,8 +83,8 @@ AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const Tens
   for (const int64_t* dim : {&a.dim, &a.value_dim})
     check(*dim >= 1 && *dim <= kMaxDim, "[", op, "] ", dim == &a.dim ? "q" : "v", " must have a head size of 1 to ",
           kMaxDim, ", but got ", *dim);
-  check(a.heads == 0 || (a.kv_heads > 0 && a.heads % a.kv_heads == 0), "[", op,
-        "] q's heads must be a multiple of k's ", a.kv_heads, ", but got ", a.heads);
+  check(a.kv_heads == 0 ? a.heads == 0 : a.heads > 0 && a.heads % a.kv_heads == 0, "[", op,
+        "] q's heads must be a positive multiple of k's ", a.kv_heads, ", but got ", a.heads);
   check(window >= 0, "[", op, "] window must be 1 or more, but got ", window);
   check(softcap >= 0 && softcap < 1e30, "[", op, "] softcap must be positive, but got ", softcap);
   a.dtype = q.dtype, a.stored = k.dtype;

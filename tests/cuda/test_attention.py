@@ -7,12 +7,12 @@ import pyllm
 from pyllm import ops, reference
 
 
-def check(inputs, device, **options):
+def check(inputs, device, slack=32, **options):
     inputs, options = ({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in d.items()}
                        for d in (inputs, options))  # fmt: skip
     if "segment_ids" in options:
         options["segment_ids"] = tuple(t.to(device) for t in options["segment_ids"])
-    check_twin(ops.attention, reference.attention, inputs, slack=32, **options)
+    check_twin(ops.attention, reference.attention, inputs, slack=slack, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,14 +66,23 @@ def test_int8_pages_are_not_there(device):
 def test_the_gradient_of_a_bias(shape, device):
     for options in ({"causal": True}, {"softcap": 2.0, "window": 20}):
         check(qkv(2, 37, 70, 4, 2, 8) | {"bias": torch.randn(shape)}, device, **options)
-    check(qkv(2, 37, 70, 4, 2, 8, torch.bfloat16) | {"bias": torch.randn(shape).bfloat16()}, device)
+    for dtype in DTYPES[1:]:
+        check(qkv(2, 37, 70, 4, 2, 8, dtype) | {"bias": torch.randn(shape).to(dtype)}, device, slack=4, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_gradient_of_a_bias_over_many_tiles(dtype, device):
+    for dim, shape in ((40, (1, 3, 90, 140)), (136, (90, 140)), (8, (1, 1, 1, 140)), (8, (2, 3, 1, 140))):
+        inputs = qkv(2, 90, 140, 3, 3, dim, dtype) | {"bias": torch.randn(shape).to(dtype)}
+        check(inputs, device, slack=4, causal=True, window=60)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 37, 1), (1, 4, 1, 1), (1,), ()])
 def test_a_bias_that_is_the_same_for_all_keys_has_no_gradient(shape, device):
-    inputs, bias = qkv(2, 37, 70, 4, 2, 8), torch.randn(shape, device=device, requires_grad=True)
-    ops.attention(**{k: v.to(device) for k, v in inputs.items()}, bias=bias, causal=True).sin().sum().backward()
-    torch.testing.assert_close(bias.grad, torch.zeros_like(bias), rtol=0, atol=1e-4)
+    for dtype, atol in ((torch.float32, 1e-4), (torch.float16, 0.1)):
+        inputs, bias = qkv(2, 37, 70, 4, 2, 8, dtype), torch.randn(shape, device=device, requires_grad=True)
+        ops.attention(**{k: v.to(device) for k, v in inputs.items()}, bias=bias, causal=True).sin().sum().backward()
+        torch.testing.assert_close(bias.grad, torch.zeros_like(bias), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +93,46 @@ def test_gradients_of_masks_weights_and_wide_heads(dtype, device):
     check(qkv(2, 9, 70, 4, 2, 8, dtype), device, key_lengths=torch.tensor([0, 5]), return_weights=True)
     for dim, value_dim in ((72, 40), (130, 256), (256, 8)):
         check(qkv(1, 20, 35, 2, 1, dim, dtype, value_dim=value_dim), device, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dim", [8, 64, 72, 128, 136, 256])
+def test_gradients_of_the_head_sizes_of_the_matrix_instructions(dim, dtype, device):
+    check(qkv(1, 70, 75, 2, 1, dim, dtype), device, slack=4, causal=True)
+    check(qkv(1, 20, 140, 2, 2, 16, dtype, value_dim=dim), device, slack=4, window=40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_more_queries_than_keys_and_of_fewer(dtype, device):
+    for queries, keys, group in ((150, 40, 1), (33, 150, 3), (1, 70, 8)):
+        lengths = torch.tensor([keys, keys // 3])
+        for options in ({"causal": True}, {"causal": True, "window": 50}, {"window": 30}, {}):
+            check(qkv(2, queries, keys, 2 * group, 2, 16, dtype), device, slack=4, key_lengths=lengths, **options)
+
+
+def test_gradients_have_the_same_bits_each_time_and_alone(device):
+    for dtype in DTYPES:
+        q, k, v = (t.to(device) for t in qkv(2, 90, 140, 4, 2, 24, dtype).values())
+        dout = torch.randn(2, 90, 4, 24, device=device).to(dtype)
+
+        def gradients(rows, q=q, k=k, v=v, dout=dout):
+            leaves = [t[rows].detach().requires_grad_() for t in (q, k, v)]
+            ops.attention(*leaves, causal=True).backward(dout[rows])
+            return [t.grad for t in leaves]
+
+        together = gradients(slice(0, 2))
+        for again in (gradients(slice(0, 2)), map(torch.cat, zip(gradients(slice(0, 1)), gradients(slice(1, 2)),
+                                                                 strict=True))):  # fmt: skip
+            assert all(map(torch.equal, together, again))
+
+
+@pytest.mark.parametrize("batch, queries, heads", [(0, 3, 2), (1, 0, 2), (1, 3, 0)])
+def test_gradients_of_nothing_are_zeros(batch, queries, heads, device):
+    for dtype in DTYPES:
+        inputs = qkv(batch, queries, 4, heads, heads, 8, dtype) | {"bias": torch.randn(1, 1, 1, 4)}
+        leaves = {k: t.to(device).requires_grad_() for k, t in inputs.items()}
+        ops.attention(**leaves).exp().sum().backward()
+        assert not any(t.grad.any() for t in leaves.values())
 
 
 def test_only_the_gradients_that_are_asked_for(device):

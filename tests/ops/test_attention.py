@@ -103,6 +103,15 @@ def test_weights_and_their_gradient(queries, dtype, kernels):
     check(qkv(2, queries, 90, 4, 2, 16, dtype), **options)
 
 
+@pytest.mark.parametrize("batch, queries, heads", [(0, 3, 2), (1, 0, 2), (1, 3, 0)])
+def test_gradients_of_nothing_are_zeros(batch, queries, heads):
+    inputs = qkv(batch, queries, 4, heads, heads, 8) | {"bias": torch.randn(1, 1, 1, 4)}
+    for reduce in (torch.sum, lambda out: out.exp().sum()):
+        leaves = {k: t.clone().requires_grad_() for k, t in inputs.items()}
+        reduce(ops.attention(**leaves)).backward()
+        assert not any(t.grad.any() for t in leaves.values())
+
+
 def test_gradient_of_the_weights_alone():
     q, k, v = (t.requires_grad_() for t in qkv(1, 9, 9, 2, 2, 8).values())
     for weights in (
@@ -394,7 +403,8 @@ def test_errors_name_the_argument():
         (ValueError, r"k must have shape \(2, 7, 2, 8\), but got \(2, 7, 2, 6\)", {"k": k[..., :6]}),
         (ValueError, r"v must have shape \(2, 7, 2, 8\), but got \(2, 6, 2, 8\)", {"v": v[:, :6]}),
         (ValueError, r"q must have 4 dimensions \(B, T, H, D\), but got \(5, 4, 8\)", {"q": q[0]}),
-        (ValueError, "heads must be a multiple of k's 2, but got 3", {"q": q[:, :, :3]}),
+        (ValueError, "heads must be a positive multiple of k's 2, but got 3", {"q": q[:, :, :3]}),
+        (ValueError, "heads must be a positive multiple of k's 2, but got 0", {"q": q[:, :, :0]}),
         (TypeError, "k must be float32, but got bfloat16", {"k": k.bfloat16()}),
         (TypeError, "q must be float32, bfloat16 or float16, but got int64", {"q": q.long()}),
         (ValueError, "window must be 1 or more, but got 0", {"window": 0}),

@@ -8,6 +8,7 @@
 // pass over a head does all (five products a tile); else keys' gradients and queries' are two passes, parallel over
 // blocks of keys and over tiles of rows (seven products). A bias's gradient is a pass of its own: a tile of dS is
 // summed over what the bias is broadcast over, in order.
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/kernels/attention.h"
@@ -366,7 +367,12 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& f) {
-  if (f.in.heads == 0) return;
+  if (f.in.heads == 0) {  // then a bias has one head, for none
+    int64_t bytes = f.dbias ? size_of(f.in.bias_dtype) : 0;
+    for (const int64_t size : f.dbias_size) bytes *= size;
+    if (bytes) std::memset(f.dbias, 0, bytes);
+    return;
+  }
   with_dtype(f.in.dtype, [&](auto* tag) { Backward<std::remove_pointer_t<decltype(tag)>>(f).run(); });
 }
 
