@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     for (int w = 0; w < kWide; w++) {
       const int column = lane + w * kWarp;
       if (column >= value_dim) continue;
-      if (partials.max)
+      if (!partials.max)
+        to[column] = from_float<T>(out[r][w] * share_of(sum[r]));
+      else if (sum[r] != 0)
         partials.values[partial * value_dim + column] = out[r][w];
-      else
-        to[column] = from_float<T>(sum[r] == 0 ? 0.0f : out[r][w] / sum[r]);
     }
     if (lane != 0) continue;
     if (partials.max) {
@@ -114,25 +114,41 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   }
 }
 
-// The splits of a row, merged in order; a block a row.
+// The splits of a row, merged in order; a block a row. A split in which the row sees nothing has a sum of 0, and no values.
 template <class T>
 __global__ void __launch_bounds__(128) merge(AttentionForwardArgs f, Partials p, FaultRecord* record) {
+  constexpr int kSize = 256;  // splits whose factors lie in shared memory together
+  __shared__ float factors[kSize], room[kWarp];
   const AttentionArgs& a = f.in;
   const Place at = place_of(a, a.queries * (a.heads / a.kv_heads));  // a tile a row
   const Tile t = tile_of(a, at.batch, at.kv_head, at.tile, 1, length_of(a, at.batch, record));
-  const int64_t first = partial_at(a, t, p, 0, 0);
-  float max = -INFINITY, sum = 0;
-  for (int64_t s = 0; s < p.splits; s++) max = fmaxf(max, p.max[first + s]);
+  const int64_t first = partial_at(a, t, p, 0, 0), splits = divided_up(t.length, p.keys);
+  float max = -INFINITY, sum = 0, out[2] = {0, 0};  // of columns threadIdx.x and + 128
+  for (int64_t s = threadIdx.x; s < splits; s += 128) max = fmaxf(max, p.max[first + s]);
+  max = row_max(max, room);
   const float base = finite_or_zero(max);
-  for (int64_t s = 0; s < p.splits; s++) sum += p.sum[first + s] * exp2f(p.max[first + s] - base);
-  T* to = reinterpret_cast<T*>(f.out) + out_row(a, t, 0) * a.value_dim;
-  for (int64_t column = threadIdx.x; column < a.value_dim; column += blockDim.x) {
-    float out = 0;
-    for (int64_t s = 0; s < p.splits; s++) {
-      const float factor = exp2f(p.max[first + s] - base);
-      if (factor > 0) out = fmaf(p.values[(first + s) * a.value_dim + column], factor, out);
+  for (int64_t from = 0; from < splits; from += kSize) {
+    const int count = static_cast<int>(splits - from < kSize ? splits - from : kSize);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += 128) factors[i] = exp2f(p.max[first + from + i] - base);
+    __syncthreads();
+    for (int i = 0; i < count; i++) {
+      const float part = p.sum[first + from + i];
+      if (part == 0) continue;
+      sum = fmaf(part, factors[i], sum);
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int64_t column = threadIdx.x + c * 128;
+        if (column < a.value_dim)
+          out[c] = fmaf(p.values[(first + from + i) * a.value_dim + column], factors[i], out[c]);
+      }
     }
-    to[column] = from_float<T>(sum == 0 ? 0.0f : out / sum);
+  }
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    const int64_t column = threadIdx.x + c * 128;
+    if (column < a.value_dim)
+      reinterpret_cast<T*>(f.out)[out_row(a, t, 0) * a.value_dim + column] = from_float<T>(out[c] * share_of(sum));
   }
   if (threadIdx.x == 0 && f.lse) f.lse[lse_at(a, t, 0)] = lse_of(max, sum);
 }
@@ -176,11 +192,12 @@ void attention_forward(const AttentionForwardArgs& f, const Work& work) {
   const AttentionArgs& a = f.in;
   if (a.batch * a.queries * a.heads == 0) return;
   const int64_t rows = a.queries * (a.heads / a.kv_heads), all = a.batch * a.kv_heads * rows;
-  const bool split = rows <= kFewRows && a.keys > kSplit;
-  const int64_t splits = split ? divided_up(a.keys, kSplit) : 0;
+  const int64_t split_keys = split_of(a);
+  const bool split = rows <= kFewRows && a.keys > split_keys;
+  const int64_t splits = split ? divided_up(a.keys, split_keys) : 0;
   const Scratch scratch(work, all * splits * (2 + a.value_dim) * sizeof(float));
   auto* const p = scratch.as<float>();
-  const Partials partials{p, p + all * splits, p + 2 * all * splits, splits};
+  const Partials partials{p, p + all * splits, p + 2 * all * splits, splits, split_keys};
   const Partials none{};
   const bool done = forward_by_matrices(f, split ? partials : none, work);
   with_dtype(a.dtype, [&](auto* tag) {

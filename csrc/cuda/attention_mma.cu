@@ -7,8 +7,8 @@
 // A masked key has a weight of zero, but is multiplied all the same: a value there that is not finite makes NaN of the rows
 // that share its tile (keys beyond a sequence's length are never read).
 //
-// Four warps take 64 rows; where a sequence has few rows (decoding), one warp takes them and a split of the keys, and the
-// floor is reading the keys and values once.
+// Four warps take 64 rows; where a sequence has 16 or fewer (decoding), one warp takes them. Either way keys may be split;
+// then the floor is reading the keys and values once.
 #include <type_traits>
 
 #include "cuda/attention_tiles.h"
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     const int64_t partial = partials.max ? partial_at(a, t, partials, row, at.split) : 0;
     if (!partials.max) {
       store_row(reinterpret_cast<T*>(f.out) + out_row(a, t, row) * a.value_dim, out, r, static_cast<int>(a.value_dim),
-                sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
-    } else {
+                share_of(sum[r]));
+    } else if (sum[r] != 0) {
 #pragma unroll
       for (int d = 0; d < kDim / 8; d++)
         if (d * 8 < a.value_dim)
@@ -150,7 +150,8 @@ bool forward_by_matrices(const AttentionForwardArgs& f, const Partials& partials
   if (!fits_matrices(f.in) || !whole_packs(f.out)) return false;
   with_tiles(f.in, [&](auto type, auto dim) {
     using T = decltype(type);
-    partials.max ? run<T, dim.value, 1>(f, partials, work) : run<T, dim.value, 4>(f, partials, work);
+    f.in.queries*(f.in.heads / f.in.kv_heads) <= 16 ? run<T, dim.value, 1>(f, partials, work)
+                                                    : run<T, dim.value, 4>(f, partials, work);
   });
   return true;
 }

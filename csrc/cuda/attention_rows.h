@@ -3,8 +3,9 @@
 // A row is a (query, head of the group) pair, the head running faster, so that the heads that read one key/value head
 // share every key that is loaded. Keys are walked in tiles counted from key 0. Scores are in units of log 2. A masked
 // key has the score -infinity and adds exactly nothing, so a row's bits do not depend on its neighbours in a tile. Where
-// few rows meet many keys, keys are cut into splits of kSplit, which become blocks of their own, merged in order: how
-// they are cut depends on how many queries a sequence has and never on the batch.
+// few rows meet many keys, keys are cut into splits, which become blocks of their own, merged in order. Their borders are
+// fixed by the number of key/value heads: what a row gets depends on how many queries its sequence has, but neither on the
+// batch nor on how many keys there is room for.
 #pragma once
 #include "args/attention.h"
 #include "cuda/numbers.h"
@@ -12,14 +13,15 @@
 namespace pyllm::cuda {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr int64_t kSplit = 256;   // keys
-constexpr int64_t kFewRows = 16;  // rows of a sequence's key/value head up to which keys are split
+constexpr int64_t kFewRows = 64;  // rows of a sequence's key/value head up to which keys are split
+// Keys of a split: a few thousand keys of one sequence make blocks for every multiprocessor of the largest GPUs.
+inline int64_t split_of(const AttentionArgs& a) { return a.kv_heads <= 4 ? 64 : a.kv_heads <= 8 ? 128 : 256; }
 
 // One result of a split: a row's maximum, the sum of its exponentials and that of its values, not yet divided.
 struct Partials {
   float *max, *sum,
-      *values;  // (batch, kv_heads, rows, splits), the last times value_dim; all null where keys are whole
-  int64_t splits;
+      *values;           // (batch, kv_heads, rows, splits), the last times value_dim; all null where keys are whole
+  int64_t splits, keys;  // keys: of a split
 };
 
 // Where a block stands: blocks of a split run fastest, then tiles of rows or keys, then key/value heads.
@@ -93,8 +95,8 @@ __device__ __forceinline__ Range seen_in_split(const AttentionArgs& a, const Til
                                                int64_t split) {
   Range r = seen_by_some(a, t);
   if (!p.max) return r;
-  if (r.lo < split * kSplit) r.lo = split * kSplit;
-  if (r.hi > (split + 1) * kSplit) r.hi = (split + 1) * kSplit;
+  if (r.lo < split * p.keys) r.lo = split * p.keys;
+  if (r.hi > (split + 1) * p.keys) r.hi = (split + 1) * p.keys;
   return r;
 }
 // The queries that see some key of [first, last); none where lo >= hi.
@@ -170,6 +172,8 @@ __device__ __forceinline__ int64_t lse_at(const AttentionArgs& a, const Tile& t,
   return (t.batch * a.heads + t.head(i)) * a.queries + t.query(i);
 }
 __device__ __forceinline__ float finite_or_zero(float m) { return m == -INFINITY ? 0.0f : m; }
+// What a row's sum of values is multiplied by.
+__device__ __forceinline__ float share_of(float sum) { return sum == 0 ? 0.0f : 1.0f / sum; }
 __device__ __forceinline__ float lse_of(float max, float sum) { return sum == 0 ? INFINITY : max + log2f(sum); }
 
 // Of a split's row: (batch, kv_head, row, split).

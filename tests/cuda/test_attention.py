@@ -112,8 +112,8 @@ def test_gradients_of_more_queries_than_keys_and_of_fewer(dtype, device):
 
 def test_gradients_have_the_same_bits_each_time_and_alone(device):
     for dtype in DTYPES:
-        q, k, v = (t.to(device) for t in qkv(2, 90, 140, 4, 2, 24, dtype).values())
-        dout = torch.randn(2, 90, 4, 24, device=device).to(dtype)
+        q, k, v = (t.to(device) for t in qkv(2, 70, 100, 2, 1, 16, dtype).values())
+        dout = torch.randn(2, 70, 2, 16, device=device).to(dtype)
 
         def gradients(rows, q=q, k=k, v=v, dout=dout):
             leaves = [t[rows].detach().requires_grad_() for t in (q, k, v)]
@@ -152,13 +152,29 @@ def test_keys_in_pages(queries, dtype, device):
     q, k, v = qkv(3, queries, 530, 4, 2, 16, dtype).values()
     pages = {"k": in_pages(k, TABLE, 11).to(device), "v": in_pages(v, TABLE, 11).to(device)}
     lengths, table = LENGTHS.to(device), TABLE.to(device)
-    # As many keys in a row as there is room for in pages, so that they are split alike.
-    rows = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 46)).to(device) for t in (k, v)]
     for options in ({"causal": True}, {"window": 90}, {"bias": torch.randn(4, 1, 530, device=device)}):
         found = ops.attention(q.to(device), **pages, key_lengths=lengths, page_table=table, **options)
-        if "bias" in options:
-            options["bias"] = torch.nn.functional.pad(options["bias"], (0, 46))
-        assert torch.equal(found, ops.attention(q.to(device), *rows, key_lengths=lengths, **options))
+        assert torch.equal(
+            found, ops.attention(q.to(device), k.to(device), v.to(device), key_lengths=lengths, **options)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (40, 1), (10, 5)])
+@torch.no_grad()
+def test_same_bits_whatever_there_is_room_for(heads, kv_heads, dtype, device):
+    q, k, v = (t.to(device) for t in qkv(2, 1, 640, heads, kv_heads, 16, dtype).values())
+    lengths = torch.tensor([50, 64], device=device)
+    few = ops.attention(q, k[:, :64], v[:, :64], key_lengths=lengths)
+    assert torch.equal(few, ops.attention(q, k, v, key_lengths=lengths))
+    pages = [t.reshape(20, 64, kv_heads, 16) for t in (k, v)]
+    table = torch.arange(20, dtype=torch.int32, device=device).view(2, 10)
+    assert torch.equal(few, ops.attention(q, *pages, key_lengths=lengths, page_table=table))
+    lengths = torch.tensor([500, 130], device=device)
+    many = ops.attention(q, *pages, key_lengths=lengths, page_table=table)
+    assert torch.equal(many, ops.attention(q, *pages, key_lengths=lengths, page_table=table[:, :8].contiguous()))
+    assert torch.equal(many, ops.attention(q, k, v, key_lengths=lengths))
+    assert torch.equal(many[1:], ops.attention(q[1:], k[1:], v[1:], key_lengths=lengths[1:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
