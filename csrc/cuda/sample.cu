@@ -3,8 +3,10 @@
 // left passes it. (Where sums differ in their last bits, a border or a draw that is that close may fall differently.)
 //
 // Top-k, top-p and typical sampling each look for a border: the smallest t such that the keys above t weigh less than a
-// target. It is found exactly, by bisection over the bits of a float, three thresholds a pass over the row. Nothing is
-// taken out of the row: a key counts if its logit is at least `lowest`. All sums have an order that the row's length fixes.
+// target. It is found in three passes over the row: the first adds up the weights of the keys by their upper 11 bits, the
+// second, of those whose upper bits are the border's, by the next 11, the last by the rest. There weights are whole
+// numbers, whose sums have no order; all other sums have one that the row's length fixes. Nothing is taken out of the
+// row: a key counts if its logit is at least `lowest`.
 #include "cuda/sample.h"
 
 #include "cuda/numbers.h"
@@ -14,16 +16,16 @@ namespace pyllm::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kBins = 2048, kBits = 11;
 constexpr int64_t kChunk = 1024;  // ids whose weights are summed together for the draw
 
-// Floats and integers in the same order; its own inverse.
-__device__ __forceinline__ int32_t ordered(float x) {
-  const int32_t i = __float_as_int(x);
-  return i ^ ((i >> 31) & 0x7fffffff);
+// Floats and whole numbers in the same order.
+__device__ __forceinline__ uint32_t ordered(float x) {
+  const auto bits = static_cast<uint32_t>(__float_as_int(x));
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-__device__ __forceinline__ float unordered(int64_t i) {
-  const auto bits = static_cast<int32_t>(i);
-  return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff));
+__device__ __forceinline__ float unordered(uint32_t i) {
+  return __int_as_float(static_cast<int32_t>(i >> 31 ? i & 0x7fffffffu : ~i));
 }
 
 struct Room {  // for the threads' results
@@ -31,6 +33,8 @@ struct Room {  // for the threads' results
   float most[kWarp];
   int64_t id;
   double total;
+  unsigned long long weights[kBins], parts[kWarp], above;  // for the border
+  int bin;
 };
 
 // f(i) for each id, neighbours to neighbouring threads.
@@ -39,48 +43,69 @@ __device__ __forceinline__ void each(int64_t vocab, const F& f) {
   for (int64_t i = threadIdx.x; i < vocab; i += kThreads) f(i);
 }
 
+// A weight of at most 1 as a whole number; those of 2^28 ids have a sum in 64 bits.
+__device__ __forceinline__ unsigned long long whole(float weight) {
+  return static_cast<unsigned long long>(weight * 0x1p36f);
+}
+
 struct Key {
   bool counts;
-  float key, weight;
+  float key;
+  unsigned long long weight;
 };
 
-// The border of the keys key_of(i); the least of them where all together weigh less than `target`.
+// The highest bin with which the weights of the bins from there up, and `above`, reach the target; -1 if none does.
+__device__ int reached_at(double target, unsigned long long above, Room& room) {
+  constexpr int kEach = kBins / kThreads;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp,
+            top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
+  unsigned long long mine = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; i++) mine += room.weights[top - i];
+  unsigned long long up_to = mine;  // this thread, of the warp's
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    const unsigned long long other = __shfl_up_sync(~0u, up_to, by);
+    if (lane >= by) up_to += other;
+  }
+  if (lane == kWarp - 1) room.parts[warp] = up_to;
+  if (threadIdx.x == 0) room.bin = -1;
+  __syncthreads();
+  unsigned long long before = above + up_to - mine;
+  for (int w = 0; w < warp; w++) before += room.parts[w];
+  if (static_cast<double>(before) < target && static_cast<double>(before + mine) >= target) {  // one thread at most
+    int bin = top;
+    while (static_cast<double>(before + room.weights[bin]) < target) before += room.weights[bin--];
+    room.bin = bin;
+    room.above = before;
+  }
+  __syncthreads();
+  return room.bin;
+}
+
+// The border of the keys key_of(i), which is one of them; -infinity where all together weigh less than `target`.
 template <class F>
 __device__ float border(int64_t vocab, double target, Room& room, const F& key_of) {
-  float most = -INFINITY, least = INFINITY;
-  each(vocab, [&](int64_t i) {
-    const Key k = key_of(i);
-    if (!k.counts) return;
-    most = fmaxf(most, k.key);
-    least = fminf(least, k.key);
-  });
-  most = row_max(most, room.most);
-  least = -row_max(-least, room.most);
-  int64_t low = static_cast<int64_t>(ordered(least)) - 1, high = ordered(most);  // the border is in (low, high]
-  while (high - low > 1) {
-    int64_t at[3];
-    double above[3] = {0, 0, 0};
-#pragma unroll
-    for (int k = 0; k < 3; k++) at[k] = low + (high - low) * (k + 1) / 4;
-    const float t[3] = {unordered(at[0]), unordered(at[1]), unordered(at[2])};
+  uint32_t found = 0;  // the upper bits of the border
+  unsigned long long above = 0;
+  for (int left = 32; left > 0;) {  // bits
+    const int shift = left > kBits ? left - kBits : 0;
+    for (int i = threadIdx.x; i < kBins; i += kThreads) room.weights[i] = 0;
+    __syncthreads();
     each(vocab, [&](int64_t i) {
       const Key k = key_of(i);
-      if (!k.counts) return;
-#pragma unroll
-      for (int j = 0; j < 3; j++)
-        if (k.key > t[j]) above[j] += k.weight;
+      const uint32_t bits = ordered(k.key);
+      if (k.counts && (left == 32 || bits >> left == found))
+        atomicAdd(&room.weights[bits >> shift & (kBins - 1)], k.weight);
     });
-#pragma unroll
-    for (int k = 0; k < 3; k++) above[k] = row_sum(above[k], room.sums);
-    const int64_t from = low;  // the first threshold with less than the target above it ends the bracket
-#pragma unroll
-    for (int k = 2; k >= 0; k--)
-      if (at[k] > from && above[k] < target && at[k] < high) high = at[k];
-#pragma unroll
-    for (int k = 0; k < 3; k++)
-      if (at[k] > low && at[k] < high && above[k] >= target) low = at[k];
+    __syncthreads();
+    const int bin = reached_at(target, above, room);
+    if (bin < 0) return -INFINITY;
+    above = room.above;
+    found = found << (left - shift) | static_cast<uint32_t>(bin);
+    left = shift;
   }
-  return unordered(high);
+  return unordered(found);
 }
 
 template <class T>
@@ -181,12 +206,16 @@ __global__ void __launch_bounds__(kThreads)
     each(vocab, [&](int64_t i) { sum += weight(i); });
     return row_sum(sum, room.sums);
   };
+  // That many of all the weights together.
+  const auto share = [&](float of) {
+    unsigned long long all = 0;
+    each(vocab, [&](int64_t i) { all += whole(weight(i)); });
+    return static_cast<double>(of) * static_cast<double>(row_sum(all, room.parts));
+  };
   if (s.top_k > 0 && s.top_k < vocab)
-    lowest = border(vocab, static_cast<double>(s.top_k), room, [&](int64_t i) { return Key{stays(i), z[i], 1.0f}; });
-  if (s.top_p < 1) {
-    const double all = weigh();
-    lowest = border(vocab, s.top_p * all, room, [&](int64_t i) { return Key{stays(i), z[i], weight(i)}; });
-  }
+    lowest = border(vocab, static_cast<double>(s.top_k), room, [&](int64_t i) { return Key{stays(i), z[i], 1}; });
+  if (s.top_p < 1)
+    lowest = border(vocab, share(s.top_p), room, [&](int64_t i) { return Key{stays(i), z[i], whole(weight(i))}; });
   if (s.min_p > 0) lowest = fmaxf(lowest, best + logf(s.min_p) / cold);
   if (s.typical_p < 1) {
     const double all = weigh();
@@ -196,7 +225,8 @@ __global__ void __launch_bounds__(kThreads)
       if (w > 0) mean += w * scaled(i);
     });
     centre = static_cast<float>(row_sum(mean, room.sums) / all);
-    closest = border(vocab, s.typical_p * all, room, [&](int64_t i) { return Key{stays(i), closeness(i), weight(i)}; });
+    closest = border(vocab, share(s.typical_p), room,
+                     [&](int64_t i) { return Key{stays(i), closeness(i), whole(weight(i))}; });
   }
 
   // 3. The draw: a warp sums a chunk; one thread finds the chunk, one warp the id.

@@ -40,6 +40,15 @@ def test_ties_and_masked_logits(device):
     assert check(row, device).ids.item() == 0
 
 
+def test_borders_between_any_two_numbers(device):
+    values = [-1e30, -5.0, -1.0, -1.0 + 2**-24, -1e-20, -1e-44, 0.0, 1e-44, 1e-20, 2.0, 2.0 + 2**-22, 3.0]
+    n = len(values)
+    rows, given = torch.tensor(values)[torch.randperm(n)].expand(n, n), torch.arange(n, device=device)
+    for k in range(1, n + 1):
+        left = ops.sample(rows.to(device), seeds=1, positions=0, top_k=k, given=given).processed_logprobs.cpu()
+        assert set(rows[0][left > -torch.inf].tolist()) == set(rows[0].topk(k).values.tolist())
+
+
 def test_penalties_bias_and_a_value_for_each_row(device):
     options = {
         "seeds": torch.tensor([1, -1, 2**62, 3]), "positions": torch.tensor([0, 5, 2**40, -9]),
