@@ -1,13 +1,16 @@
 // Embedding: rows of a table, and the gradient of the table. Forward: a warp takes an id and copies its row; one that is
 // not in the table is reported, and its row is NaN.
 //
-// Backward has no atomics, so that the sums have one order. An id's place in the sorted order is a count: how many ids are
-// smaller, and how many equal ones stand before it. That is a comparison of each with each, some 10^8 of which take a
-// GPU some microseconds; it costs less than a sort up to about 10^5 ids, and more beyond. Then the first of each run of
-// equal ids has a block sum the rows of the run, in the order of their positions.
+// Backward sorts the ids, stably, with where they stand: from the lowest 8 bits up, in each pass a count of the digits of
+// every block's ids, the sums of the counts before each, and every id to its place. Then a block sums the rows of each run
+// of equal ids in 64 places of the sorted order; runs that cross such borders leave partial sums, which are added in order.
+// Nothing is added to floats by several threads, so the sums have one order.
 #include "cuda/embedding.h"
 
+#include <utility>
+
 #include "cuda/numbers.h"
+#include "tensor.h"
 
 namespace pyllm::cuda {
 namespace {
@@ -37,43 +40,136 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// sorted[place of position i] = i, for the ids in the vocabulary; -1 for the rest, which come last.
-__global__ void __launch_bounds__(kThreads) sort_ids(EmbeddingBackwardArgs a, int64_t* sorted, FaultRecord* record) {
-  __shared__ int64_t tile[kThreads];
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const auto key_at = [&](int64_t at) {
-    const int64_t id = integer_at(a.ids, a.ids_dtype, at);
-    return id >= 0 && id < a.vocabulary ? id : INT64_MAX;
-  };
-  const int64_t key = i < a.count ? key_at(i) : INT64_MAX;
-  int64_t place = 0;
-  for (int64_t first = 0; first < a.count; first += kThreads) {
-    __syncthreads();
-    if (first + threadIdx.x < a.count) tile[threadIdx.x] = key_at(first + threadIdx.x);
-    __syncthreads();
-    const int64_t n = a.count - first < kThreads ? a.count - first : kThreads;
-    for (int64_t j = 0; j < n; j++) place += tile[j] < key || (tile[j] == key && first + j < i);
-  }
-  if (i >= a.count) return;
-  if (key == INT64_MAX) report(record, Fault::embedding_id, i, integer_at(a.ids, a.ids_dtype, i), a.vocabulary);
-  sorted[place] = key == INT64_MAX ? -1 : i;
+constexpr int kDigits = 256, kBits = 8;
+constexpr int64_t kTile = 8 * kThreads;  // ids that a block sorts
+constexpr int kPlaces = 64;              // of the sorted ids whose rows are summed together
+
+struct Ids {  // with where they stood; an id that is not in the vocabulary has become its size, and comes last
+  uint32_t *id, *position;
+};
+
+// What a pass sorts: the ids as they are given, or as the pass before left them.
+__device__ __forceinline__ uint32_t id_at(const EmbeddingBackwardArgs& a, const Ids& from, int64_t i) {
+  if (from.id) return from.id[i];
+  const int64_t id = integer_at(a.ids, a.ids_dtype, i);
+  return static_cast<uint32_t>(id >= 0 && id < a.vocabulary ? id : a.vocabulary);
 }
 
+// counts (digits, blocks)
+__global__ void __launch_bounds__(kThreads)
+    count_digits(EmbeddingBackwardArgs a, Ids from, int shift, uint32_t* counts, FaultRecord* record) {
+  __shared__ uint32_t mine[kDigits];
+  mine[threadIdx.x] = 0;
+  __syncthreads();
+  const int64_t first = blockIdx.x * kTile, last = first + kTile < a.count ? first + kTile : a.count;
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
+    const uint32_t id = id_at(a, from, i);
+    if (id == a.vocabulary && !from.id)
+      report(record, Fault::embedding_id, i, integer_at(a.ids, a.ids_dtype, i), a.vocabulary);
+    atomicAdd(&mine[id >> shift & (kDigits - 1)], 1u);
+  }
+  __syncthreads();
+  counts[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = mine[threadIdx.x];
+}
+
+// Each count becomes the sum of those before it; one block.
+__global__ void __launch_bounds__(1024) add_before(uint32_t* counts, int64_t n) {
+  __shared__ uint32_t parts[kWarp];
+  const int64_t each = divided_up(n, 1024), first = threadIdx.x * each, last = first + each < n ? first + each : n;
+  uint32_t mine = 0;
+  for (int64_t i = first; i < last; i++) mine += counts[i];
+  uint32_t before = mine;
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, before, by);
+    if (static_cast<int>(threadIdx.x) % kWarp >= by) before += other;
+  }
+  if (threadIdx.x % kWarp == kWarp - 1) parts[threadIdx.x / kWarp] = before;
+  __syncthreads();
+  before -= mine;
+  for (unsigned w = 0; w < threadIdx.x / kWarp; w++) before += parts[w];
+  for (int64_t i = first; i < last; i++) {
+    const uint32_t count = counts[i];
+    counts[i] = before;
+    before += count;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    move_ids(EmbeddingBackwardArgs a, Ids from, Ids to, int shift, const uint32_t* before) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ uint32_t next[kDigits], counts[kWarps][kDigits];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  next[threadIdx.x] = before[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x];
+  const int64_t first = blockIdx.x * kTile, last = first + kTile < a.count ? first + kTile : a.count;
+  for (int64_t round = first; round < last; round += kThreads) {
+    const int64_t i = round + threadIdx.x;
+    const uint32_t id = i < last ? id_at(a, from, i) : 0;
+    const int digit = i < last ? static_cast<int>(id >> shift & (kDigits - 1)) : kDigits;
+    int equal = 0, earlier = 0;  // lanes
+    for (int l = 0; l < kWarp; l++) {
+      const bool same = __shfl_sync(~0u, digit, l) == digit;
+      equal += same;
+      earlier += same && l < lane;
+    }
+    for (int w = 0; w < kWarps; w++) counts[w][threadIdx.x] = 0;
+    __syncthreads();
+    if (i < last && earlier == 0) counts[warp][digit] = equal;
+    __syncthreads();
+    if (i < last) {
+      uint32_t place = next[digit] + earlier;
+      for (int w = 0; w < warp; w++) place += counts[w][digit];
+      to.id[place] = id;
+      to.position[place] = from.id ? from.position[i] : static_cast<uint32_t>(i);
+    }
+    __syncthreads();
+    for (int w = 0; w < kWarps; w++) next[threadIdx.x] += counts[w][threadIdx.x];
+  }
+}
+
+// partial: (chunks of places, 2, width): of a run that began before the chunk, and of one that ends after it.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_runs(EmbeddingBackwardArgs a, const int64_t* sorted) {
-  const int64_t position = sorted[blockIdx.x];
-  if (position < 0) return;
-  const int64_t id = integer_at(a.ids, a.ids_dtype, position);
-  const auto same = [&](int64_t place) {
-    return sorted[place] >= 0 && integer_at(a.ids, a.ids_dtype, sorted[place]) == id;
-  };
-  if (blockIdx.x > 0 && same(blockIdx.x - 1)) return;
-  T* out = reinterpret_cast<T*>(a.dweight) + id * a.width;
-  for (int64_t column = threadIdx.x; column < a.width; column += blockDim.x) {
+__global__ void __launch_bounds__(kThreads) sum_runs(EmbeddingBackwardArgs a, Ids sorted, float* partial) {
+  __shared__ uint32_t ids[kPlaces], positions[kPlaces];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPlaces;
+  const int n = static_cast<int>(a.count - first < kPlaces ? a.count - first : kPlaces);
+  if (static_cast<int>(threadIdx.x) < n) {
+    ids[threadIdx.x] = sorted.id[first + threadIdx.x];
+    positions[threadIdx.x] = sorted.position[first + threadIdx.x];
+  }
+  __syncthreads();
+  const bool goes_on = first > 0 && sorted.id[first - 1] == ids[0];
+  const bool ends_later = first + n < a.count && sorted.id[first + n] == ids[n - 1];
+  for (int64_t column = threadIdx.x; column < a.width; column += kThreads) {
     float sum = 0;
-    for (int64_t place = blockIdx.x; place < a.count && same(place); place++)
-      sum += to_float(reinterpret_cast<const T*>(a.dy)[sorted[place] * a.dy_step + column]);
-    out[column] = from_float<T>(sum);
+    bool from_before = goes_on;
+    for (int p = 0; p < n && ids[p] < a.vocabulary; p++) {
+      sum += to_float(reinterpret_cast<const T*>(a.dy)[positions[p] * a.dy_step + column]);
+      if (p + 1 < n && ids[p + 1] == ids[p]) continue;
+      if (from_before)
+        partial[blockIdx.x * 2 * a.width + column] = sum;
+      else if (p + 1 == n && ends_later)
+        partial[(blockIdx.x * 2 + 1) * a.width + column] = sum;
+      else
+        reinterpret_cast<T*>(a.dweight)[ids[p] * a.width + column] = from_float<T>(sum);
+      sum = 0;
+      from_before = false;
+    }
+  }
+}
+
+// The run that begins in a chunk and ends after it, if there is one.
+template <class T>
+__global__ void __launch_bounds__(kThreads) join_runs(EmbeddingBackwardArgs a, Ids sorted, const float* partial) {
+  const int64_t end = (static_cast<int64_t>(blockIdx.x) + 1) * kPlaces;
+  if (end >= a.count) return;
+  const uint32_t id = sorted.id[end];
+  if (id >= a.vocabulary || sorted.id[end - 1] != id || (end > kPlaces && sorted.id[end - kPlaces - 1] == id)) return;
+  for (int64_t column = threadIdx.x; column < a.width; column += kThreads) {
+    float sum = partial[(blockIdx.x * 2 + 1) * a.width + column];
+    for (int64_t place = end; place < a.count && sorted.id[place] == id; place += kPlaces)
+      sum += partial[place / kPlaces * 2 * a.width + column];
+    reinterpret_cast<T*>(a.dweight)[id * a.width + column] = from_float<T>(sum);
   }
 }
 
@@ -99,12 +195,28 @@ void embedding_forward(const EmbeddingArgs& a, const Work& work) {
 
 void embedding_backward(const EmbeddingBackwardArgs& a, const Work& work) {
   if (!a.zeroed) set_zero(a.dweight, a.vocabulary * a.width * size_of(a.dtype), work);
-  const Scratch sorted(work, a.count * sizeof(int64_t));
-  launch(sort_ids, {divided_up(a.count, kThreads)}, dim3(kThreads), 0, work, a, sorted.as<int64_t>(),
-         fault_record(work.device));
+  if (a.count == 0) return;
+  if (a.vocabulary >= UINT32_MAX || a.count > UINT32_MAX)
+    fail(Error::value,
+         "[embedding] a gradient on a CUDA device must be of fewer than 4294967295 rows and ids, but got ",
+         a.vocabulary, " and ", a.count);
+  const int64_t blocks = divided_up(a.count, kTile), chunks = divided_up(a.count, kPlaces);
+  const Scratch ids(work, 4 * a.count * sizeof(uint32_t)), counts(work, kDigits * blocks * sizeof(uint32_t));
+  const Scratch partial(work, chunks * 2 * a.width * sizeof(float));
+  auto* const room = ids.as<uint32_t>();
+  Ids from{}, to{room, room + a.count}, spare{room + 2 * a.count, room + 3 * a.count};
+  for (int shift = 0; shift == 0 || a.vocabulary >> shift > 0; shift += kBits) {
+    launch(count_digits, {blocks}, dim3(kThreads), 0, work, a, from, shift, counts.as<uint32_t>(),
+           fault_record(work.device));
+    launch(add_before, {1}, dim3(1024), 0, work, counts.as<uint32_t>(), kDigits * blocks);
+    launch(move_ids, {blocks}, dim3(kThreads), 0, work, a, from, to, shift, counts.as<const uint32_t>());
+    from = to;
+    std::swap(to, spare);
+  }
   with_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    launch(sum_runs<T>, {a.count}, dim3(kThreads), 0, work, a, sorted.as<const int64_t>());
+    launch(sum_runs<T>, {chunks}, dim3(kThreads), 0, work, a, from, partial.as<float>());
+    launch(join_runs<T>, {chunks}, dim3(kThreads), 0, work, a, from, partial.as<const float>());
   });
 }
 

@@ -85,6 +85,16 @@ def test_embedding(width, dtype, device):
                ids=torch.tensor([3, 8, 0], device=device))  # fmt: skip
 
 
+@pytest.mark.parametrize("count, vocabulary", [(1, 1), (64, 2), (2049, 70000), (5000, 300)])
+def test_the_gradient_of_many_ids(count, vocabulary, device):
+    ids = torch.randint(0, vocabulary, (count,))
+    ids[torch.rand(count) < 0.5] = vocabulary - 1  # a run over many borders
+    dy = torch.randint(-8, 9, (count, 3)).float()  # whole numbers: any order has the same sum
+    weight = torch.zeros(vocabulary, 3, device=device, requires_grad=True)
+    ops.embedding(ids.to(device), weight).backward(dy.to(device))
+    assert torch.equal(weight.grad.cpu(), torch.zeros(vocabulary, 3).index_add_(0, ids, dy))
+
+
 def test_a_wrong_id_is_an_error_at_the_next_call(device):
     weight = torch.randn(5, 8, device=device, requires_grad=True)
     for wrong, at in ((5, 2), (-1, 0), (1 << 40, 1)):
