@@ -99,6 +99,9 @@ PYBIND11_MODULE(_C, m) {
 #if PYLLM_EMULATE_CUDA
   m.def("_emulate_cuda", [](bool on) { cuda::emulating = on; });
   m.def("_emulated_launches", &cuda::emulated_launches);
+  m.def("emulating_cuda", [] { return cuda::emulating; });
+#else
+  m.def("emulating_cuda", [] { return false; });
 #endif
 
   m.def("recording", [] { return recording != nullptr; });
@@ -141,6 +144,8 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_forward", &ops::recurrent_forward);
   def(m, "recurrent_cell", &ops::recurrent_cell);
   def(m, "recurrent_backward", &ops::recurrent_backward);
+  def(m, "recurrent_steps", &ops::recurrent_steps);
+  def(m, "recurrent_steps_backward", &ops::recurrent_steps_backward);
   def(m, "rope", &ops::rope);
   def(m, "sample", &ops::sample);
   m.def("wkv_chunk", &ops::wkv_chunk);

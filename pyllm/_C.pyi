@@ -11,6 +11,7 @@ def num_threads() -> int: ...
 def set_isa(name: str, /) -> None: ...
 def set_vnni(wanted: bool, /) -> None: ...
 def set_amx(wanted: bool, /) -> None: ...
+def emulating_cuda() -> bool: ...
 def recording() -> bool: ...
 def synchronize(device: int, /) -> None: ...
 
@@ -241,6 +242,48 @@ def recurrent_backward(
     dw_hh: Array | None,
     db_ih: Array | None,
     db_hh: Array | None,
+    dh0: Array | None,
+    dc0: Array | None,
+    /,
+) -> None: ...
+def recurrent_steps(
+    op: str,
+    kind: int,
+    reverse: bool,
+    sums: Array,
+    w_hh: Array,
+    b_ih: Array | None,
+    b_hh: Array | None,
+    h0: Array | None,
+    c0: Array | None,
+    lengths: Array | None,
+    y: Array,
+    h_n: Array,
+    c_n: Array | None,
+    keep: bool,
+    new_hidden: Array | None,
+    tanh_cell: Array | None,
+    cell: Array | None,
+    /,
+) -> None: ...
+def recurrent_steps_backward(
+    op: str,
+    kind: int,
+    reverse: bool,
+    w_hh: Array,
+    h0: Array | None,
+    c0: Array | None,
+    lengths: Array | None,
+    y: Array,
+    gates: Array,
+    new_hidden: Array | None,
+    tanh_cell: Array | None,
+    cell: Array | None,
+    dy: Array | None,
+    dh_n: Array | None,
+    dc_n: Array | None,
+    dsums: Array,
+    dproducts: Array | None,
     dh0: Array | None,
     dc0: Array | None,
     /,

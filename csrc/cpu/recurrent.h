@@ -1,63 +1,8 @@
 #pragma once
+#include "args/recurrent.h"
 #include "cpu/dispatch.h"
-#include "dtype.h"
 
 namespace pyllm {
-
-enum class Recurrence : int { rnn_tanh, rnn_relu, gru, lstm };
-
-constexpr int64_t gates_of(Recurrence kind) {  // blocks of `hidden` rows in a weight, in torch's order
-  constexpr int64_t gates[] = {1, 1, 3, 4};
-  return gates[static_cast<int>(kind)];
-}
-
-struct StridedMatrix {  // strides in elements; data may be null where the argument is optional
-  const char* data;
-  int64_t row, column;
-};
-
-// One direction of one layer. Time comes first: row t * batch + b of x, y, gates, ... belongs to step t of sequence b.
-// Everything has `dtype`, but for what is float* here.
-struct RecurrentShape {
-  Recurrence kind;
-  bool reverse;  // time runs backwards, from the end of each sequence
-  int64_t time, batch, inputs, hidden;
-  DType dtype;
-  const int64_t *lengths, *order;  // of 0 to time, and sequences by falling length; or null: all are `time` long
-  StridedMatrix x, w_ih, w_hh;     // (time * batch, inputs), (gates * hidden, inputs or hidden)
-  StridedMatrix h0, c0;            // (batch, hidden), or null: zeros; c0 of an lstm only
-};
-
-// What the forward pass keeps for the backward pass; contiguous, time * batch rows. All null when there will be none.
-struct RecurrentActivations {
-  float* gates;       // (gates * hidden): after their nonlinearity
-  float* new_hidden;  // (hidden), gru: the hidden state's part of the new gate, with its bias
-  float* tanh_cell;   // (hidden), lstm
-  char* cell;         // (hidden), lstm
-};
-
-struct RecurrentArgs {
-  RecurrentShape shape;
-  StridedMatrix b_ih, b_hh;  // (1, gates * hidden), or null
-  char* y;                   // rows y_step apart, or null
-  int64_t y_step;
-  char *h_n, *c_n;  // (batch, hidden), contiguous
-  RecurrentActivations keep;
-};
-
-struct RecurrentBackwardArgs {
-  RecurrentShape shape;
-  RecurrentActivations kept;
-  const char* y;  // as the forward pass wrote it
-  int64_t y_step;
-  const char* dy;  // of step t, sequence b: dy + t * dy_time + b * dy_batch elements; or null
-  int64_t dy_time, dy_batch;
-  const char *dh_n, *dc_n;  // (batch, hidden), contiguous, or null
-  // Results, contiguous, each may be null. dx may be float32 whatever dtype, and is added to where add_dx.
-  char *dx, *dw_ih, *dw_hh, *db_ih, *db_hh, *dh0, *dc0;
-  DType dx_dtype;
-  bool add_dx;
-};
 
 PYLLM_KERNEL(recurrent_forward, RecurrentArgs)
 PYLLM_KERNEL(recurrent_backward, RecurrentBackwardArgs)

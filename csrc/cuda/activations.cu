@@ -7,8 +7,6 @@
 namespace pyllm::cuda {
 namespace {
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
 // f(x), and its slope. NaN stays NaN.
 struct Value {
   float y, slope;

@@ -12,6 +12,7 @@ namespace {
 std::mutex mutex;  // guards what is below
 std::map<int, FaultRecord*> records;
 std::map<int, cudaMemPool_t> pools;
+std::map<int, Capacity> capacities;
 
 const char* text_of(Fault fault) {
   switch (fault) {
@@ -42,6 +43,10 @@ const char* text_of(Fault fault) {
              "row ";
     case Fault::processed_all_masked:
       return "[sample] penalties and logit_bias must leave a finite logit in each row, but all are -infinity in row ";
+    case Fault::recurrent_length:
+      return "[rnn, gru, lstm] lengths must be in [0, ";
+    case Fault::wkv_length:
+      return "[wkv] lengths must be in [0, ";
     case Fault::none:
       break;
   }
@@ -87,10 +92,21 @@ void check_cuda(cudaError_t error, const char* what) {
   fail(Error::runtime, "[cuda] ", what, " failed: ", cudaGetErrorString(error));
 }
 
-void fail_launch(const dim3& grid, const dim3& block, size_t shared) {
+void fail_launch(const dim3& grid, const dim3& block, size_t shared, size_t most_shared) {
   fail(Error::value, "[cuda] a launch must have at most 2147483647 x 65535 x 65535 blocks of 1024 threads and ",
-       kMaxShared, " bytes, but got ", grid.x, " x ", grid.y, " x ", grid.z, " of ", block.x, " x ", block.y, " x ",
+       most_shared, " bytes, but got ", grid.x, " x ", grid.y, " x ", grid.z, " of ", block.x, " x ", block.y, " x ",
        block.z, " and ", shared);
+}
+
+Capacity capacity_of(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = capacities.find(device);
+  if (found != capacities.end()) return found->second;
+  int processors = 0, shared = 0, together = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "a device's attribute");
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "a device's attribute");
+  check_cuda(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device), "a device's attribute");
+  return capacities[device] = {processors, static_cast<size_t>(shared), together != 0};
 }
 
 Scratch::Scratch(const Work& work, size_t bytes) : stream_(static_cast<cudaStream_t>(work.stream)) {
@@ -118,9 +134,10 @@ void raise_faults(int device) {
   *record = FaultRecord{};
   const bool row = found.fault >= Fault::logits_not_finite && found.fault <= Fault::processed_all_masked;
   if (row) fail(Error::value, text_of(found.fault), found.at, " (found on the device, in an earlier call)");
-  fail(found.fault == Fault::key_length ? Error::value : Error::index, text_of(found.fault), found.bound,
-       found.fault == Fault::key_length ? "], but got " : "), but got ", found.value, " at element ", found.at,
-       " (found on the device, in an earlier call)");
+  const bool length =
+      found.fault == Fault::key_length || found.fault == Fault::recurrent_length || found.fault == Fault::wkv_length;
+  fail(length ? Error::value : Error::index, text_of(found.fault), found.bound, length ? "], but got " : "), but got ",
+       found.value, " at element ", found.at, " (found on the device, in an earlier call)");
 }
 
 void synchronize(int device) {

@@ -45,6 +45,8 @@ enum class Fault : int32_t {
   processed_all_masked,
   history_id,
   given_id,
+  recurrent_length,
+  wkv_length,
 };
 struct FaultRecord {
   int32_t claimed, ready;

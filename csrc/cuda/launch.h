@@ -16,7 +16,7 @@ constexpr size_t kMaxShared = 99 * 1024;  // bytes of a block on any GPU from sm
 constexpr int kWarp = 32;
 
 void check_cuda(cudaError_t error, const char* what);  // throws Error::runtime
-[[noreturn]] void fail_launch(const dim3& grid, const dim3& block, size_t shared);
+[[noreturn]] void fail_launch(const dim3& grid, const dim3& block, size_t shared, size_t most_shared);
 
 // Memory of the device that lives until the work given to the stream so far is done.
 class Scratch {
@@ -40,31 +40,59 @@ struct Grid {
   int64_t x, y = 1, z = 1;
 };
 
-// kernel(args...) on `grid` blocks of `block` threads with `shared` bytes; nothing for an empty grid.
+// What a device has for blocks that run together.
+struct Capacity {
+  int64_t processors;  // each runs at least one block of any size up to the limits
+  size_t shared;       // bytes of a block
+  bool together;       // whether all blocks of a launch can be promised to run at once
+};
+Capacity capacity_of(int device);
+
 template <class... Parameters, class... Args>
-void launch(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared, const Work& work,
-            const Args&... args) {
+void launch_blocks(bool together, size_t most_shared, void (*kernel)(Parameters...), const Grid& grid,
+                   const dim3& block, size_t shared, const Work& work, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const auto fits = [](int64_t n, int64_t most) { return n > 0 && n <= most; };
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
   if (!fits(grid.x, 2147483647) || !fits(grid.y, 65535) || !fits(grid.z, 65535) || !fits(threads, 1024) ||
-      shared > kMaxShared)
-    fail_launch(blocks, block, shared);
+      shared > most_shared)
+    fail_launch(blocks, block, shared, most_shared);
 #if PYLLM_EMULATE_CUDA
   (void)work;
-  emulate(blocks, block, shared, [&] { kernel(args...); });
+  emulate(blocks, block, shared, together, [&] { kernel(args...); });
 #else
-  if (shared > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+  if (shared > 48 * 1024)  // as much as there is, so that threads of the host do not lower it for each other
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(capacity_of(work.device).shared)),
                "a kernel's shared memory");
+  cudaLaunchAttribute cooperative;
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(work.stream);
+  config.attrs = &cooperative;
+  config.numAttrs = together ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(args)...), "a kernel's launch");
 #endif
+}
+
+// kernel(args...) on `grid` blocks of `block` threads with `shared` bytes; nothing for an empty grid.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared, const Work& work,
+            const Args&... args) {
+  launch_blocks(false, kMaxShared, kernel, grid, block, shared, work, args...);
+}
+
+// The same with all blocks running at once, so that they may wait for each other (meet_blocks). There must be no more of
+// them than the device has processors; where they do not all fit, the launch fails.
+template <class... Parameters, class... Args>
+void launch_together(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared,
+                     const Work& work, const Args&... args) {
+  launch_blocks(true, capacity_of(work.device).shared, kernel, grid, block, shared, work, args...);
 }
 
 inline void set_zero(void* p, size_t bytes, const Work& work) {
@@ -80,6 +108,33 @@ __device__ __forceinline__ char* shared_memory() {
   return pyllm_shared;
 }
 #endif
+
+// All threads of the blocks (of one dimension) that count in `arrived` meet, and what any of them wrote before, all see
+// after. It counts from zero, and is `expected` when all have come.
+__device__ __forceinline__ void meet_blocks(unsigned long long* arrived, unsigned long long expected) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1ull);
+#if PYLLM_EMULATE_CUDA
+    while (*arrived < expected) let_others_run();
+#else
+    unsigned long long now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(arrived) : "memory");
+    } while (now < expected);
+#endif
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// Asks for what will be read soon.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
+#if !PYLLM_EMULATE_CUDA
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
 
 // The first thread of any call to find something wrong says so.
 __device__ __forceinline__ void report(FaultRecord* record, Fault fault, int64_t at, int64_t value, int64_t bound) {

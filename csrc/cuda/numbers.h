@@ -72,6 +72,8 @@ __device__ __forceinline__ int64_t integer_at(const char* p, DType dtype, int64_
   return dtype == DType::i64 ? reinterpret_cast<const int64_t*>(p)[i] : reinterpret_cast<const int32_t*>(p)[i];
 }
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 // 16 bytes of elements, as floats.
 template <class T>
 struct Pack {

@@ -81,6 +81,22 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
                         const TensorView& dw_ih_or_none, const TensorView& dw_hh_or_none,
                         const TensorView& db_ih_or_none, const TensorView& db_hh_or_none, const TensorView& dh0_or_none,
                         const TensorView& dc0_or_none);
+// The same on a CUDA device, where sums (T * B, gates * H) are the products of the inputs with w_ih, in whose place the
+// gates are kept; and where the gradients of those, and of the products with w_hh (of a gru), are what comes back.
+void recurrent_steps(const char* op, int kind, bool reverse, const TensorView& sums, const TensorView& w_hh,
+                     const TensorView& b_ih_or_none, const TensorView& b_hh_or_none, const TensorView& h0_or_none,
+                     const TensorView& c0_or_none, const TensorView& lengths_or_none, const TensorView& y,
+                     const TensorView& h_n, const TensorView& c_n_or_none, bool keep,
+                     const TensorView& new_hidden_or_none, const TensorView& tanh_cell_or_none,
+                     const TensorView& cell_or_none);
+void recurrent_steps_backward(const char* op, int kind, bool reverse, const TensorView& w_hh,
+                              const TensorView& h0_or_none, const TensorView& c0_or_none,
+                              const TensorView& lengths_or_none, const TensorView& y, const TensorView& gates,
+                              const TensorView& new_hidden_or_none, const TensorView& tanh_cell_or_none,
+                              const TensorView& cell_or_none, const TensorView& dy_or_none,
+                              const TensorView& dh_n_or_none, const TensorView& dc_n_or_none, const TensorView& dsums,
+                              const TensorView& dproducts_or_none, const TensorView& dh0_or_none,
+                              const TensorView& dc0_or_none);
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals, int64_t capacity);
 int64_t page_tile();  // a page holds a multiple of so many positions
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,

@@ -4,7 +4,9 @@
 #include <numeric>
 #include <vector>
 
+#include "cuda/recurrent.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -14,6 +16,11 @@ StridedMatrix matrix(const TensorView& t) { return {t.data, t.step(0), t.step(1)
 StridedMatrix matrix_or_none(const TensorView& t) { return t.present() ? matrix(t) : StridedMatrix{}; }
 StridedMatrix row_or_none(const TensorView& t) {
   return t.present() ? StridedMatrix{t.data, 0, t.step(0)} : StridedMatrix{};
+}
+
+Recurrence check_kind(const char* op, int kind) {
+  check(kind >= 0 && kind <= static_cast<int>(Recurrence::lstm), "[", op, "] kind must be 0 to 3, but got ", kind);
+  return static_cast<Recurrence>(kind);
 }
 
 void check_weights(const char* op, const RecurrentShape& s, const TensorView& w_ih, const TensorView& w_hh) {
@@ -47,13 +54,13 @@ void check_output(const char* op, const char* name, const TensorView& t, DType d
 // The last two of x's dimensions are batch and inputs; what is given of w_hh decides the hidden size.
 RecurrentShape shape_of(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
                         const TensorView& w_hh) {
-  check(kind >= 0 && kind <= static_cast<int>(Recurrence::lstm), "[", op, "] kind must be 0 to 3, but got ", kind);
+  const Recurrence checked = check_kind(op, kind);
   check_float(op, "x", x);
   check_device(op, "w_ih", w_ih);
   check_device(op, "w_hh", w_hh);
   check_ndim(op, "w_hh", w_hh, 2);
   RecurrentShape s{};
-  s.kind = static_cast<Recurrence>(kind);
+  s.kind = checked;
   s.reverse = reverse;
   s.time = x.ndim == 3 ? x.size(0) : 1;
   s.batch = x.size(-2);
@@ -82,13 +89,18 @@ void check_sequence(const char* op, RecurrentShape& s, const TensorView& x) {
         "] x must have its rows evenly spaced over time and batch, but got strides ", x.step(0), " and ", x.step(1));
 }
 
-// Checked lengths, and the sequences in order of falling length.
-std::vector<int64_t> take_lengths(const char* op, RecurrentShape& s, const TensorView& lengths) {
-  if (!lengths.present()) return {};
+void take_lengths(const char* op, RecurrentShape& s, const TensorView& lengths) {
+  if (!lengths.present()) return;
   check_dtype(op, "lengths", lengths, DType::i64);
   check_shape(op, "lengths", lengths, s.batch);
   check_contiguous(op, "lengths", lengths);
   s.lengths = lengths.as<int64_t>();
+}
+
+// Checked lengths, and the sequences in order of falling length.
+std::vector<int64_t> take_order(const char* op, RecurrentShape& s, const TensorView& lengths) {
+  take_lengths(op, s, lengths);
+  if (!s.lengths) return {};
   for (int64_t b = 0; b < s.batch; b++)
     check(s.lengths[b] >= 0 && s.lengths[b] <= s.time, "[", op, "] lengths must be 0 to ", s.time, ", but got ",
           s.lengths[b], " for sequence ", b);
@@ -122,6 +134,45 @@ RecurrentActivations take_activations(const char* op, const RecurrentShape& s, c
   return {gates.as<float>(), new_hidden.as<float>(), tanh_cell.as<float>(), cell.data};
 }
 
+template <class Args>
+void take_dy(const char* op, Args& a, const TensorView& dy) {
+  if (!dy.present()) return;
+  check_dtype(op, "dy", dy, a.shape.dtype);
+  check_shape(op, "dy", dy, a.shape.time, a.shape.batch, a.shape.hidden);
+  check_inner_stride(op, "dy", dy);
+  a.dy = dy.data;
+  a.dy_time = dy.step(0);
+  a.dy_batch = dy.step(1);
+}
+
+void check_state_gradients(const char* op, const RecurrentShape& s, std::initializer_list<const TensorView*> tensors) {
+  for (const TensorView* t : tensors)
+    if (t->present()) check_output(op, "gradient of a state", *t, s.dtype, s.batch, s.hidden);
+}
+
+// Of steps whose inputs' products are given: y decides time and batch, w_hh the hidden size.
+RecurrentShape shape_of_steps(const char* op, int kind, bool reverse, const TensorView& w_hh, const TensorView& y,
+                              const TensorView& h0, const TensorView& c0, const TensorView& lengths,
+                              const Place& place) {
+  check(place.cuda(), "[", op, "] the products of the inputs must be on a CUDA device");
+  RecurrentShape s{};
+  s.kind = check_kind(op, kind);
+  s.reverse = reverse;
+  check_float(op, "y", y);
+  check_ndim(op, "y", y, 3);
+  check_dtype(op, "w_hh", w_hh, y.dtype);
+  check_ndim(op, "w_hh", w_hh, 2);
+  s.time = y.size(0);
+  s.batch = y.size(1);
+  s.hidden = w_hh.size(1);
+  s.dtype = y.dtype;
+  check_shape(op, "w_hh", w_hh, gates_of(s.kind) * s.hidden, s.hidden);
+  s.w_hh = matrix(w_hh);
+  take_states(op, s, h0, c0);
+  take_lengths(op, s, lengths);
+  return s;
+}
+
 }  // namespace
 
 void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
@@ -137,7 +188,7 @@ void recurrent_forward(const char* op, int kind, bool reverse, const TensorView&
   check_bias(op, "b_ih", b_ih, a.shape);
   check_bias(op, "b_hh", b_hh, a.shape);
   take_states(op, a.shape, h0, c0);
-  const std::vector<int64_t> order = take_lengths(op, a.shape, lengths);
+  const std::vector<int64_t> order = take_order(op, a.shape, lengths);
   check_writable(op, "y", y);
   a.y_step = check_y(op, y, a.shape);
   a.y = y.data;
@@ -189,20 +240,12 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
   const RecurrentShape& s = a.shape;
   check_sequence(op, a.shape, x);
   take_states(op, a.shape, h0, c0);
-  const std::vector<int64_t> order = take_lengths(op, a.shape, lengths);
+  const std::vector<int64_t> order = take_order(op, a.shape, lengths);
   a.y_step = check_y(op, y, s);
   a.y = y.data;
   a.kept = take_activations(op, s, gates, new_hidden, tanh_cell, cell);
-  if (dy.present()) {
-    check_dtype(op, "dy", dy, s.dtype);
-    check_shape(op, "dy", dy, s.time, s.batch, s.hidden);
-    check_inner_stride(op, "dy", dy);
-    a.dy = dy.data;
-    a.dy_time = dy.step(0);
-    a.dy_batch = dy.step(1);
-  }
-  for (const TensorView* t : {&dh_n, &dc_n, &dh0, &dc0})
-    if (t->present()) check_output(op, "gradient of a state", *t, s.dtype, s.batch, s.hidden);
+  take_dy(op, a, dy);
+  check_state_gradients(op, s, {&dh_n, &dc_n, &dh0, &dc0});
   const int64_t width = gates_of(s.kind) * s.hidden;
   if (dw_ih.present()) check_output(op, "dw_ih", dw_ih, s.dtype, width, s.inputs);
   if (dw_hh.present()) check_output(op, "dw_hh", dw_hh, s.dtype, width, s.hidden);
@@ -224,6 +267,58 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
   a.dh0 = dh0.data;
   a.dc0 = dc0.data;
   pyllm::recurrent_backward(a);
+}
+
+void recurrent_steps(const char* op, int kind, bool reverse, const TensorView& sums, const TensorView& w_hh,
+                     const TensorView& b_ih, const TensorView& b_hh, const TensorView& h0, const TensorView& c0,
+                     const TensorView& lengths, const TensorView& y, const TensorView& h_n, const TensorView& c_n,
+                     bool keep, const TensorView& new_hidden, const TensorView& tanh_cell, const TensorView& cell) {
+  const Place place(op, "x", sums);
+  RecurrentStepsArgs a{};
+  a.shape = shape_of_steps(op, kind, reverse, w_hh, y, h0, c0, lengths, place);
+  const RecurrentShape& s = a.shape;
+  check_output(op, "sums", sums, DType::f32, s.time * s.batch, gates_of(s.kind) * s.hidden);
+  check_bias(op, "b_ih", b_ih, s);
+  check_bias(op, "b_hh", b_hh, s);
+  check_writable(op, "y", y);
+  a.y_step = check_y(op, y, s);
+  check_output(op, "h_n", h_n, s.dtype, s.batch, s.hidden);
+  if (s.kind == Recurrence::lstm) check_output(op, "c_n", c_n, s.dtype, s.batch, s.hidden);
+  a.b_ih = row_or_none(b_ih);
+  a.b_hh = row_or_none(b_hh);
+  a.sums = sums.as<float>();
+  a.y = y.data;
+  a.h_n = h_n.data;
+  a.c_n = c_n.data;
+  if (keep) a.keep = take_activations(op, s, sums, new_hidden, tanh_cell, cell);
+  cuda::recurrent_steps(a, place.work());
+}
+
+void recurrent_steps_backward(const char* op, int kind, bool reverse, const TensorView& w_hh, const TensorView& h0,
+                              const TensorView& c0, const TensorView& lengths, const TensorView& y,
+                              const TensorView& gates, const TensorView& new_hidden, const TensorView& tanh_cell,
+                              const TensorView& cell, const TensorView& dy, const TensorView& dh_n,
+                              const TensorView& dc_n, const TensorView& dsums, const TensorView& dproducts,
+                              const TensorView& dh0, const TensorView& dc0) {
+  const Place place(op, "gates", gates);
+  RecurrentStepsBackwardArgs a{};
+  a.shape = shape_of_steps(op, kind, reverse, w_hh, y, h0, c0, lengths, place);
+  const RecurrentShape& s = a.shape;
+  a.y_step = check_y(op, y, s);
+  a.y = y.data;
+  a.kept = take_activations(op, s, gates, new_hidden, tanh_cell, cell);
+  take_dy(op, a, dy);
+  check_state_gradients(op, s, {&dh_n, &dc_n, &dh0, &dc0});
+  const int64_t width = gates_of(s.kind) * s.hidden;
+  check_output(op, "dsums", dsums, s.dtype, s.time * s.batch, width);
+  if (s.kind == Recurrence::gru) check_output(op, "dproducts", dproducts, s.dtype, s.time * s.batch, width);
+  a.dh_n = dh_n.data;
+  a.dc_n = dc_n.data;
+  a.dsums = dsums.data;
+  a.dproducts = dproducts.data;
+  a.dh0 = dh0.data;
+  a.dc0 = dc0.data;
+  cuda::recurrent_steps_backward(a, place.work());
 }
 
 }  // namespace pyllm::ops

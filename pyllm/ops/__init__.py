@@ -59,12 +59,12 @@ __all__ = [
     "write_pages",
 ]
 
-# With kernels for CUDA devices, where the products of `linear` and `linear_cross_entropy` are torch's. The others take
-# tensors on the CPU alone.
+# With kernels for CUDA devices, where the products of `linear`, `linear_cross_entropy` and recurrent layers' inputs are
+# torch's. The others take tensors on the CPU alone.
 CUDA = frozenset({
-    "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "layer_norm", "linear",
-    "linear_cross_entropy", "next_positions", "quantized_embedding", "quantized_linear", "relu_squared", "rms_norm",
-    "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "write_pages",
+    "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "gru", "gru_cell", "layer_norm",
+    "linear", "linear_cross_entropy", "lstm", "lstm_cell", "next_positions", "quantized_embedding", "quantized_linear",
+    "relu_squared", "rms_norm", "rnn", "rnn_cell", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "write_pages",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
+from pyllm.ops import recurrent_cuda
 from pyllm.ops.gradients import once_differentiable
 
 _NONLINEARITIES = {"tanh": 0, "relu": 1}
 _GRU, _LSTM = 2, 3
+_GATES = (1, 1, 3, 4)  # of each kind: blocks of rows in a weight
 
 
 def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlinearity: str = "tanh",
@@ -19,7 +21,9 @@ def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlin
     """Layers of a simple recurrent network (Elman, 1990): h' = tanh(w_ih x + b_ih + w_hh h + b_hh), or relu.
 
     A sequence's result has the same bits alone, in any batch, with any padding, for any number of threads, and when it
-    is fed in pieces or cell by cell with its state carried: states are rounded to x's dtype at each step.
+    is fed in pieces or cell by cell with its state carried: states are rounded to x's dtype at each step. On a CUDA
+    device the products with w_ih, and the gradients of x and the parameters, are torch's (cuBLAS), which promises no
+    such thing; gradients are rounded to x's dtype between steps; a wrong length is found by the device.
 
     Args:
         x: (B, T, I), or (T, B, I) where `batch_first` is false; float32, bfloat16 or float16.
@@ -93,11 +97,15 @@ def _nonlinearity(op: str, name: str) -> int:
 
 
 def _cell(op, kind, x, h, c, w_ih, w_hh, b_ih, b_hh):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)):
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)
+    )
+    if differentiable or _on_cuda(x):
         if x.dim() != 2 or h.dim() != 2:
             raise ValueError(f"[{op}] x and h must have 2 dimensions, but got {tuple(x.shape)} and {tuple(h.shape)}")
         c = None if c is None else c[None]
-        _, h_n, c_n = _Layer.apply(op, kind, 1, None, x[None], h[None], c, w_ih, w_hh, b_ih, b_hh)
+        apply = _Layer.apply if differentiable else _forward
+        _, h_n, c_n = apply(op, kind, 1, None, x[None], h[None], c, w_ih, w_hh, b_ih, b_hh)[:3]
         return h_n[0], None if c_n is None else c_n[0]
     h_n = torch.empty(h.shape, dtype=x.dtype)
     c_n = None if c is None else torch.empty(h.shape, dtype=x.dtype)
@@ -124,7 +132,7 @@ def _run(op, kind, x, params, state, num_layers, bidirectional, dropout, trainin
     if lengths is not None and lengths.shape != y.shape[1:2]:
         raise ValueError(f"[{op}] lengths must have shape ({y.shape[1]},), but got {tuple(lengths.shape)}")
     if lengths is not None:  # what the padding holds, perhaps NaN, must not reach the gradients of the weights
-        y = y.masked_fill((torch.arange(y.shape[0])[:, None] >= lengths)[..., None], 0)
+        y = y.masked_fill((torch.arange(y.shape[0], device=y.device)[:, None] >= lengths)[..., None], 0)
     y = y.contiguous()
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params, *state))
     apply = _Layer.apply if differentiable else _forward
@@ -134,8 +142,9 @@ def _run(op, kind, x, params, state, num_layers, bidirectional, dropout, trainin
     for layer in range(num_layers):
         if layer and training and dropout:
             shape = (y.shape[1], y.shape[0], y.shape[2])  # batch first, whatever x is
-            kept = torch.rand(shape, generator=generator, dtype=torch.float32) >= dropout
-            y = y * kept.transpose(0, 1) / (1 - dropout)
+            device = y.device if generator is None else None  # a seed draws the same everywhere
+            kept = torch.rand(shape, generator=generator, dtype=torch.float32, device=device) >= dropout
+            y = y * kept.to(y.device).transpose(0, 1) / (1 - dropout)
         h0, c0 = (None if t is None else t[layer * directions : (layer + 1) * directions] for t in (*state, None)[:2])
         y, *states = apply(op, kind, directions, lengths, y, h0, c0, *params[layer * per : (layer + 1) * per])[:3]
         last.append(states)
@@ -154,30 +163,41 @@ def _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=False):
     if params[1].dim() != 2:
         raise ValueError(f"[{op}] w_hh must have 2 dimensions, but got {tuple(params[1].shape)}")
     (time, batch, _), hidden = x.shape, params[1].shape[1]
-    y = torch.empty(time, batch, directions * hidden, dtype=x.dtype)
-    h_n = torch.empty(directions, batch, hidden, dtype=x.dtype)
+    on_cuda = _on_cuda(x)
+    y = x.new_empty(time, batch, directions * hidden)
+    h_n = x.new_empty(directions, batch, hidden)
     c_n = torch.empty_like(h_n) if kind == _LSTM else None
     kept = []
     for d, (w_ih, w_hh, b_ih, b_hh) in enumerate(_sides(params, directions)):
+        gates = recurrent_cuda.products(op, x, w_ih, _GATES[kind] * hidden) if on_cuda else None
         activations = (None,) * 4
         if keep:
             rows = time * batch
-            gates = torch.empty(rows, w_hh.shape[0], dtype=torch.float32)
-            part = torch.empty(rows, hidden, dtype=torch.float32) if kind >= _GRU else None
-            cell = torch.empty(rows, hidden, dtype=x.dtype) if kind == _LSTM else None
+            gates = x.new_empty(rows, w_hh.shape[0], dtype=torch.float32) if gates is None else gates
+            part = x.new_empty(rows, hidden, dtype=torch.float32) if kind >= _GRU else None
+            cell = x.new_empty(rows, hidden) if kind == _LSTM else None
             activations = (gates, part, None, None) if kind == _GRU else (gates, None, part, cell)
         initial, last = ([None if t is None else t[d] for t in pair] for pair in ((h0, c0), (h_n, c_n)))
-        _C.recurrent_forward(op, kind, d == 1, x, w_ih, w_hh, b_ih, b_hh, *initial, lengths,
-                             y[..., d * hidden : (d + 1) * hidden], *last, *activations)  # fmt: skip
+        columns = y[..., d * hidden : (d + 1) * hidden]
+        if on_cuda:
+            _C.recurrent_steps(op, kind, d == 1, gates, w_hh, b_ih, b_hh, *initial, lengths, columns, *last, keep,
+                               *activations[1:])  # fmt: skip
+        else:
+            _C.recurrent_forward(op, kind, d == 1, x, w_ih, w_hh, b_ih, b_hh, *initial, lengths, columns, *last,
+                                 *activations)  # fmt: skip
         kept += activations
     return y, h_n, c_n, kept
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return x.is_cuda or _C.emulating_cuda()
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, kind, directions, lengths, x, h0, c0, *params):
         y, h_n, c_n, kept = _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=True)
-        ctx.op, ctx.kind, ctx.directions = op, kind, directions
+        ctx.op, ctx.kind, ctx.directions, ctx.on_cuda = op, kind, directions, _on_cuda(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lengths, x, h0, c0, y, *params, *kept)
         return y, h_n, c_n
@@ -191,17 +211,17 @@ class _Layer(torch.autograd.Function):
         _, _, _, _, needs_x, needs_h0, needs_c0, *needs = ctx.needs_input_grad
         hidden, per = params[1].shape[1], len(params) // directions
         # Two directions add up in float32.
-        dx = torch.empty(x.shape, dtype=x.dtype if directions == 1 else torch.float32) if needs_x else None
-        dh0, dc0 = (torch.empty(t.shape, dtype=t.dtype) if n else None for t, n in ((h0, needs_h0), (c0, needs_c0)))
-        dparams = [torch.empty(p.shape, dtype=p.dtype) if n else None for p, n in zip(params, needs, strict=True)]
+        dx = x.new_empty(x.shape, dtype=x.dtype if directions == 1 else torch.float32) if needs_x else None
+        dh0, dc0 = (t.new_empty(t.shape) if n else None for t, n in ((h0, needs_h0), (c0, needs_c0)))
+        dparams = [p.new_empty(p.shape) if n else None for p, n in zip(params, needs, strict=True)]
         dy = dy if dy is None or dy.stride(-1) == 1 else dy.contiguous()
         dh_n, dc_n = (None if t is None else t.contiguous() for t in (dh_n, dc_n))
+        run = recurrent_cuda.backward if ctx.on_cuda else _C.recurrent_backward
         for d in range(directions):
             w_ih, w_hh = params[d * per : d * per + 2]
             columns = slice(d * hidden, (d + 1) * hidden)
             side = [None if t is None else t[d] for t in (h0, c0, dh_n, dc_n, dh0, dc0)]
             gradients = (*dparams[d * per : (d + 1) * per], None, None)[:4]
-            _C.recurrent_backward(op, kind, d == 1, x, w_ih, w_hh, *side[:2], lengths, y[..., columns],
-                                  *kept[4 * d : 4 * d + 4], None if dy is None else dy[..., columns], *side[2:4], dx,
-                                  d == 1, *gradients, *side[4:])  # fmt: skip
+            run(op, kind, d == 1, x, w_ih, w_hh, *side[:2], lengths, y[..., columns], *kept[4 * d : 4 * d + 4],
+                None if dy is None else dy[..., columns], *side[2:4], dx, d == 1, *gradients, *side[4:])  # fmt: skip
         return None, None, None, None, None if dx is None else dx.to(x.dtype), dh0, dc0, *dparams

@@ -69,19 +69,20 @@ def _run(step: Callable[..., State], x: Tensor, params: Sequence[Tensor], state:
     out = x if batch_first else x.transpose(0, 1)
     batch, time, hidden = out.shape[0], out.shape[1], params[1].shape[1]
     if state is None:
-        state = (torch.zeros(num_layers * directions, batch, hidden, dtype=x.dtype),) * states
-    lengths = torch.full((batch,), time) if lengths is None else lengths
+        state = (x.new_zeros(num_layers * directions, batch, hidden),) * states
+    lengths = torch.full((batch,), time, device=x.device) if lengths is None else lengths
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     last = []
     for layer in range(num_layers):
         if layer and training and dropout:
-            kept = torch.rand(out.shape, generator=generator, dtype=torch.float32) >= dropout
-            out = out * kept / (1 - dropout)
+            device = out.device if generator is None else None  # a seed draws the same everywhere
+            kept = torch.rand(out.shape, generator=generator, dtype=torch.float32, device=device) >= dropout
+            out = out * kept.to(out.device) / (1 - dropout)
         sides = []
         for d in range(directions):
             n = layer * directions + d
             p = params[n * per : (n + 1) * per]
-            s, steps = tuple(t[n] for t in state), [torch.zeros(batch, hidden, dtype=x.dtype)] * time
+            s, steps = tuple(t[n] for t in state), [x.new_zeros(batch, hidden)] * time
             for t in reversed(range(time)) if d else range(time):
                 live = (t < lengths)[:, None]
                 new = step(out[:, t], s, *p)

@@ -8,8 +8,8 @@ def wkv(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state:
         lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype, wide = r.dtype, torch.promote_types(r.dtype, torch.float32)
     batch, time, heads, dim = r.shape
-    s = torch.zeros(batch, heads, dim, dim, dtype=wide) if state is None else state.to(wide)  # keys by values
-    lengths = torch.full((batch,), time) if lengths is None else lengths
+    s = r.new_zeros(batch, heads, dim, dim, dtype=wide) if state is None else state.to(wide)  # keys by values
+    lengths = torch.full((batch,), time, device=r.device) if lengths is None else lengths
     r, w, k, v, a, b = (t.to(wide) for t in (r, w, k, v, a, b))
     decay, outputs = w.exp()[..., None], []
     for t in range(time):

@@ -58,3 +58,22 @@ def test_steps_with_a_state(options, device, on_cpu):
     steps = [model(part, state=state) for part in ids.split([9, 1, 1, 12, 1], 1)]
     torch.testing.assert_close(torch.cat(steps, 1).cpu(), expected, rtol=1e-4, atol=1e-5)
     pyllm.synchronize()
+
+
+def recurrent(cell):
+    return pyllm.LanguageModel(60, 24, 2, cell=cell, embedding_size=20)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_recurrent_model(cell, device, on_cpu):
+    model, ids = recurrent(cell), torch.randint(0, 60, (3, 9))
+    expected = on_cpu(lambda: train(copy.deepcopy(model), ids))
+    whole = on_cpu(lambda: model.eval()(ids).detach())
+    model, ids = model.to(device), ids.to(device)
+    for ours, theirs in zip(train(model, ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    state = model.new_state(3)
+    with torch.no_grad():
+        steps = [model(part, state=state) for part in ids.split([4, 1, 1, 3], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1).cpu(), whole, rtol=1e-4, atol=1e-5)
+    pyllm.synchronize()

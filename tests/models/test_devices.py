@@ -28,6 +28,15 @@ for options in (
         state = model.new_state(2, 64)
         assert state.lengths.is_meta and state.caches[0].keys.is_meta
         assert model(ids, state=state).is_meta and model(ids[:, :1], state=state).is_meta
+recurrent = [pyllm.LanguageModel(50, 16, 2, cell=cell) for cell in ("rnn", "gru", "lstm")]
+for model in (*recurrent, pyllm.RWKV(50, 16, 2, head_dim=8)):
+    model = model.to("meta")
+    ops.cross_entropy(model(ids), ids).backward()
+    assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+    with torch.no_grad():
+        state = model.new_state(2)
+        assert all(v.is_meta for v in state.vectors) and state.lengths.is_meta
+        assert model(ids, state=state).is_meta and model(ids[:, :1], state=state).is_meta
 assert pyllm.Encoder(50, 32, 2, 4).to("meta").hidden(ids).is_meta
 """
 

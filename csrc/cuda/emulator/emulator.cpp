@@ -17,8 +17,8 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr size_t kStack = 128 << 10;
-constexpr int kThreads = 1024, kLanes = 32;
-enum class Waits : uint8_t { no, for_warp, for_block, done };
+constexpr int kLanes = 32;
+enum class Waits : uint8_t { no, for_warp, for_block, for_others, done };
 
 struct Fiber {
   ucontext_t context;
@@ -26,15 +26,16 @@ struct Fiber {
   bool started;
   Waits waits;
   int turn;  // which of the lane's two places for gifts is next
-  dim3 index;
+  dim3 index, block;
 };
 
 struct Emulator {
   std::mutex mutex;
-  std::vector<Fiber> fibers{kThreads};
-  std::vector<char> shared, gifts = std::vector<char>(2 * kThreads * kGift);
+  std::vector<Fiber> fibers;  // of the blocks that run at once, `count` of each
+  std::vector<char> shared, gifts;
   char* stacks = nullptr;
-  int current = 0, count = 0;
+  int current = 0, count = 0, room = 0;
+  size_t shared_bytes = 0;
   int64_t launches = 0;
   jmp_buf scheduler;
   const std::function<void()>* thread = nullptr;
@@ -55,7 +56,9 @@ void resume(int i) {
   Fiber& fiber = e.fibers[i];
   e.current = i;
   threadIdx = fiber.index;
+  blockIdx = fiber.block;
   if (_setjmp(e.scheduler) != 0) return;
+  fiber.waits = Waits::no;
   if (fiber.started) _longjmp(fiber.at, 1);
   fiber.started = true;
   getcontext(&fiber.context);
@@ -79,43 +82,73 @@ bool release(int first, int count, Waits what) {
   return any;
 }
 
-void run_block() {
-  for (int i = 0; i < e.count; i++) {
+bool release_block(int first) {
+  bool any = false;
+  for (int i = 0; i < e.count; i += kLanes)
+    any = release(first + i, i + kLanes <= e.count ? kLanes : e.count - i, Waits::for_warp) || any;
+  return any || release(first, e.count, Waits::for_block);
+}
+
+void make_room(int fibers) {
+  if (fibers <= e.room) return;
+  if (e.stacks) munmap(e.stacks, e.room * kStack);
+  e.stacks = nullptr;
+  e.room = 0;
+  void* stacks =
+      mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) fail(Error::runtime, "[emulated CUDA] no memory for the threads of a block");
+  e.stacks = static_cast<char*>(stacks);
+  e.room = fibers;
+  e.fibers.resize(fibers);
+  e.gifts.resize(2 * fibers * kGift);
+}
+
+dim3 index_in(const dim3& shape, unsigned n) { return dim3(n % shape.x, n / shape.x % shape.y, n / shape.x / shape.y); }
+
+// `blocks` blocks from `first`, together: every other time from the last to the first, so that none relies on an order.
+void run_blocks(unsigned first, int blocks) {
+  const int fibers = blocks * e.count;
+  for (int i = 0; i < fibers; i++) {
     Fiber& fiber = e.fibers[i];
-    const auto n = static_cast<unsigned>(i);
     fiber.started = false;
     fiber.waits = Waits::no;
     fiber.turn = 0;
-    fiber.index = dim3(n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y);
+    fiber.index = index_in(blockDim, static_cast<unsigned>(i % e.count));
+    fiber.block = index_in(gridDim, first + static_cast<unsigned>(i / e.count));
   }
-  while (true) {
-    for (int i = 0; i < e.count; i++)
-      if (e.fibers[i].waits == Waits::no) resume(i);
-    bool more = false, live = false;
-    for (int i = 0; i < e.count; i += kLanes)
-      more = release(i, i + kLanes <= e.count ? kLanes : e.count - i, Waits::for_warp) || more;
-    if (!more) more = release(0, e.count, Waits::for_block);
-    for (int i = 0; i < e.count; i++) live = live || e.fibers[i].waits != Waits::done;
+  e.shared.assign(blocks * e.shared_bytes, static_cast<char>(0xff));
+  for (bool back = false;; back = !back) {
+    bool moved = false, live = false;
+    for (int n = 0; n < fibers; n++) {
+      const int i = back ? fibers - 1 - n : n;
+      const Waits before = e.fibers[i].waits;
+      if (before != Waits::no && before != Waits::for_others) continue;
+      resume(i);
+      moved = moved || before == Waits::no || e.fibers[i].waits != Waits::for_others;
+    }
+    for (int block = 0; block < blocks; block++) moved = release_block(block * e.count) || moved;
+    for (int i = 0; i < fibers; i++) live = live || e.fibers[i].waits != Waits::done;
     if (!live) return;
-    if (!more) fail(Error::runtime, "[emulated CUDA] some threads of a block wait where others never come");
+    if (!moved) fail(Error::runtime, "[emulated CUDA] some threads wait where others never come");
   }
 }
 
 }  // namespace
 
 int64_t emulated_launches() { return e.launches; }
-char* shared_memory() { return e.shared.data(); }
+char* shared_memory() { return e.shared.data() + e.current / e.count * e.shared_bytes; }
 void meet_block() { wait(Waits::for_block); }
-int lane_of_thread() { return e.current % kLanes; }
+void let_others_run() { wait(Waits::for_others); }
+int lane_of_thread() { return e.current % e.count % kLanes; }
 
 const char* meet_warp(const void* mine, size_t bytes) {
   Fiber& fiber = e.fibers[e.current];
-  const int self = e.current;
-  char* gifts = e.gifts.data() + fiber.turn * kThreads * kGift;
+  const int self = e.current, lane = lane_of_thread();
+  char* gifts = e.gifts.data() + static_cast<size_t>(fiber.turn) * e.room * kGift;
   fiber.turn ^= 1;
   if (bytes) std::memcpy(gifts + self * kGift, mine, bytes);
   wait(Waits::for_warp);
-  return gifts + self / kLanes * kLanes * kGift;
+  return gifts + (self - lane) * kGift;
 }
 
 cudaError_t cudaMallocFromPoolAsync(void** p, size_t bytes, cudaMemPool_t, cudaStream_t) {
@@ -125,25 +158,17 @@ cudaError_t cudaMallocFromPoolAsync(void** p, size_t bytes, cudaMemPool_t, cudaS
   return cudaSuccess;
 }
 
-void emulate(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {
+void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(e.mutex);
-  if (!e.stacks) {
-    void* stacks = mmap(nullptr, kThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stacks == MAP_FAILED) fail(Error::runtime, "[emulated CUDA] no memory for the threads of a block");
-    e.stacks = static_cast<char*>(stacks);
-  }
+  const unsigned blocks = grid.x * grid.y * grid.z, step = together ? blocks : 1;
+  e.count = static_cast<int>(block.x * block.y * block.z);
+  make_room(static_cast<int>(step) * e.count);
   e.launches++;
   e.thread = &thread;
-  e.count = static_cast<int>(block.x * block.y * block.z);
+  e.shared_bytes = (shared + 15) / 16 * 16;
   gridDim = grid;
   blockDim = block;
-  for (unsigned z = 0; z < grid.z; z++)
-    for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        blockIdx = dim3(x, y, z);
-        e.shared.assign(shared, static_cast<char>(0xff));
-        run_block();
-      }
+  for (unsigned first = 0; first < blocks; first += step) run_blocks(first, static_cast<int>(step));
 }
 
 }  // namespace pyllm::cuda

@@ -1,8 +1,9 @@
 // CUDA's kernels on the CPU, to test them where there is no GPU: what of CUDA's language and run-time library they use.
-// The same .cu files are compiled as C++. A thread of a block is a fiber; blocks come one after another. A fiber runs until
-// it meets a barrier, a shuffle or a matrix instruction, and goes on when the others whom that takes have met it too: all
-// threads of the block, or of the warp. Where they cannot (a barrier that only some reach), that is an error. Shared
-// memory holds NaN when a block begins.
+// The same .cu files are compiled as C++. A thread of a block is a fiber; blocks come one after another, those of a launch
+// that needs them together at once. A fiber runs until it meets a barrier, a shuffle or a matrix instruction, and goes on
+// when the others whom that takes have met it too: all threads of the block, or of the warp. Where they cannot (a barrier
+// that only some reach, a count of blocks that is never reached), that is an error. Shared memory holds NaN when a block
+// begins; what is declared __shared__ is one for all blocks, so those that run at once use shared_memory() alone.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -25,6 +26,9 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -36,9 +40,10 @@ namespace pyllm::cuda {
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-void emulate(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
+void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::function<void()>& thread);
 char* shared_memory();
 void meet_block();
+void let_others_run();  // from a loop that waits for what another block does
 
 // Gives the others of the warp `bytes` of mine and waits for all; what lane l gave is at result + l * kGift, until this
 // lane's next meeting.
@@ -76,6 +81,7 @@ T atomicAdd(T* p, T value) {
   *p = old + value;
   return old;
 }
+inline void __threadfence() {}
 inline void __threadfence_system() {}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -87,6 +93,11 @@ using cudaStream_t = void*;
 using cudaMemPool_t = void*;
 enum { cudaMemAllocationTypePinned, cudaMemLocationTypeDevice, cudaMemPoolAttrReleaseThreshold, cudaHostAllocMapped };
 enum { cudaMemcpyHostToDevice };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrCooperativeLaunch
+};
 struct cudaMemPoolProps {
   int allocType;
   struct {
@@ -98,6 +109,13 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 0, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// A small GPU, so that small tests reach its limits.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 6
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024
+                                                                  : 1;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
   return *pool = nullptr, cudaSuccess;
