@@ -1,6 +1,8 @@
 #include "cpu/wkv.h"
 
+#include "cuda/wkv.h"
 #include "ops/ops.h"
+#include "ops/place.h"
 
 namespace pyllm::ops {
 
@@ -38,7 +40,8 @@ float* take_kept(const TensorView& t, const WkvShape& s) {
 }
 
 WkvShape shape_of(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
-                  const TensorView& a, const TensorView& b, const TensorView& state, const TensorView& lengths) {
+                  const TensorView& a, const TensorView& b, const TensorView& state, const TensorView& lengths,
+                  const Place& place) {
   check_float(kOp, "r", r);
   check_ndim(kOp, "r", r, 4);
   WkvShape s{};
@@ -47,6 +50,9 @@ WkvShape shape_of(const TensorView& r, const TensorView& w, const TensorView& k,
   s.heads = r.size(2);
   s.dim = r.size(3);
   s.dtype = r.dtype;
+  if (place.cuda() && s.dim > kMostCudaDim)
+    fail(Error::not_implemented, "[wkv] on a CUDA device, r must have heads of at most ", kMostCudaDim, ", but got ",
+         s.dim);
   s.r = take_input("r", r, s);
   s.w = take_input("w", w, s);
   s.k = take_input("k", k, s);
@@ -59,6 +65,7 @@ WkvShape shape_of(const TensorView& r, const TensorView& w, const TensorView& k,
   check_shape(kOp, "lengths", lengths, s.batch);
   check_contiguous(kOp, "lengths", lengths);
   s.lengths = lengths.as<int64_t>();
+  if (place.cuda()) return s;  // whose kernels check them
   for (int64_t i = 0; i < s.batch; i++)
     check(s.lengths[i] >= 0 && s.lengths[i] <= s.time, "[wkv] lengths must be 0 to ", s.time, ", but got ",
           s.lengths[i], " for sequence ", i);
@@ -72,8 +79,9 @@ int64_t wkv_chunk() { return kWkvChunk; }
 void wkv_forward(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
                  const TensorView& a, const TensorView& b, const TensorView& state, const TensorView& lengths,
                  const TensorView& y, const TensorView& final_state, const TensorView& kept) {
+  const Place place(kOp, "r", r);
   WkvArgs args{};
-  args.shape = shape_of(r, w, k, v, a, b, state, lengths);
+  args.shape = shape_of(r, w, k, v, a, b, state, lengths, place);
   args.y = take_output("y", y, args.shape);
   check_device(kOp, "final_state", final_state);
   args.final_state = take_state("final_state", final_state, args.shape);
@@ -82,7 +90,7 @@ void wkv_forward(const TensorView& r, const TensorView& w, const TensorView& k, 
     args.kept = take_kept(kept, args.shape);
     check_writable(kOp, "kept", kept);
   }
-  pyllm::wkv_forward(args);
+  place.cuda() ? cuda::wkv_forward(args, place.work()) : pyllm::wkv_forward(args);
 }
 
 void wkv_backward(const TensorView& r, const TensorView& w, const TensorView& k, const TensorView& v,
@@ -90,8 +98,9 @@ void wkv_backward(const TensorView& r, const TensorView& w, const TensorView& k,
                   const TensorView& kept, const TensorView& dy, const TensorView& dfinal, const TensorView& dr,
                   const TensorView& dw, const TensorView& dk, const TensorView& dv, const TensorView& da,
                   const TensorView& db, const TensorView& dstate) {
+  const Place place(kOp, "r", r);
   WkvBackwardArgs args{};
-  args.shape = shape_of(r, w, k, v, a, b, state, lengths);
+  args.shape = shape_of(r, w, k, v, a, b, state, lengths, place);
   const WkvShape& s = args.shape;
   args.kept = take_kept(kept, s);
   args.dy = take_input("dy", dy, s);
@@ -104,7 +113,7 @@ void wkv_backward(const TensorView& r, const TensorView& w, const TensorView& k,
   args.db = take_output("db", db, s);
   args.dstate = take_state("dstate", dstate, s);
   if (dstate.present()) check_writable(kOp, "dstate", dstate);
-  pyllm::wkv_backward(args);
+  place.cuda() ? cuda::wkv_backward(args, place.work()) : pyllm::wkv_backward(args);
 }
 
 }  // namespace pyllm::ops

@@ -64,7 +64,8 @@ __all__ = [
 CUDA = frozenset({
     "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "gru", "gru_cell", "layer_norm",
     "linear", "linear_cross_entropy", "lstm", "lstm_cell", "next_positions", "quantized_embedding", "quantized_linear",
-    "relu_squared", "rms_norm", "rnn", "rnn_cell", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "write_pages",
+    "relu_squared", "rms_norm", "rnn", "rnn_cell", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "wkv",
+    "write_pages",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

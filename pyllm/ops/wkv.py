@@ -17,7 +17,8 @@ def wkv(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state:
         y = r' S
 
     (S here is the paper's state, transposed.) A sequence's result has the same bits alone, in any batch, with any
-    padding, for any number of threads, and when it is fed in pieces with its state carried.
+    padding, for any number of threads, and when it is fed in pieces with its state carried. On a CUDA device heads may
+    have up to 128 dimensions, and a wrong length is found by the device.
 
     Args:
         r, k, v: receptance, key and value, (B, T, H, D), float32, bfloat16 or float16.
@@ -32,6 +33,7 @@ def wkv(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state:
 
     Raises:
         ValueError, TypeError: a shape, dtype or length that does not fit.
+        NotImplementedError: a head too large for a CUDA device.
     """
     r, w, k, v, a, b = (t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous() for t in (r, w, k, v, a, b))
     if state is not None:
@@ -46,11 +48,11 @@ def _forward(r, w, k, v, a, b, state, lengths, keep=False):
     if r.dim() != 4:
         raise ValueError(f"[wkv] r must have 4 dimensions (B, T, H, D), but got {tuple(r.shape)}")
     batch, time, heads, dim = r.shape
-    y = torch.empty(r.shape, dtype=r.dtype)
-    final = torch.empty(batch, heads, dim, dim, dtype=torch.float32)
+    y = r.new_empty(r.shape)
+    final = r.new_empty(batch, heads, dim, dim, dtype=torch.float32)
     kept = None
     if keep:  # the state every few steps, from which the backward pass makes the others again
-        kept = torch.empty(batch, heads, max(time - 1, 0) // _C.wkv_chunk(), dim, dim, dtype=torch.float32)
+        kept = r.new_empty(batch, heads, max(time - 1, 0) // _C.wkv_chunk(), dim, dim, dtype=torch.float32)
     _C.wkv_forward(r, w, k, v, a, b, state, lengths, y, final, kept)
     return y, final, kept
 
@@ -70,9 +72,9 @@ class _Wkv(torch.autograd.Function):
         if dy is None and dfinal is None:
             return (None,) * 8
         r = inputs[0]
-        dy = torch.zeros(r.shape, dtype=r.dtype) if dy is None else dy if dy.stride(-1) == 1 else dy.contiguous()
-        gradients = [torch.empty(r.shape, dtype=r.dtype) for _ in inputs]
-        dstate = torch.empty(state.shape) if ctx.needs_input_grad[6] else None
+        dy = r.new_zeros(r.shape) if dy is None else dy if dy.stride(-1) == 1 else dy.contiguous()
+        gradients = [r.new_empty(r.shape) for _ in inputs]
+        dstate = torch.empty_like(state) if ctx.needs_input_grad[6] else None
         _C.wkv_backward(*inputs, state, lengths, kept, dy, None if dfinal is None else dfinal.contiguous(), *gradients,
                         dstate)  # fmt: skip
         return *gradients, dstate, None

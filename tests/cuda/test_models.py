@@ -61,10 +61,12 @@ def test_steps_with_a_state(options, device, on_cpu):
 
 
 def recurrent(cell):
+    if cell == "rwkv":
+        return pyllm.RWKV(60, 32, 2, head_dim=16)
     return pyllm.LanguageModel(60, 24, 2, cell=cell, embedding_size=20)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "rwkv"])
 def test_a_recurrent_model(cell, device, on_cpu):
     model, ids = recurrent(cell), torch.randint(0, 60, (3, 9))
     expected = on_cpu(lambda: train(copy.deepcopy(model), ids))
