@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -82,13 +83,6 @@ bool release(int first, int count, Waits what) {
   return any;
 }
 
-bool release_block(int first) {
-  bool any = false;
-  for (int i = 0; i < e.count; i += kLanes)
-    any = release(first + i, i + kLanes <= e.count ? kLanes : e.count - i, Waits::for_warp) || any;
-  return any || release(first, e.count, Waits::for_block);
-}
-
 void make_room(int fibers) {
   if (fibers <= e.room) return;
   if (e.stacks) munmap(e.stacks, e.room * kStack);
@@ -105,7 +99,40 @@ void make_room(int fibers) {
 
 dim3 index_in(const dim3& shape, unsigned n) { return dim3(n % shape.x, n / shape.x % shape.y, n / shape.x / shape.y); }
 
-// `blocks` blocks from `first`, together: every other time from the last to the first, so that none relies on an order.
+// `count` fibers of a warp from `first`, as far as they get without the others; whether they got anywhere.
+bool run_warp(int first, int count, bool back) {
+  bool moved = false;
+  for (bool more = true; more; back = !back, moved = moved || more) {
+    more = false;
+    for (int n = 0; n < count; n++) {
+      const int i = first + (back ? count - 1 - n : n);
+      const Waits before = e.fibers[i].waits;
+      if (before != Waits::no && before != Waits::for_others) continue;
+      resume(i);
+      more = more || before == Waits::no || e.fibers[i].waits != Waits::for_others;
+    }
+    more = release(first, count, Waits::for_warp) || more;
+  }
+  return moved;
+}
+
+// Likewise the warps of a block, whose fibers begin at `first`.
+bool run_block(int first, bool back) {
+  const int warps = (e.count + kLanes - 1) / kLanes;
+  bool moved = false;
+  for (bool more = true; more; back = !back, moved = moved || more) {
+    more = false;
+    for (int n = 0; n < warps; n++) {
+      const int i = (back ? warps - 1 - n : n) * kLanes;
+      more = run_warp(first + i, std::min(kLanes, e.count - i), back) || more;
+    }
+    more = release(first, e.count, Waits::for_block) || more;
+  }
+  return moved;
+}
+
+// `blocks` blocks from `first`, together. A block, and a warp of one, runs as far ahead of the others as it can, and they take
+// turns from the first to the last and back, so that what relies on an order, or on an even pace, is found.
 void run_blocks(unsigned first, int blocks) {
   const int fibers = blocks * e.count;
   for (int i = 0; i < fibers; i++) {
@@ -119,14 +146,7 @@ void run_blocks(unsigned first, int blocks) {
   e.shared.assign(blocks * e.shared_bytes, static_cast<char>(0xff));
   for (bool back = false;; back = !back) {
     bool moved = false, live = false;
-    for (int n = 0; n < fibers; n++) {
-      const int i = back ? fibers - 1 - n : n;
-      const Waits before = e.fibers[i].waits;
-      if (before != Waits::no && before != Waits::for_others) continue;
-      resume(i);
-      moved = moved || before == Waits::no || e.fibers[i].waits != Waits::for_others;
-    }
-    for (int block = 0; block < blocks; block++) moved = release_block(block * e.count) || moved;
+    for (int n = 0; n < blocks; n++) moved = run_block((back ? blocks - 1 - n : n) * e.count, back) || moved;
     for (int i = 0; i < fibers; i++) live = live || e.fibers[i].waits != Waits::done;
     if (!live) return;
     if (!moved) fail(Error::runtime, "[emulated CUDA] some threads wait where others never come");

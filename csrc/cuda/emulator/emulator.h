@@ -1,9 +1,10 @@
 // CUDA's kernels on the CPU, to test them where there is no GPU: what of CUDA's language and run-time library they use.
 // The same .cu files are compiled as C++. A thread of a block is a fiber; blocks come one after another, those of a launch
 // that needs them together at once. A fiber runs until it meets a barrier, a shuffle or a matrix instruction, and goes on
-// when the others whom that takes have met it too: all threads of the block, or of the warp. Where they cannot (a barrier
-// that only some reach, a count of blocks that is never reached), that is an error. Shared memory holds NaN when a block
-// begins; what is declared __shared__ is one for all blocks, so those that run at once use shared_memory() alone.
+// when the others whom that takes have met it too: all threads of the block, or of the warp; those who need not wait run
+// ahead. Where they cannot (a barrier that only some reach, a count of blocks that is never reached), that is an error.
+// Shared memory holds NaN when a block begins; what is declared __shared__ is one for all blocks, so those that run at once
+// use shared_memory() alone.
 #pragma once
 #include <bit>
 #include <cmath>
