@@ -116,6 +116,16 @@ VEC void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, i
   }
 }
 
+// All of the value's elements from d on, N vectors at a time, then the half of it.
+template <int R, int N, class S>
+void add_values_from(int64_t dim, const float* p, const Stored<S>& v, int64_t d, Range live, const float* factor,
+                     float* sums, int64_t sums_step, float* total) {
+  for (; d + N * W <= dim || (N == 1 && d < dim); d += N * W)
+    (d == 0 ? add_values<R, N, true, S> : add_values<R, N, false, S>)(p, v, d, live, std::min<int64_t>(W, dim - d),
+                                                                      factor, sums + d, sums_step, total);
+  if constexpr (N > 1) add_values_from<R, N / 2>(dim, p, v, d, live, factor, sums, sums_step, total);
+}
+
 // The same for one row, less the keys that are marked by a negative p.
 template <class S>
 void add_marked_row(const float* p, const Stored<S>& v, Range live, float factor, float* sums, float* total) {
@@ -160,15 +170,7 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
     for (int r = 0; r < R; r++) add_marked_row(x[r], v, live, factor[r], sums + r * sums_step, total + r);
     return;
   }
-  int64_t d = 0;
-  if (a.value_dim >= kWide * W)
-    for (; d + kWide * W <= a.value_dim; d += kWide * W)
-      (d == 0 ? add_values<R, kWide, true, S> : add_values<R, kWide, false, S>)(&x[0][0], v, d, live, W, factor,
-                                                                                sums + d, sums_step, total);
-  for (; d < a.value_dim; d += W)
-    (d == 0 ? add_values<R, 1, true, S> : add_values<R, 1, false, S>)(&x[0][0], v, d, live,
-                                                                      std::min<int64_t>(W, a.value_dim - d), factor,
-                                                                      sums + d, sums_step, total);
+  add_values_from<R, kWide>(a.value_dim, &x[0][0], v, 0, live, factor, sums, sums_step, total);
 }
 
 template <class S>
