@@ -15,13 +15,13 @@ namespace pyllm::ISA {
 
 namespace {
 
-constexpr int64_t kSide = 2 * kTileSide;      // of a square
-constexpr int64_t kMaxDepth = 1024;           // of k, whose sums stay in registers
-constexpr int64_t kBlockDepth = 256;          // of more, between which they rest in memory
-constexpr int64_t kStrip = 512;               // columns whose sums rest together
-constexpr int64_t kMaxHeight = 2048;          // rows that pass by a panel
-constexpr int64_t kRowBytes = 2 * kSide * 2;  // of a panel: a pair of k for each column
-constexpr int64_t kAheadBytes = 128;          // of the next panel, fetched with each tile of k
+constexpr int64_t kSide = 2 * kTileSide;             // of a square
+constexpr int64_t kMaxDepth = 1024;                  // of k, whose sums stay in registers
+constexpr int64_t kShort = 256, kShortDepth = 4096;  // the same for few rows: it is B's rows that should be read whole
+constexpr int64_t kBlockDepth = 256;                 // of more, between which they rest in memory
+constexpr int64_t kStrip = 512;                      // columns whose sums rest together
+constexpr int64_t kMaxHeight = 2048;                 // rows that pass by a panel
+constexpr int64_t kRowBytes = 2 * kSide * 2;         // of a panel: a pair of k for each column
 constexpr int64_t kFewRows = 32;
 static_assert(kSide == kPanel);
 
@@ -47,11 +47,15 @@ struct Waiting {
   }
 };
 
+struct Ahead {  // rows that are fetched while others are multiplied
+  const char* data;
+  int64_t row_bytes, rows;
+};
+
 // kDown tiles of rows by two of columns, `steps` tiles of k: sums to c (32 x 32). What waits is finished
 // in the shadow of the products.
 template <int kDown>
-void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const char* ahead, int64_t ahead_bytes,
-            Waiting& waiting) {
+void square(const Left& a, const char* b, int64_t steps, float* c, bool first, const Ahead& ahead, Waiting& waiting) {
   constexpr int64_t c_bytes = kSide * sizeof(float);
   float* below = c + kTileSide * kSide;
   if (first) {
@@ -64,8 +68,8 @@ void square(const Left& a, const char* b, int64_t steps, float* c, bool first, c
   const char* left = a.data;
   const int64_t at_once = (kSide + steps - 1) / steps;
   for (int64_t s = 0; s < steps; s++, left += a.step_bytes, b += kPairs * kRowBytes) {
-    __builtin_prefetch(ahead + s * 64, 0, 2);
-    __builtin_prefetch(ahead + ahead_bytes + s * 64, 0, 2);
+    for (int64_t row = 0; row < ahead.rows; row++)
+      __builtin_prefetch(ahead.data + row * ahead.row_bytes + s * 64, 0, 2);
     load_tile<4>(left, a.row_bytes);
     load_tile<6>(b, kRowBytes);
     load_tile<7>(b + kRowBytes / 2, kRowBytes);
@@ -95,7 +99,8 @@ VEC V start(const Product& p, int64_t i, int64_t j, int64_t n) {
 // Rows i0..i1, at most kMaxHeight, by columns j0..j1.
 void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0, height = round_up(rows, kSide);
-  const int64_t block = p.k <= kMaxDepth ? round_up(p.k, kDepth) : kBlockDepth, blocks = (p.k + block - 1) / block;
+  const int64_t whole_depth = rows <= kShort ? kShortDepth : kMaxDepth;
+  const int64_t block = p.k <= whole_depth ? round_up(p.k, kDepth) : kBlockDepth, blocks = (p.k + block - 1) / block;
   const int64_t left_bytes = height * block * sizeof(bf16), right_bytes = block / 2 * kRowBytes;
   auto* copy = static_cast<char*>(cpu::scratch(
       left_bytes + right_bytes + (blocks == 1 ? 2 * kSide : height * kStrip / kSide) * kSide * sizeof(float), 7));
@@ -103,7 +108,8 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
   auto* wide = reinterpret_cast<float*>(panel + right_bytes);
   const Lines a = {static_cast<const bf16*>(p.a.data) + i0 * p.a.row_step, p.a.row_step, p.a.column_step, rows};
   const Lines b = columns_of(p);
-  const int64_t packed_rows = round_up(p.k, kDepth) / 2;  // of a packed panel
+  const int64_t packed_rows = round_up(p.k, kDepth) / 2;                       // of a packed panel
+  const int64_t ahead_rows = (kSide + height / kSide - 1) / (height / kSide);  // with each square
   const TileShapes shapes(kTileSide, kPairs);
   Waiting waiting;
   for (int64_t left = j0; left < j1; left += kStrip) {
@@ -129,10 +135,11 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
                         panel + s * kPairs * kRowBytes + side * kRowBytes / 2, kRowBytes);
           right_tiles = panel;
         }
-        // B's next panel, a row of it for each 16 of ours: packed, or as it lies, where k lies along its columns.
-        const char* ahead = p.packed_narrow ? right_tiles + packed_rows * kRowBytes
-                                            : reinterpret_cast<const char*>(b.data + (j + kSide) * b.step + k0);
-        const int64_t ahead_bytes = p.packed_narrow ? steps * 64 : b.k_step == 1 ? 2 * b.step : 0;
+        // B's next panel, packed, or as it lies where k lies along its columns.
+        Ahead ahead{right_tiles + packed_rows * kRowBytes, steps * 64, ahead_rows};
+        if (!p.packed_narrow)
+          ahead = {reinterpret_cast<const char*>(b.data + (j + kSide) * b.step + k0), 2 * b.step,
+                   b.k_step == 1 ? ahead_rows : 0};
         const int64_t columns = std::min(kSide, right - j);
         for (int64_t i = 0; i < rows; i += kSide) {
           const Left tiles = i < whole
@@ -148,8 +155,8 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
           const bool first = k0 == 0 && !p.accumulate;
           if (k0 == 0 && p.accumulate)
             each([&](int64_t row, int64_t column, int64_t n, float* to) { store(to, start(p, row, column, n)); });
-          (live > kTileSide ? square<2> : square<1>)(tiles, right_tiles, steps, c, first,
-                                                     ahead + i / kSide * 2 * ahead_bytes, ahead_bytes, waiting);
+          (live > kTileSide ? square<2> : square<1>)(tiles, right_tiles, steps, c, first, ahead, waiting);
+          ahead.data += ahead.rows * ahead.row_bytes;
           waiting.finish(kSide);
           if (last && columns == kSide && p.c_dtype == DType::bf16)
             waiting = {c, p.bias ? p.bias + j : nullptr, static_cast<bf16*>(p.c) + (i0 + i) * p.c_step + j, p.c_step,
