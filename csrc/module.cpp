@@ -64,13 +64,35 @@ decltype(auto) argument(const Held<T>& held) {
     return held;
 }
 
+// A recorded argument as it is for a share of the rows.
+template <class T>
+T cut(const RowScope&, const T& held) {
+  return held;
+}
+TensorView cut(const RowScope& rows, const TensorView& held) { return rows.has(held) ? rows.cut(held) : held; }
+
+template <class T>
+bool can_be_cut(const RowScope&, const T&) {
+  return true;
+}
+bool can_be_cut(const RowScope& rows, const TensorView& t) {
+  return !rows.has(t) || (t.ndim >= 1 && t.shape[0] == rows.capacity);
+}
+
 // A kernel's function: the views are taken first, then the GIL is given up while it runs, or is recorded.
 template <class... Args>
 void def(py::module_& m, const char* name, void (*f)(Args...)) {
   const auto call = [f, name](Args... args) {
     if (!recording) return f(args...);
-    recording->append(name, [f, held = std::tuple<Held<Args>...>(args...)] {
-      std::apply([f](const auto&... a) { f(argument<Args>(a)...); }, held);
+    std::tuple<Held<Args>...> held(args...);
+    const auto run = [f](const auto&... a) { f(argument<Args>(a)...); };
+    const auto rows = recording->rows();
+    if (!rows) return recording->append(name, [run, held] { std::apply(run, held); });
+    if (!std::apply([&](const auto&... a) { return (can_be_cut(*rows, a) && ...); }, held))
+      recording->note_unfit(std::string(name) + " of an expert's rows in other than their first dimension");
+    recording->append(name, [run, held, rows] {
+      if (rows->empty()) return;
+      std::apply(run, std::apply([&](const auto&... a) { return std::tuple<Held<Args>...>(cut(*rows, a)...); }, held));
     });
   };
   m.def(name, call, py::call_guard<py::gil_scoped_release>());
@@ -105,13 +127,25 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("recording", [] { return recording != nullptr; });
+  m.def("begin_rows", [](const TensorView& offsets, int64_t at, const TensorView& x, const TensorView& out) {
+    check(recording, "[begin_rows] a step must be recorded");
+    recording->begin_rows(offsets, at, x, out);
+  });
+  m.def("mark_rows", [](const TensorView& t) {
+    if (recording) recording->mark_rows(t);
+  });
+  m.def("end_rows", [] {
+    if (recording) recording->end_rows();
+  });
+  m.def("row_scopes", [] { return recording ? recording->row_scopes() : 0; });
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("record", [](Program& program, bool on) { recording = on ? &program : nullptr; })
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("generate", &Program::generate, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("steps_done", &Program::steps_done)
-      .def_property_readonly("ops", &Program::ops);
+      .def_property_readonly("ops", &Program::ops)
+      .def_property_readonly("unfit", &Program::unfit);
 
   def(m, "activation_forward", &ops::activation_forward);
   def(m, "activation_backward", &ops::activation_backward);
@@ -147,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_steps", &ops::recurrent_steps);
   def(m, "recurrent_steps_backward", &ops::recurrent_steps_backward);
   def(m, "rope", &ops::rope);
+  def(m, "route", &ops::route);
   def(m, "sample", &ops::sample);
   m.def("wkv_chunk", &ops::wkv_chunk);
   def(m, "wkv_forward", &ops::wkv_forward);

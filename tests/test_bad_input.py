@@ -51,6 +51,7 @@ GOOD = {
     "rnn_cell": {"x": torch.randn(2, 5), "h": torch.randn(2, 4)}
     | dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters(1, 4), strict=True)),
     "rope": {"x": heads, "positions": torch.arange(3)},
+    "route": {"logits": torch.randn(5, 4), "active": 2},
     "sample": {"logits": torch.randn(3, 50), "seeds": 1, "positions": torch.arange(3)},
     "sigmoid": {"x": rows},
     "silu": {"x": rows},
@@ -85,6 +86,7 @@ FINE = {  # what is not a mistake after all
     ("quantized_embedding", "ids", "rank"),
     ("quantized_embedding", "ids", "size"),
     ("quantized_linear", "x", "rank"),
+    ("route", "logits", "size"),
     ("sample", "logits", "size"),
     ("write_pages", "page_table", "size"),
     *((name, "x", spoil) for name in ("relu_squared", "sigmoid", "silu", "tanh") for spoil in ("rank", "size")),

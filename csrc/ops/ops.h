@@ -51,6 +51,9 @@ void checksum(const TensorView& data, const TensorView& sums);
 void linear(const TensorView& x, const TensorView& weight, const TensorView& bias_or_none, const TensorView& y,
             bool packed);
 void pack_linear(const TensorView& weight, const TensorView& panels);
+// See RouteArgs.
+void route(const TensorView& logits, const TensorView& weights, const TensorView& order, const TensorView& places,
+           const TensorView& offsets, int64_t active, bool normalised);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
 int64_t quantized_panel_width(bool on_cuda);  // rows that a packed weight has together

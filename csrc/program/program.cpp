@@ -14,6 +14,40 @@ void Program::append(std::string op, std::function<void()> call) {
   calls_.push_back(std::move(call));
 }
 
+bool RowScope::has(const TensorView& t) const {
+  if (!t.present()) return false;
+  return std::any_of(marked.begin(), marked.end(),
+                     [&](const auto& range) { return t.data >= range.first && t.data < range.second; });
+}
+
+TensorView RowScope::cut(const TensorView& t) const {
+  TensorView some = t;
+  some.data += offsets[at] * t.stride[0] * size_of(t.dtype);
+  some.shape[0] = offsets[at + 1] - offsets[at];
+  return some;
+}
+
+void Program::begin_rows(const TensorView& offsets, int64_t at, const TensorView& x, const TensorView& out) {
+  const char* op = "begin_rows";
+  check_dtype(op, "offsets", offsets, DType::i64);
+  check_ndim(op, "offsets", offsets, 1);
+  check_contiguous(op, "offsets", offsets);
+  check(at >= 0 && at + 1 < offsets.size(0), "[begin_rows] at must be in [0, ", offsets.size(0) - 1, "), but got ", at);
+  check_ndim(op, "x", x, 2);
+  check_shape(op, "out", out, x.size(0), x.size(1));
+  check(!rows_, "[begin_rows] rows must not be shared out among those that were already");
+  rows_ = std::make_shared<RowScope>(RowScope{offsets.as<int64_t>(), at, x.size(0), {}});
+  row_scopes_++;
+  mark_rows(x);
+  mark_rows(out);
+}
+
+void Program::mark_rows(const TensorView& t) {
+  if (rows_ && t.numel() > 0) rows_->marked.emplace_back(t.data, t.data + t.numel() * size_of(t.dtype));
+}
+
+void Program::end_rows() { rows_.reset(); }
+
 void Program::run_calls() const {
   for (const auto& call : calls_) call();
 }

@@ -7,11 +7,23 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor.h"
 
 namespace pyllm {
+
+// Calls for as many rows as there are when they run: of all tensors that are marked, those from offsets[at] to
+// offsets[at + 1]. Where there are none, the call is left out.
+struct RowScope {
+  const int64_t* offsets;
+  int64_t at, capacity;                         // of rows, which the marked tensors have while they are recorded
+  std::vector<std::pair<char*, char*>> marked;  // where they lie
+  bool has(const TensorView& t) const;
+  TensorView cut(const TensorView& t) const;
+  bool empty() const { return offsets[at] == offsets[at + 1]; }
+};
 
 class Program {
  public:
@@ -30,12 +42,24 @@ class Program {
                 const std::vector<int64_t>& stop_ids);
   int64_t steps_done() const { return steps_done_; }
 
+  // What is recorded between the two is for share `at` of the rows of x and out, and of what is marked meanwhile. What
+  // cannot be so cut is said by `unfit`: the program must not run then.
+  void begin_rows(const TensorView& offsets, int64_t at, const TensorView& x, const TensorView& out);
+  void mark_rows(const TensorView& t);
+  void end_rows();
+  int64_t row_scopes() const { return rows_ ? row_scopes_ : 0; }  // how many there were, within one
+  std::shared_ptr<const RowScope> rows() const { return rows_; }
+  void note_unfit(std::string why) { unfit_ = unfit_.empty() ? std::move(why) : unfit_; }
+  const std::string& unfit() const { return unfit_; }
+
  private:
   void run_calls() const;
   std::vector<std::function<void()>> calls_;
   std::vector<std::string> ops_;
   std::vector<std::shared_ptr<void>> kept_;
-  int64_t steps_done_ = 0;
+  std::shared_ptr<RowScope> rows_;
+  std::string unfit_;
+  int64_t steps_done_ = 0, row_scopes_ = 0;
 };
 
 // What this thread records to, or null.

@@ -37,6 +37,8 @@ class Recording(TorchDispatchMode):
     def __init__(self, memory: list[torch.UntypedStorage] | None = None) -> None:
         super().__init__()
         self.program, self.memory, self.allocated = _C.Program(), memory, 0
+        self.shared: list[torch.UntypedStorage] = []  # by all shares of rows, of which one runs at a time
+        self.share, self.in_share = 0, 0
 
     def __enter__(self) -> Any:
         if torch.is_grad_enabled() or ops.REFERENCE:
@@ -48,6 +50,8 @@ class Recording(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         self.program.record(False)
         super().__exit__(*error)
+        if self.program.unfit and not any(error):
+            raise NotRecordable(f"{self.program.unfit} cannot be recorded")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in AS_THEY_ARE:
@@ -62,17 +66,27 @@ class Recording(TorchDispatchMode):
                             "pyllm.ops in its place")  # fmt: skip
 
     def _placed(self, t: Tensor) -> Tensor:
+        if share := _C.row_scopes():
+            self.share, self.in_share = share, self.in_share + 1 if share == self.share else 0
+            t = _in_memory(t, self.shared, self.in_share)
+            _C.mark_rows(t)
+            return t
         if self.memory is None:
             return t
-        storage, at = t.untyped_storage(), self.allocated
         self.allocated += 1
-        if at == len(self.memory):
-            self.memory.append(storage)
-        elif self.memory[at].nbytes() < storage.nbytes():
-            self.memory[at] = storage
-        else:
-            return torch.empty(0, dtype=t.dtype).set_(self.memory[at], 0, t.size(), t.stride())
-        return t
+        return _in_memory(t, self.memory, self.allocated - 1)
+
+
+def _in_memory(t: Tensor, memory: list[torch.UntypedStorage], at: int) -> Tensor:
+    """The at-th tensor that lies in a memory: there, or in a place of its own that is the memory's from then on."""
+    storage = t.untyped_storage()
+    if at == len(memory):
+        memory.append(storage)
+    elif memory[at].nbytes() < storage.nbytes():
+        memory[at] = storage
+    else:
+        return torch.empty(0, dtype=t.dtype).set_(memory[at], 0, t.size(), t.stride())
+    return t
 
 
 AS_THEY_ARE = {

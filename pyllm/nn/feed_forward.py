@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pyllm import ops
 from pyllm.nn.linear import Linear
+from pyllm.ops.route import through_experts
 
 GATED: dict[str, Callable[..., Tensor]] = {
     "swiglu": ops.swiglu, "geglu": ops.geglu, "geglu_tanh": partial(ops.geglu, approximate="tanh"),
@@ -67,17 +69,13 @@ class Experts(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.active, -1)  # (N, active)
-        if self.normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.to(x.dtype)
-        y = torch.zeros_like(rows)
-        for i, expert in enumerate(self.experts):
-            which, place = (chosen == i).nonzero(as_tuple=True)
-            if len(which):
-                y = y.index_add(0, which, expert(rows[which]) * weights[which, place, None])
-        return y.view(x.shape)
+        rows = x.flatten(0, -2)  # (N, hidden)
+        routes = ops.route(self.router(rows), active=self.active, normalised=self.normalised)
+        sent = ops.embedding(routes.order, rows)  # (N * active, hidden), by experts
+        sent = through_experts(self.experts, sent, routes.offsets)
+        found = ops.embedding(routes.places, sent).view(*routes.weights.shape, -1)  # (N, active, hidden)
+        weighted = [found[:, i] * w for i, w in enumerate(routes.weights.to(x.dtype)[..., None].unbind(1))]
+        return functools.reduce(torch.add, weighted).view(x.shape)
 
     def extra_repr(self) -> str:
         return f"active={self.active}, normalised={self.normalised}"

@@ -18,6 +18,7 @@ from pyllm.ops.quantized_embedding import quantized_embedding
 from pyllm.ops.quantized_linear import PackedQuantizedWeight, QuantizedWeight, pack_quantized, quantized_linear
 from pyllm.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.ops.rope import rope
+from pyllm.ops.route import Routes, route
 from pyllm.ops.sample import Sample, sample
 from pyllm.ops.wkv import wkv
 
@@ -26,6 +27,7 @@ __all__ = [
     "PackedLinear",
     "PackedQuantizedWeight",
     "QuantizedWeight",
+    "Routes",
     "Sample",
     "attention",
     "cross_entropy",
@@ -50,6 +52,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rope",
+    "route",
     "sample",
     "sigmoid",
     "silu",

@@ -76,6 +76,12 @@ def _recurrent(a, states=1):
     return [a.x.new_empty(*sizes, directions * hidden), *(a.x.new_empty(last) for _ in range(states))]
 
 
+def _route(a):
+    rows, experts = a.logits.shape
+    whole = (a.logits.new_empty(n, dtype=torch.int64) for n in (rows * a.active, rows * a.active, experts + 1))
+    return [a.logits.new_empty(rows, a.active, dtype=torch.float32), *whole]
+
+
 def _wkv(a):
     batch, _, heads, dim = a.r.shape
     return [_like(a.r), a.r.new_empty(batch, heads, dim, dim, dtype=torch.float32)]
@@ -106,6 +112,7 @@ SHAPES: dict[str, Callable] = {
     "rnn": _recurrent,
     "rnn_cell": lambda a: [_like(a.h)],
     "rope": lambda a: [_like(a.x)],
+    "route": _route,
     "sample": lambda a: [a.logits.new_empty(a.logits.shape[0], dtype=t) for t in
                          (torch.int64, torch.float32, torch.float32)],
     "sigmoid": lambda a: [_like(a.x)],

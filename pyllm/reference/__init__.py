@@ -16,6 +16,7 @@ from pyllm.reference.quantized_embedding import quantized_embedding
 from pyllm.reference.quantized_linear import pack_quantized, quantized_linear
 from pyllm.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from pyllm.reference.rope import rope
+from pyllm.reference.route import route
 from pyllm.reference.sample import Sample, sample
 from pyllm.reference.wkv import wkv
 
@@ -44,6 +45,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rope",
+    "route",
     "sample",
     "sigmoid",
     "silu",

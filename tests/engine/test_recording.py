@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import pyllm
-from pyllm import ops
+from pyllm import _C, nn, ops
 from pyllm.engine import generate_ids, why_unrecorded
 from pyllm.engine.recording import NotRecordable, Recording
 
@@ -215,11 +215,48 @@ def test_logits_of_replays_are_those_of_the_whole_sequence(model):
 
 
 def test_a_model_with_foreign_operations_runs_unrecorded_and_says_why():
-    model = decoder(num_experts=4).train()
+    model = decoder().train()
+    model.head.register_forward_hook(lambda module, args, logits: logits.softmax(-1))
     assert "_softmax cannot be recorded" in why_unrecorded(model)
     assert model.training
     ids = [i for (i,) in generate_ids(model, [[1, 2]], pyllm.SamplingParams(temperature=0), max_tokens=9)]
     assert ids[0] == int(model.eval()(torch.tensor([[1, 2]]))[0, -1].argmax()) and len(ids) == 9
+
+
+@pytest.mark.parametrize("quantised", [None, "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_is_recorded_for_whichever_rows_come(dtype, quantised):
+    model = decoder(num_experts=5, active_experts=2).to(dtype)
+    if quantised:
+        model.quantize(quantised)
+    ids = torch.randint(40, (4, 30))
+    assert why_unrecorded(model) is None
+    with torch.no_grad():
+        whole, state, now = model(ids), model.new_state(4, 30), ids[:, :1].clone()
+        with Recording() as program:
+            logits = model.head(model.hidden(now, state)[:, 0])
+        for step in range(30):
+            now.copy_(ids[:, step : step + 1])
+            program.run()
+            assert torch.equal(logits, whole[:, step]), step
+
+
+def test_experts_must_keep_rows_apart():
+    model = decoder(num_experts=2)
+    model.blocks[0].feed_forward.experts[1] = torch.nn.Sequential(nn.RMSNorm(32), Turned())
+    assert "an expert's rows in other than their first dimension cannot be recorded" in why_unrecorded(model)
+    x, offsets = torch.zeros(2, 3), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match="a step must be recorded"):
+        _C.begin_rows(offsets, 0, x, x)
+    for arguments, message in (((offsets, 1, x, x), "at must be in"), ((offsets, 0, x, x[:1]), "out must have shape"),
+                               ((offsets.float(), 0, x, x), "offsets must be int64")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message), torch.no_grad(), Recording():
+            _C.begin_rows(*arguments)
+
+
+class Turned(torch.nn.Module):
+    def forward(self, x):
+        return ops.gelu(x.T.contiguous()).T.contiguous()
 
 
 def test_a_row_that_is_not_finite_ends_generation_with_what_came_before():

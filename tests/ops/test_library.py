@@ -70,6 +70,10 @@ CALLS = {
     ],
     "rnn_cell": [lambda: ((randn(2, 5), randn(2, 4), *parameters(1, 4)), {})],
     "rope": [lambda: ((randn(2, 3, 2, 8), torch.arange(3)), {})],
+    "route": [
+        lambda: ((randn(5, 4),), {"active": 2}),
+        lambda: ((randn(5, 4),), {"active": 3, "normalised": False}),
+    ],
     "sample": [
         lambda: ((torch.randn(3, 50),), {"seeds": 1, "positions": torch.arange(3), "temperature": 0.7, "top_p": 0.9})
     ],
