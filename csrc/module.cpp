@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
 
   def(m, "activation_forward", &ops::activation_forward);
   def(m, "activation_backward", &ops::activation_backward);
+  def(m, "adamw", &ops::adamw);
   def(m, "attention_forward", &ops::attention_forward);
   def(m, "attention_backward", &ops::attention_backward);
   m.def("checksum", &ops::checksum, py::call_guard<py::gil_scoped_release>());

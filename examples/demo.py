@@ -11,7 +11,7 @@ from rich.table import Table
 import pyllm
 from pyllm import benchmarks
 from pyllm.data import SequenceLoader, embedded_corpus, split
-from pyllm.training import plot_losses, warmup_cosine
+from pyllm.training import AdamW, plot_losses, warmup_cosine
 
 PROMPT = "The "
 console = Console(highlight=False, width=None if Console().is_terminal else 120)
@@ -43,7 +43,7 @@ def main() -> None:
         console.print(f"\n[bold]{name}[/bold]: {steps:,} steps of {batch} x {length} tokens")
         batches = SequenceLoader(training, batch, length, shuffle=name == "GPT")
         held_out = SequenceLoader(validation, batch, length)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        optimizer = AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
         history = pyllm.train(model, batches, optimizer, steps=steps, schedule=warmup_cosine(steps),
                               validation=held_out, validate_every=max(1, steps // 6), folder=folder,
                               tokenizer=tokenizer)  # fmt: skip

@@ -29,6 +29,20 @@ class Program:
     def run(self) -> None: ...
     def generate(self, ids: Array, drawn: Array, ended: Array, stop_ids: Sequence[int], /) -> None: ...
 
+def adamw(
+    parameters: Sequence[Array],
+    gradients: Sequence[Array],
+    first: Sequence[Array],
+    second: Sequence[Array],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float | Array,
+    /,
+) -> None: ...
 def activation_forward(gate: Array, up: Array | None, out: Array, op: str, kind: str, /) -> None: ...
 def activation_backward(
     dy: Array,

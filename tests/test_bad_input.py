@@ -21,6 +21,8 @@ values, scales = torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.ones(5
 quantized = ops.pack_quantized(ops.QuantizedWeight(values, scales, None, 8, (5, 8)))
 
 GOOD = {
+    "adamw": {k: [torch.rand(2, 3), torch.rand(4)] for k in ("parameters", "gradients", "first", "second")}
+    | {"step": 1, "lr": 0.1},
     "attention": {
         "q": heads,
         "k": heads,
@@ -110,7 +112,7 @@ def cases():
         for argument, value in GOOD[name].items():
             parts = range(len(value)) if isinstance(value, (list, tuple)) else [None]
             for part in parts:
-                if isinstance(value, int | str | ops.PackedQuantizedWeight):
+                if isinstance(value, int | float | str | ops.PackedQuantizedWeight):
                     continue
                 for spoil in SPOIL:
                     if (name, argument, spoil) not in FINE:

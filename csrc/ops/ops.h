@@ -1,10 +1,16 @@
 // What module.cpp exposes: a function takes views, checks them, and calls the kernel for their device and dtype.
 // An argument marked "or none" may be an absent view (None in Python).
 #pragma once
+#include <vector>
+
 #include "tensor.h"
 
 namespace pyllm::ops {
 
+// In place; `scale`, of the gradients, is a number or a tensor of one element where the others are.
+void adamw(const std::vector<TensorView>& parameters, const std::vector<TensorView>& gradients,
+           const std::vector<TensorView>& first, const std::vector<TensorView>& second, int64_t step, double lr,
+           double beta1, double beta2, double eps, double weight_decay, const Setting& scale);
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& bias_or_none,
                        const TensorView& key_lengths_or_none, const TensorView& query_segments_or_none,
                        const TensorView& key_segments_or_none, const TensorView& page_table_or_none,

@@ -89,9 +89,7 @@ def train(
     total = settings["steps"] or settings["epochs"] * len(loaders[0])
     err.print(f"{settings['model']}: {network.num_parameters():,} parameters, vocabulary "
               f"{text_tokenizer.vocab_size:,}, {len(text):,} characters, {total:,} steps")  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizer = training.AdamW(network.parameters(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.01)
     try:
         history = training.train(network, loaders[0], optimizer, steps=total, schedule=training.warmup_cosine(total),
                                  validation=loaders[1] if len(loaders) > 1 else None,

@@ -7,6 +7,7 @@ import os
 
 from pyllm.ops import library
 from pyllm.ops.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
+from pyllm.ops.adamw import adamw
 from pyllm.ops.attention import attention
 from pyllm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.ops.elementwise import elementwise
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedWeight",
     "Routes",
     "Sample",
+    "adamw",
     "attention",
     "cross_entropy",
     "elementwise",
@@ -65,10 +67,10 @@ __all__ = [
 # With kernels for CUDA devices, where the products of `linear`, `linear_cross_entropy` and recurrent layers' inputs are
 # torch's. The others take tensors on the CPU alone.
 CUDA = frozenset({
-    "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "gru", "gru_cell", "layer_norm",
-    "linear", "linear_cross_entropy", "lstm", "lstm_cell", "next_positions", "quantized_embedding", "quantized_linear",
-    "relu_squared", "rms_norm", "rnn", "rnn_cell", "rope", "sample", "sigmoid", "silu", "swiglu", "tanh", "wkv",
-    "write_pages",
+    "adamw", "attention", "cross_entropy", "elementwise", "embedding", "geglu", "gelu", "gru", "gru_cell",
+    "layer_norm", "linear", "linear_cross_entropy", "lstm", "lstm_cell", "next_positions", "quantized_embedding",
+    "quantized_linear", "relu_squared", "rms_norm", "rnn", "rnn_cell", "rope", "sample", "sigmoid", "silu", "swiglu",
+    "tanh", "wkv", "write_pages",
 })  # fmt: skip
 
 globals().update(library.register({name: globals()[name] for name in __all__}))

@@ -123,7 +123,7 @@ SHAPES: dict[str, Callable] = {
 }  # fmt: skip
 
 
-EAGER = {"elementwise", "write_pages"}  # have no schema here: they break a traced graph in two
+EAGER = {"adamw", "elementwise", "write_pages"}  # have no schema here: they break a traced graph in two
 
 
 def register(functions: dict[str, Callable]) -> dict[str, Callable]:

@@ -5,6 +5,7 @@ result is rounded once at the end.
 """
 
 from pyllm.reference.activations import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
+from pyllm.reference.adamw import adamw
 from pyllm.reference.attention import attention
 from pyllm.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from pyllm.reference.elementwise import elementwise
@@ -22,6 +23,7 @@ from pyllm.reference.wkv import wkv
 
 __all__ = [
     "Sample",
+    "adamw",
     "attention",
     "cross_entropy",
     "elementwise",

@@ -25,6 +25,7 @@ from pyllm.models import Model
 from pyllm.nn import RecurrentState
 from pyllm.text import Tokenizer
 from pyllm.training.metrics import History, Inputs, logits_of, next_state, state_to_carry, test
+from pyllm.training.optimizer import AdamW, clip_scale
 from pyllm.training.progress import Progress
 
 
@@ -53,7 +54,8 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
             models of this package is a cross-entropy that never holds all logits.
         epochs, steps: how long; `steps` counts from the start of the training, over epochs.
         schedule: the factor on the optimiser's learning rate at a step, such as `warmup_cosine(steps)`.
-        clip_norm: the norm that the gradients are clipped to, or None.
+        clip_norm: the norm that the gradients are clipped to, or None. `pyllm.training.AdamW` does so as it reads
+            them.
         carry_state: whether a recurrent model's state goes on from batch to batch (cut for the gradient) within an
             epoch. Default: where the loader's batches continue each other. Otherwise each batch starts from zeros.
         validation: a loader for `test`, run every `validate_every` steps and at the end.
@@ -100,9 +102,7 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step + 1}: try a smaller learning rate")
             loss.backward()
-            if clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-            optimizer.step()
+            _update(model, optimizer, clip_norm)
             if run.state is not None:
                 run.state.detach_()
             run.history.losses.append(value)
@@ -118,6 +118,15 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
                 saved = "" if where is None else f", saved to {where}"
                 raise Interrupted(f"stopped after step {step} of {total}{saved}", run.history)
     return run.history
+
+
+def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+    if isinstance(optimizer, AdamW):
+        optimizer.step(scale=1.0 if clip_norm is None else clip_scale(model.parameters(), clip_norm))
+        return
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
 
 
 def _loss(model, inputs: Inputs, targets: Tensor, criterion: Callable | None, state) -> Tensor:

@@ -25,6 +25,22 @@ def device():
         pytest.skip("needs a CUDA device, or a build that emulates one")
 
 
+@pytest.fixture
+def on_cpu(device):
+    """Calls a function with the CPU's kernels."""
+
+    def call(f):
+        if not EMULATED:
+            return f()
+        _C._emulate_cuda(False)
+        try:
+            return f()
+        finally:
+            _C._emulate_cuda(True)
+
+    return call
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "device" in getattr(item, "fixturenames", ()) and "tests/cuda" in item.path.as_posix():

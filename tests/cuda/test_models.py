@@ -6,29 +6,13 @@ import pytest
 import torch
 
 import pyllm
-from pyllm import _C, ops
+from pyllm import ops
 
 OPTIONS = {
     "rope": {"num_kv_heads": 2, "window": 12},
     "learned": {"position": "learned", "norm": "layer_norm", "activation": "gelu"},
     "alibi": {"position": "alibi"},
 }
-
-
-@pytest.fixture
-def on_cpu(device):
-    """Calls a function with the CPU's kernels."""
-
-    def call(f):
-        if not _C.info()["cuda_emulated"]:
-            return f()
-        _C._emulate_cuda(False)
-        try:
-            return f()
-        finally:
-            _C._emulate_cuda(True)
-
-    return call
 
 
 def train(model, ids):

@@ -19,19 +19,9 @@ def packed_on(device, weight):
     return packed, ops.PackedQuantizedWeight(panels, *packed.layout, packed.shape)
 
 
-def on_cpu(f):
-    if not _C.info()["cuda_emulated"]:
-        return f()
-    _C._emulate_cuda(False)
-    try:
-        return f()
-    finally:
-        _C._emulate_cuda(True)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "minimums", "group"), FORMATS)
-def test_the_bits_of_the_cpu(bits, minimums, group, dtype, device):
+def test_the_bits_of_the_cpu(bits, minimums, group, dtype, device, on_cpu):
     fused = _C.info()["isa"] != "baseline"  # whose sums round their products, too
     for scales, shapes in (
         (torch.float16, [(1, 5), (2, 33), (70, 100)]),

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import pyllm
+from pyllm.checkpoint import optimizer_tensors, restore_optimizer
 from pyllm.data import SequenceLoader
-from pyllm.training import History, Interrupted, plot_losses, warmup_cosine
+from pyllm.training import AdamW, History, Interrupted, plot_losses, warmup_cosine
 
 TEXT = "abcdefgh" * 200
 
@@ -23,13 +24,13 @@ def loader(tokenizer):
     return SequenceLoader(tokenizer.encode(TEXT), 4, 16)
 
 
-def new(kind, tokenizer, dropout=0.0):
+def new(kind, tokenizer, dropout=0.0, optimizer=torch.optim.Adam):
     torch.manual_seed(5)
     if kind == "gpt":
         model = pyllm.Decoder(tokenizer.vocab_size, 16, 2, 2, context_length=16, dropout=dropout)
     else:
         model = pyllm.LanguageModel(tokenizer.vocab_size, 16, 2, dropout, cell=kind)
-    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, optimizer(model.parameters(), lr=0.01)
 
 
 @pytest.mark.parametrize("kind", ["rnn", "gru", "lstm", "gpt"])
@@ -105,34 +106,74 @@ def test_a_plain_module_and_a_torch_data_loader_train(tokenizer):
         pyllm.train(torch.nn.Flatten(), loader, optimizer, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+@pytest.mark.parametrize(("kind", "optimizer"), [("lstm", torch.optim.Adam), ("gpt", AdamW)])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_resuming_continues_bit_for_bit(kind, shuffle, tokenizer, tmp_path):
+def test_resuming_continues_bit_for_bit(kind, optimizer, shuffle, tokenizer, tmp_path):
     loader = SequenceLoader(tokenizer.encode(TEXT), 4, 16, shuffle=shuffle, seed=3)
     steps = len(loader) + 7
     held_out = SequenceLoader(tokenizer.encode(TEXT[:300]), 2, 16)
     options = {"steps": steps, "schedule": warmup_cosine(steps), "validation": held_out, "validate_every": 9,
                "tokenizer": tokenizer, "progress": False}  # fmt: skip
-    model, optimizer = new(kind, tokenizer, dropout=0.2)
-    whole = pyllm.train(model, loader, optimizer, folder=tmp_path / "whole", **options)
+    model, made = new(kind, tokenizer, 0.2, optimizer)
+    whole = pyllm.train(model, loader, made, folder=tmp_path / "whole", **options)
 
     for stop in (1, 13, len(loader), len(loader) + 2):
         folder = tmp_path / f"stopped-{stop}"
-        model, optimizer = new(kind, tokenizer, dropout=0.2)
+        model, made = new(kind, tokenizer, 0.2, optimizer)
         interrupt = Interrupting(loader, after=stop)
         with pytest.raises(Interrupted, match=f"stopped after step {stop} of {steps}, saved to") as caught:
-            pyllm.train(model, interrupt, optimizer, folder=folder, **options)
+            pyllm.train(model, interrupt, made, folder=folder, **options)
         assert caught.value.history.losses == whole.losses[:stop]
         torch.manual_seed(99)
-        model, optimizer = new(kind, tokenizer, dropout=0.2)
+        model, made = new(kind, tokenizer, 0.2, optimizer)
         torch.rand(5)
-        history = pyllm.train(model, loader, optimizer, folder=folder, resume=True, **options)
+        history = pyllm.train(model, loader, made, folder=folder, resume=True, **options)
         assert history.losses == whole.losses
         assert history.validation == whole.validation
         resumed, _ = pyllm.load(folder)
         expected, _ = pyllm.load(tmp_path / "whole")
         for a, b in zip(resumed.parameters(), expected.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_our_adamw_clips_and_goes_on_from_torchs(tokenizer, loader):
+    losses = []
+    for kind in (AdamW, torch.optim.AdamW):
+        model, optimizer = new("gpt", tokenizer, optimizer=kind)
+        losses.append(pyllm.train(model, loader, optimizer, steps=6, clip_norm=0.1, progress=False).losses)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    saved = optimizer_tensors(optimizer, model)
+    ours = AdamW(model.parameters())
+    restore_optimizer(ours, model, saved)
+    twin = new("gpt", tokenizer)[0]
+    twin.load_state_dict(model.state_dict())
+    theirs = torch.optim.AdamW(twin.parameters())
+    restore_optimizer(theirs, twin, optimizer_tensors(ours, model))
+    for own, step in ((model, ours), (twin, theirs)):
+        own.zero_grad()
+        own.loss(*loader.batch(0, 9)).backward()
+        step.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(int(s["step"]) == 7 for s in ours.state.values())
+    ours.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match=r"\[AdamW\] amsgrad must be false, but got True"):
+        ours.step()
+
+
+def test_our_adamw_takes_what_has_a_gradient(tokenizer):
+    one, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = AdamW([one, other, half], lr=0.1)
+    for wanted in (one, one + other):
+        optimizer.zero_grad()
+        (wanted.sum() + half.sum()).backward()
+        assert optimizer.step(lambda: 7) == 7
+    assert [int(optimizer.state[p]["step"]) for p in (one, other, half)] == [2, 1, 2]
+    assert optimizer.state[half]["exp_avg"].dtype == torch.float32
+    one.grad = torch.ones(3).to_sparse()
+    with pytest.raises(TypeError, match=r"gradients must be dense, but got one of layout torch.sparse_coo"):
+        optimizer.step()
 
 
 class Interrupting:

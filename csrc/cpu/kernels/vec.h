@@ -97,8 +97,16 @@ VEC V min(V a, V b) {
 VEC V abs(V x) { return as_float(as_int(x) & 0x7fffffff); }
 VEC V copysign(V x, V sign) { return as_float((as_int(x) & 0x7fffffff) | (as_int(sign) & INT32_MIN)); }
 VEC V sqrt(V x) {
+#if __AVX512F__
+  return _mm512_sqrt_ps(x);
+#elif __AVX2__ && ISA_AVX2
+  return _mm256_sqrt_ps(x);
+#elif __SSE2__ && !ISA_AVX512
+  return _mm_sqrt_ps(x);
+#else
   for (int k = 0; k < W; k++) x[k] = __builtin_sqrtf(x[k]);
   return x;
+#endif
 }
 
 // The lanes combined pairwise, always in this order.

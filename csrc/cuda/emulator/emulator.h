@@ -86,6 +86,7 @@ inline void __threadfence() {}
 inline void __threadfence_system() {}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __int_as_float(int32_t x) { return std::bit_cast<float>(x); }
 inline int32_t __float_as_int(float x) { return std::bit_cast<int32_t>(x); }
 
