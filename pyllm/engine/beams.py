@@ -77,7 +77,7 @@ class Search:
         if first.held.length < len(self.prompt) - 1:
             ids = self.prompt[: min(first.held.length + engine.chunk, len(self.prompt) - 1)]
             state = engine.pool.join([first.held], len(ids) - first.held.length)
-            engine.model.hidden(torch.tensor([ids[first.held.length :]]), state)
+            engine.model.hidden(torch.tensor([ids[first.held.length :]], device=engine.model.device), state)
             engine.pool.part([first.held], state)
             engine.pool.note(first.held, ids, len(ids))
             return
@@ -89,7 +89,7 @@ class Search:
         self._go_on(rows, engine.constrained(rows, torch.log_softmax(logits, -1)))
 
     def _go_on(self, rows: list[_Row], logprobs: Tensor) -> None:
-        totals = (logprobs + torch.tensor([row.total for row in rows])[:, None]).flatten()
+        totals = (logprobs + torch.tensor([row.total for row in rows], device=logprobs.device)[:, None]).flatten()
         count = min(max(2, 1 + len(self.stop_ids)) * self.num_beams, len(totals))
         best = totals.topk(count)
         length, vocabulary = len(rows[0].ids) + 1, logprobs.shape[1]

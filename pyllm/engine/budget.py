@@ -28,7 +28,7 @@ def new_pool(model: Model, max_sequences: int, num_pages: int | None, max_length
     if num_pages is not None and kv_cache_memory_bytes is not None:
         raise ValueError("num_pages and kv_cache_memory_bytes must not both be given")
     if model.answers:
-        one = torch.ones(1, dtype=torch.int64)
+        one = torch.ones(1, dtype=torch.int64, device=model.device)
         state = model.begin(one[None] - 1, one, 1)[0]
     else:
         state = model.new_state(1, 1)

@@ -57,8 +57,9 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
     if trials < 0 or neighbours < 0:
         raise ValueError(f"trials and neighbours must be at least 0, but got {trials} and {neighbours}")
     generator = torch.Generator().manual_seed(seed)
-    ids, source = (torch.randint(model.vocab_size, (batch_size, length), generator=generator) for _ in range(2))
-    full = torch.full((batch_size,), length)
+    ids, source = (torch.randint(model.vocab_size, (batch_size, length), generator=generator).to(model.device)
+                   for _ in range(2))  # fmt: skip
+    full = torch.full((batch_size,), length, device=model.device)
 
     def given(rows: slice = slice(None), n: int | None = None) -> Tensor | Pair:
         return Pair(source[rows, :n], ids[rows, :n]) if model.answers else ids[rows, :n]
@@ -81,7 +82,7 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
         alone = [_outputs(model, [given(slice(row, row + 1))], None) for row in range(batch_size)]
         joined = {name: torch.cat([a[name] for a in alone]) for name in whole if all(name in a for a in alone)}
         found.append(_first_difference("each row alone", whole, joined))
-        lengths = torch.tensor([max(1, length - 3 * row) for row in range(batch_size)])
+        lengths = torch.tensor([max(1, length - 3 * row) for row in range(batch_size)], device=model.device)
         padded = _outputs(model, [ids], state(lengths) if model.causal else None, lengths)
         for row, n in enumerate(lengths.tolist()):
             of_row = {name: t[row : row + 1, :n] for name, t in padded.items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllm.engine.capture import Captured
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.sampling import Sampler
 from pyllm.models import Model
@@ -23,7 +25,10 @@ def decode(model: Model, state: Any, sample: Sampler, drawn: list[int], max_toke
     """
     if max_tokens == 1:
         return
-    ids = torch.tensor(drawn)[:, None]
+    ids = torch.tensor(drawn, device=model.device)[:, None]
+    if ids.is_cuda:
+        yield from _captured(model, state, sample, ids, max_tokens)
+        return
     ended = torch.tensor([i in stop_ids for i in drawn])
     whole = type(model).constrain is Model.constrain and not sample.params.looks_back
     positions = torch.tensor([len(s) for s in sample.sequences])
@@ -49,8 +54,31 @@ def decode(model: Model, state: Any, sample: Sampler, drawn: list[int], max_toke
 def _unrecorded(model, state, sample, ids, max_tokens):
     for step in range(1, max_tokens):
         drawn = sample(model.constrain(model.head(model.hidden(ids, state)[:, 0]), step, max_tokens))
-        ids = torch.tensor(drawn)[:, None]
+        ids = torch.tensor(drawn, device=ids.device)[:, None]
         yield drawn
+
+
+def _captured(model: Model, state: Any, sample: Sampler, ids: Tensor, max_tokens: int) -> Iterator[list[int]]:
+    """On a CUDA device: the first step as it is, the others as a CUDA graph, where they can be one."""
+
+    def step() -> Tensor:
+        return model.head(model.hidden(ids, state)[:, 0])
+
+    logits, graph = step(), None
+    for n in range(1, max_tokens):
+        drawn = sample(model.constrain(logits, n, max_tokens))
+        ids[:, 0] = torch.tensor(drawn)
+        yield drawn
+        if n == 1 and max_tokens > 2:
+            with contextlib.suppress(NotRecordable):
+                graph = Captured(step, [])
+        if n + 1 == max_tokens:
+            return
+        if graph is None:
+            logits = step()
+        else:
+            graph.run()
+            logits = graph.out
 
 
 def _many_at_once(program, sample, ids: Tensor, ended: Tensor, steps: int, stop_ids: Collection[int]):
@@ -78,10 +106,18 @@ def why_unrecorded(model: Model) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        ids = torch.zeros(1, 1, dtype=torch.int64)
-        state, _, _ = model.begin(ids, torch.ones(1, dtype=torch.int64), 1)
-        with Recording():
-            model.head(model.hidden(ids, state)[:, 0])
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        state, _, _ = model.begin(ids, torch.ones_like(ids[0]), 2)
+
+        def step() -> Tensor:
+            return model.head(model.hidden(ids, state)[:, 0])
+
+        if ids.is_cuda:
+            step()
+            Captured(step, [])
+        else:
+            with Recording():
+                step()
     except NotRecordable as reason:
         return str(reason)
     finally:

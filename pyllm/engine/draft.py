@@ -46,7 +46,7 @@ class Draft:
         while rows:
             last = [i for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1].request is not row.request]
             self.steps.place(rows)
-            logits = self.steps.run()[torch.tensor(last)]
+            logits = self.steps.run()[last]
             rows = [rows[i] for i in last]
             for row, i in zip(rows, Draws()(rows, logits).ids.tolist(), strict=True):
                 found[row.request].append(i)
@@ -88,7 +88,7 @@ class Draft:
         while len(request.sequence) - held.length > UNREAD:
             ids = request.sequence[: min(held.length + PIECE, len(request.sequence) - 1)]
             state = self.pool.join([held], len(ids) - held.length)
-            self.model.hidden(torch.tensor([ids[held.length :]]), state)
+            self.model.hidden(torch.tensor([ids[held.length :]], device=self.model.device), state)
             self.pool.note(held, ids, len(ids))
 
 

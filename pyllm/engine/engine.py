@@ -382,7 +382,9 @@ class Engine:
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, piece in zip(ids, batch, strict=True):
             row[: piece.length] = torch.tensor(piece.request.sequence[piece.first : piece.end])
-        lengths = None if all(p.length == longest for p in batch) else torch.tensor([p.length for p in batch])
+        ids, lengths = ids.to(self.model.device), None
+        if any(p.length < longest for p in batch):
+            lengths = torch.tensor([p.length for p in batch], device=ids.device)
         try:
             state = self.pool.join(held, longest)
             with requests[0].watching(firsts[0], longest):

@@ -70,12 +70,12 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
     model.eval()
     try:
         # 1. All prompts at once, padded on the right.
-        lengths = torch.tensor([len(p) for p in prompts])
+        lengths = torch.tensor([len(p) for p in prompts], device=model.device)
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.as_tensor(p, dtype=torch.int64) for p in prompts], batch_first=True
         )
-        state, ids, lengths = model.begin(ids, lengths, max_tokens)
-        hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts)), lengths - 1]
+        state, ids, lengths = model.begin(ids.to(model.device), lengths, max_tokens)
+        hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts), device=model.device), lengths - 1]
         sample = Sampler(params, [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)])
         # 2. The first ids of all, then step by step; a sequence that has ended goes on in its row, unheard.
         drawn = sample(model.constrain(model.head(hidden), 0, max_tokens))

@@ -50,6 +50,7 @@ class AttentionPool:
         table = torch.full((len(held), width), self.pages.count, dtype=torch.int32)
         for row, h in zip(table, held, strict=True):
             row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
+        table = table.to(self.caches[0].keys.device)
         caches = [KeyValueCache(c.keys, c.values, table) for c in self.caches]
         state = AttentionState(caches, width * PAGE_SIZE)
         state.lengths.copy_(torch.tensor([h.length for h in held]))
@@ -105,8 +106,9 @@ class AttentionPool:
 class AttentionSeats:
     def __init__(self, pool: AttentionPool, count: int):
         self.caches = pool.caches
-        self.table = torch.zeros(count, pool.width, dtype=torch.int32)
-        self.lengths = torch.zeros(count, dtype=torch.int64)
+        device = self.caches[0].keys.device
+        self.table = torch.zeros(count, pool.width, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.int64, device=device)
 
     def state(self, count: int) -> AttentionState:
         """That of the first so many seats."""
@@ -124,7 +126,7 @@ class AttentionSeats:
                 h.row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
         if not held:
             return
-        torch.stack([h.row for h in held], out=self.table[: len(held)])
+        self.table[: len(held)] = torch.stack([h.row for h in held])
         self.lengths[: len(held)] = torch.tensor([h.length + more for h, more in zip(held, ahead, strict=True)])
 
     def clear(self) -> None:
@@ -211,7 +213,7 @@ class RecurrentPool:
 class RecurrentSeats:
     def __init__(self, pool: RecurrentPool, count: int):
         self.vectors = [v.new_zeros(v.shape[0], count, *v.shape[1:]) for v in pool.first]
-        self.lengths = torch.zeros(count, dtype=torch.int64)
+        self.lengths = torch.zeros(count, dtype=torch.int64, device=self.vectors[0].device)
         self.held: list[Slot] = []
 
     def state(self, count: int) -> RecurrentState:

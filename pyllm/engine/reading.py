@@ -76,13 +76,15 @@ class Scoring(Reading):
             self.parts.append(self._scored(logits, begin, end))
 
     def _scored(self, logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        given, history = self.text_ids[begin + 1 : end + 1], None
+        given, history = self.text_ids[begin + 1 : end + 1].to(logits.device), None
         if self.params.looks_back:
             history = self.text_ids[:end].repeat(end - begin, 1)
             history.masked_fill_(torch.arange(end) > torch.arange(begin, end)[:, None], -1)
-        sample = ops.sample(logits, seeds=0, positions=0, given=given, history=history, logit_bias=self.bias,
+            history = history.to(logits.device)
+        bias = None if self.bias is None else self.bias.to(logits.device)
+        sample = ops.sample(logits, seeds=0, positions=0, given=given, history=history, logit_bias=bias,
                             **self.params.settings())  # fmt: skip
-        return sample.logprobs, sample.processed_logprobs, logits.argmax(-1) == given
+        return sample.logprobs.cpu(), sample.processed_logprobs.cpu(), (logits.argmax(-1) == given).cpu()
 
     @property
     def score(self) -> Score:
@@ -107,7 +109,7 @@ class Embedding(Reading):
     @property
     def vector(self) -> Tensor:
         y = self.total if self.pooling == "last" else self.total / len(self.prompt)
-        return (y / y.norm().clamp(min=1e-12) if self.normalize else y).float()
+        return (y / y.norm().clamp(min=1e-12) if self.normalize else y).float().cpu()
 
 
 def score(engine: Engine, texts: Sequence[str | Sequence[int]], params: SamplingParams,
@@ -133,7 +135,11 @@ def embed(engine: Engine, texts: Sequence[str | Sequence[int]], pooling: str, no
     if isinstance(engine.model, EncoderDecoder):
         with engine.lock, torch.no_grad():
             for r in readings:
-                r.read(engine.model.eval(), engine.model.encode(torch.tensor([r.prompt])).hidden, 0)
+                r.read(
+                    engine.model.eval(),
+                    engine.model.encode(torch.tensor([r.prompt], device=engine.model.device)).hidden,
+                    0,
+                )
     else:
         _run(engine, readings)
     vectors = [r.vector for r in readings]

@@ -65,14 +65,14 @@ class SamplingParams:
         if bias is not None and bias.shape != (vocabulary,):
             raise ValueError(f"[sampling] logit_bias must have shape ({vocabulary},), but got {tuple(bias.shape)}")
         if self.allowed_ids is None:
-            return None if bias is None else bias.float()
+            return None if bias is None else bias.float().cpu()
         allowed = torch.tensor(list(self.allowed_ids), dtype=torch.int64)
         if not len(allowed):
             raise ValueError("[sampling] allowed_ids must have at least one id")
         if (wrong := allowed[(allowed < 0) | (allowed >= vocabulary)]).numel():
             raise IndexError(f"[sampling] allowed_ids must be from 0 to {vocabulary - 1}, but got {int(wrong[0])}")
         masked = torch.full((vocabulary,), float("-inf"))
-        masked[allowed] = 0.0 if bias is None else bias.float()[allowed]
+        masked[allowed] = 0.0 if bias is None else bias.float().cpu()[allowed]
         return masked
 
 
@@ -92,7 +92,8 @@ class Sampler:
     def draw(self, logits: Tensor, positions: Tensor, history: Tensor | None = None) -> Tensor:
         """The ids (B,) drawn at `positions` (B,) from logits (B, vocabulary)."""
         if self.bias is None:
-            self.bias = self.params.bias(logits.shape[1])
+            bias = self.params.bias(logits.shape[1])
+            self.bias = None if bias is None else bias.to(logits.device)
         return ops.sample(logits, seeds=self.seeds, positions=positions, history=history, logit_bias=self.bias,
                           **self.params.settings()).ids  # fmt: skip
 
@@ -106,7 +107,7 @@ class Sampler:
         history = None
         if self.params.looks_back:
             history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
-                                                      batch_first=True, padding_value=-1)  # fmt: skip
+                                                      batch_first=True, padding_value=-1).to(logits.device)  # fmt: skip
         ids = self.draw(logits, torch.tensor([len(s) for s in self.sequences]), history).tolist()
         self.note(ids)
         return ids

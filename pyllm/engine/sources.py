@@ -20,9 +20,9 @@ from pyllm.nn.state import PAGE_SIZE
 class Source:
     """What is answered, the pages that its keys and values have, and whether they are there."""
 
-    def __init__(self, ids: tuple[int, ...], held: Holding):
+    def __init__(self, ids: tuple[int, ...], held: Holding, device: torch.device):
         self.ids, self.held, self.users, self.read = ids, held, 0, False
-        self.row = torch.tensor(held.pages, dtype=torch.int32)
+        self.row = torch.tensor(held.pages, dtype=torch.int32, device=device)
 
 
 class SourcePool(AttentionPool):
@@ -46,7 +46,7 @@ class SourcePool(AttentionPool):
             own = self.pages.take((), len(key))
             if own is None:
                 return None
-            found = Source(key, own)
+            found = Source(key, own, self.caches[0].keys.device)
         held = super().admit((), positions)
         if held is None:
             if not found.users:
@@ -72,11 +72,12 @@ class SourcePool(AttentionPool):
 
     def read(self, sources: Sequence[Source]) -> None:
         """Writes the keys and values of sources, which are encoded together."""
-        lengths = torch.tensor([len(s.ids) for s in sources])
+        device = self.model.device
+        lengths = torch.tensor([len(s.ids) for s in sources], device=device)
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in sources], batch_first=True)
-        state = self.model.begin(ids, lengths, 1)[0]
+        state = self.model.begin(ids.to(device), lengths, 1)[0]
         for i, source in enumerate(sources):
-            positions = torch.arange(len(source.ids))[None]
+            positions = torch.arange(len(source.ids), device=device)[None]
             for cache, pair in zip(self.caches, state.sources, strict=True):
                 for pages, t in zip((cache.keys, cache.values), pair, strict=True):
                     ops.write_pages(pages, t[i : i + 1, : len(source.ids)], source.row[None], positions)
@@ -85,7 +86,8 @@ class SourcePool(AttentionPool):
 
     def join(self, held: Sequence[Holding], count: int = 1) -> SourceState:
         rows = torch.nn.utils.rnn.pad_sequence([h.source.row for h in held], batch_first=True)
-        return self.with_sources(super().join(held, count), rows, torch.tensor([len(h.source.ids) for h in held]))
+        lengths = torch.tensor([len(h.source.ids) for h in held], device=rows.device)
+        return self.with_sources(super().join(held, count), rows, lengths)
 
     def with_sources(self, state: Any, table: Tensor, lengths: Tensor) -> SourceState:
         made = SourceState(state.caches, state.capacity, [(c.keys, c.values) for c in self.caches], lengths, table)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyllm.engine.capture import Captured
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.models import Model
 
@@ -18,8 +19,9 @@ class Steps:
 
     def __init__(self, model: Model, pool: Any, count: int):
         self.model, self.seats = model, pool.seats(count)
-        self.ids = torch.zeros(count, 1, dtype=torch.int64)
-        self.numbers = self.ids.numpy()[:, 0]
+        self.ids = torch.zeros(count, 1, dtype=torch.int64, device=model.device)
+        self.on_host = self.ids.cpu()  # the same memory, if the model is on the CPU
+        self.numbers = self.on_host.numpy()[:, 0]
         self.asked: list[Any] = []
         self.rows: list[Any] = []
         self.forget()
@@ -28,7 +30,7 @@ class Steps:
         """The model has changed: what was recorded holds no longer."""
         self.recordable, self.calls = True, 0
         self.recorded: dict[int, tuple[Any, Tensor]] = {}  # by the number of rows: the program and its logits
-        self.memory: list[torch.UntypedStorage] = []
+        self.memory: list[Any] = []
 
     def clear(self) -> None:
         """Nobody sits any more, and nobody knows what was in the seats."""
@@ -54,6 +56,8 @@ class Steps:
         count = len(self.rows)
         self.numbers[:count] = [row.sequence[-1] for row in self.rows]
         try:
+            if self.on_host is not self.ids:
+                self.ids[:count] = self.on_host[:count]
             found = self.recorded.get(count) or self._record(count)
             if found is None:
                 return self._step(count)
@@ -69,12 +73,16 @@ class Steps:
         if self.calls == 1 or not self.recordable:
             return None
         try:
-            with Recording(self.memory) as program:
-                logits = self._step(count)
+            if self.ids.is_cuda:
+                captured = Captured(lambda: self._step(count), self.memory)
+                self.recorded[count] = captured, captured.out
+            else:
+                with Recording(self.memory) as program:
+                    logits = self._step(count)
+                self.recorded[count] = program, logits
         except NotRecordable:
             self.recordable = False
             return None
-        self.recorded[count] = program, logits
         return self.recorded[count]
 
     def _step(self, count: int) -> Tensor:

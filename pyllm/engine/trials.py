@@ -77,8 +77,8 @@ class Trial:
 
 def alone(model: Model, request: Request) -> ops.Sample:
     """What the whole model draws for each of a request's ids, given those before it."""
-    ids, first = torch.tensor([request.sequence[:-1]]), len(request.prompt) - 1
-    logits = model(Pair(torch.tensor([request.source]), ids) if model.answers else ids)[0, first:]
+    ids, first = torch.tensor([request.sequence[:-1]], device=model.device), len(request.prompt) - 1
+    logits = model(Pair(torch.tensor([request.source], device=ids.device), ids) if model.answers else ids)[0, first:]
     if type(model).constrain is not Model.constrain:
         rows = enumerate(logits.split(1))
         logits = torch.cat([model.constrain(row, step, request.max_tokens) for step, row in rows])
@@ -86,8 +86,10 @@ def alone(model: Model, request: Request) -> ops.Sample:
     positions = torch.arange(len(request.prompt), len(request.sequence))
     history.masked_fill_(torch.arange(len(request.sequence)) >= positions[:, None], -1)
     assert request.params.seed is not None
-    return ops.sample(logits, seeds=request.params.seed, positions=positions, history=history, logit_bias=request.bias,
-                      **request.params.settings())  # fmt: skip
+    bias = None if request.bias is None else request.bias.to(ids.device)
+    sample = ops.sample(logits, seeds=request.params.seed, positions=positions, history=history.to(ids.device),
+                        logit_bias=bias, **request.params.settings())  # fmt: skip
+    return ops.Sample(*(t.cpu() for t in sample))
 
 
 @torch.no_grad()

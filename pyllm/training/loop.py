@@ -24,7 +24,16 @@ from pyllm.checkpoint import (
 from pyllm.models import Model
 from pyllm.nn import RecurrentState
 from pyllm.text import Tokenizer
-from pyllm.training.metrics import History, Inputs, logits_of, next_state, state_to_carry, test
+from pyllm.training.metrics import (
+    History,
+    Inputs,
+    device_of,
+    logits_of,
+    moved,
+    next_state,
+    state_to_carry,
+    test,
+)
 from pyllm.training.optimizer import AdamW, clip_scale
 from pyllm.training.progress import Progress
 
@@ -43,7 +52,7 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
           carry_state: bool | None = None, validation: Iterable | None = None, validate_every: int | None = None,
           folder: str | os.PathLike | None = None, tokenizer: Tokenizer | None = None, save_every: int | None = None,
           resume: bool = False, settings: dict | None = None, progress: bool = True) -> History:  # fmt: skip
-    """Trains a model on (inputs, targets) batches of token ids, each (B, T).
+    """Trains a model on (inputs, targets) batches of token ids, each (B, T), which are moved to where the model is.
 
     Args:
         model: a `pyllm.models.Model`, or any module that maps ids (B, T) to logits (B, T, vocabulary). A model with a
@@ -148,6 +157,7 @@ class _Run:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.make_state, self.tokenizer, self.settings = make_state, tokenizer, settings
         self.history = History()
+        self.device = device_of(model)
         self.state: RecurrentState | None = None
 
     def batches(self, total: int):
@@ -162,7 +172,7 @@ class _Run:
             for n, (inputs, targets) in enumerate(islice(source, total - done), first):
                 if self.make_state:
                     self.state = next_state(self.make_state, self.state if n else None, len(inputs))
-                yield inputs, targets
+                yield moved(inputs, self.device), targets.to(self.device)
             if len(self.history.losses) == before:
                 raise ValueError("the loader gave no batch")
 
@@ -195,7 +205,7 @@ class _Run:
         self.history = History.from_json(saved.training["history"])
         if saved.training["state"] is not None and self.make_state:
             self.state = self.make_state(len(saved.training["state"]["lengths"]))
-            self.state.load_tensors(saved.training["state"])
+            self.state.load_tensors({k: v.to(self.device) for k, v in saved.training["state"].items()})
 
 
 @contextmanager

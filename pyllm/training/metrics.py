@@ -58,6 +58,22 @@ class History:
         )
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model's first parameter is; the CPU, if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs of a model on a device: a tensor, or what holds several; anything else stays as it is."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: moved(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(moved(value, device) for value in inputs))
+    return inputs
+
+
 def logits_of(model: torch.nn.Module, inputs: Inputs, state: RecurrentState | None) -> Tensor:
     """A model's logits; one that returns (logits, hidden state), as recurrent models often do, is understood too."""
     if isinstance(inputs, Mapping):
@@ -110,11 +126,13 @@ def test(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], criter
         ValueError: the loader gives no target that counts.
     """
     make_state, was_training = state_to_carry(model, loader, carry_state), model.training
+    device = device_of(model)
     model.eval()
     loss, right, tokens, state = 0.0, 0, 0, None
     for inputs, targets in loader:
         if make_state:
             state = next_state(make_state, state, len(inputs))
+        inputs, targets = moved(inputs, device), targets.to(device)
         logits, flat = logits_of(model, inputs, state).flatten(0, -2), targets.flatten()
         kept = flat != IGNORED
         count = int(kept.sum())

@@ -7,6 +7,10 @@ import torch
 
 import pyllm
 from pyllm import ops
+from pyllm.data import SequenceLoader
+from pyllm.engine import generate_ids
+from pyllm.training import AdamW
+from pyllm.training import train as train_model
 
 OPTIONS = {
     "rope": {"num_kv_heads": 2, "window": 12},
@@ -62,4 +66,53 @@ def test_a_recurrent_model(cell, device, on_cpu):
     with torch.no_grad():
         steps = [model(part, state=state) for part in ids.split([4, 1, 1, 3], 1)]
     torch.testing.assert_close(torch.cat(steps, 1).cpu(), whole, rtol=1e-4, atol=1e-5)
+    pyllm.synchronize()
+
+
+def test_an_engine_and_the_plain_loop(device, on_cpu):
+    """With ids that are cut off at the first whose probabilities are within rounding of a border: none here."""
+    prompts, params = [[1, 2, 3], [4] * 9, [7]], [pyllm.SamplingParams(seed=i, top_p=0.9) for i in range(3)]
+
+    def run(model):
+        engine = pyllm.Engine(model, max_sequences=2, max_length=32, chunk=5)
+        drawn = [r.ids for r in engine.generate(prompts, params, max_tokens=5)]
+        scored = engine.score([[1, 2, 3, 4, 5]])[0].logprobs
+        return drawn, list(generate_ids(model, prompts, params[0], max_tokens=4)), scored
+
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64, **OPTIONS["rope"]).eval()
+    expected, found = on_cpu(lambda: run(copy.deepcopy(model))), run(model.to(device))
+    assert found[:2] == expected[:2]
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4-min"])
+def test_a_quantised_model(weights, device, on_cpu):
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64, tie_embeddings=True).eval()
+    model.quantize(weights)
+    ids = torch.randint(0, 60, (3, 7))
+    with torch.no_grad():
+        expected = on_cpu(lambda: copy.deepcopy(model)(ids))
+        moved = model.to(device)
+        for layer in moved.modules() if device.type == "cpu" else ():
+            if isinstance(layer, pyllm.nn.Quantizable) and layer.packed is not None:  # as the kernels read it
+                panels = layer.packed._panels_of(8)
+                layer.packed = ops.PackedQuantizedWeight(panels, *layer.packed.layout, layer.packed.shape)
+        torch.testing.assert_close(moved(ids.to(device)).cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_training(device, on_cpu, tmp_path):
+    """With batches that are on the CPU, clipping, and a stop in between."""
+    ids = torch.randint(0, 60, (400,))
+
+    def run(model, where, **options):
+        optimizer = AdamW(model.parameters(), 0.01)
+        return train_model(model, SequenceLoader(ids, 3, 12), optimizer, folder=where, progress=False,
+                           validation=SequenceLoader(ids[:60], 2, 12), **options)  # fmt: skip
+
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64)
+    expected = on_cpu(lambda: run(copy.deepcopy(model), tmp_path / "cpu", steps=6))
+    run(copy.deepcopy(model).to(device), tmp_path / "device", steps=3)
+    found = run(model.to(device), tmp_path / "device", steps=6, resume=True)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
+    assert found.validation[-1][1].loss == pytest.approx(expected.validation[-1][1].loss, rel=1e-4)
     pyllm.synchronize()
