@@ -144,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("generate", &Program::generate, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("steps_done", &Program::steps_done)
+      .def_property_readonly("steps_run", &Program::steps_run)
       .def_property_readonly("ops", &Program::ops)
       .def_property_readonly("unfit", &Program::unfit);
 

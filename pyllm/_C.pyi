@@ -23,11 +23,21 @@ class Program:
     """Calls of operations, recorded by this thread while `record(True)` holds, to be run again."""
 
     steps_done: int
+    steps_run: int
     ops: list[str]
     unfit: str
     def record(self, on: bool, /) -> None: ...
     def run(self) -> None: ...
-    def generate(self, ids: Array, drawn: Array, ended: Array, stop_ids: Sequence[int], /) -> None: ...
+    def generate(
+        self,
+        draw: Program | None,
+        results: Sequence[Array],
+        kept: Sequence[Array],
+        ended: Array,
+        stop_ids: Sequence[int],
+        first: bool,
+        /,
+    ) -> None: ...
 
 def adamw(
     parameters: Sequence[Array],

@@ -1,6 +1,7 @@
 #include "program/program.h"
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 
 #include "cpu/threads.h"
@@ -80,19 +81,26 @@ void Program::run() const {
   awake([&] { run_calls(); });
 }
 
-void Program::generate(const TensorView& ids, const TensorView& drawn, const TensorView& ended,
-                       const std::vector<int64_t>& stop_ids) {
+void Program::generate(const Program* draw, const std::vector<TensorView>& results, const std::vector<TensorView>& kept,
+                       const TensorView& ended, const std::vector<int64_t>& stop_ids, bool first) {
   const char* op = "Program.generate";
-  steps_done_ = 0;
+  steps_done_ = steps_run_ = 0;
+  check(!results.empty() && results.size() == kept.size(), "[", op,
+        "] results and kept must be as many, at least one, ", "but got ", results.size(), " and ", kept.size());
+  const TensorView& ids = results[0];
   check_dtype(op, "ids", ids, DType::i64);
   check_ndim(op, "ids", ids, 1);
-  check_contiguous(op, "ids", ids);
-  check_dtype(op, "drawn", drawn, DType::i64);
-  check_ndim(op, "drawn", drawn, 2);
-  const int64_t steps = drawn.size(0), rows = ids.size(0);
-  check_shape(op, "drawn", drawn, steps, rows);
-  check_contiguous(op, "drawn", drawn);
-  check_writable(op, "drawn", drawn);
+  check_ndim(op, "kept", kept[0], 2);
+  const int64_t steps = kept[0].size(0), rows = ids.size(0);
+  for (size_t i = 0; i < results.size(); i++) {
+    check_device(op, "results", results[i]);
+    check_shape(op, "results", results[i], rows);
+    check_contiguous(op, "results", results[i]);
+    check_dtype(op, "kept", kept[i], results[i].dtype);
+    check_shape(op, "kept", kept[i], steps, rows);
+    check_contiguous(op, "kept", kept[i]);
+    check_writable(op, "kept", kept[i]);
+  }
   check_dtype(op, "ended", ended, DType::boolean);
   check_shape(op, "ended", ended, rows);
   check_contiguous(op, "ended", ended);
@@ -100,16 +108,21 @@ void Program::generate(const TensorView& ids, const TensorView& drawn, const Ten
   awake([&] {
     for (int64_t step = 0; step < steps; step++) {
       run_calls();
-      bool all = true;
+      steps_run_ = step + 1;
+      if (draw) draw->run_calls();
+      for (size_t i = 0; i < results.size(); i++) {
+        const int64_t bytes = rows * size_of(results[i].dtype);
+        std::memcpy(kept[i].data + step * bytes, results[i].data, bytes);
+      }
+      bool all = true, any = false;
       for (int64_t row = 0; row < rows; row++) {
-        const int64_t id = ids.as<int64_t>()[row];
-        drawn.as<int64_t>()[step * rows + row] = id;
         bool& over = ended.as<bool>()[row];
-        over = over || std::find(stop_ids.begin(), stop_ids.end(), id) != stop_ids.end();
+        over = over || std::find(stop_ids.begin(), stop_ids.end(), ids.as<int64_t>()[row]) != stop_ids.end();
         all = all && over;
+        any = any || over;
       }
       steps_done_ = step + 1;
-      if (all) return;
+      if (first ? any : all) return;
     }
   });
 }

@@ -35,12 +35,14 @@ class Program {
   // All calls, in order, with the team of threads awake between them.
   void run() const;
 
-  // Runs until each row of `ids` (B,) has held one of `stop_ids`, or `drawn` (steps, B), which gets the ids after each
-  // run, is full. `ended` (B,) says which rows have stopped, and is kept up to date. Where a step fails, those before it
-  // stand: `steps_done` says how many in either case.
-  void generate(const TensorView& ids, const TensorView& drawn, const TensorView& ended,
-                const std::vector<int64_t>& stop_ids);
+  // Step by step, runs this and then `draw`, if there is one, and keeps each of `results` (B,), of which the first are
+  // ids, in that of `kept` (steps, B). Ends when those are full, or when each row, or with `first` any, has had one of
+  // `stop_ids`; `ended` (B,) says which rows have, and is kept up to date. Where a step fails, those before it stand:
+  // `steps_done` says how many in either case, and `steps_run` in how many this has run.
+  void generate(const Program* draw, const std::vector<TensorView>& results, const std::vector<TensorView>& kept,
+                const TensorView& ended, const std::vector<int64_t>& stop_ids, bool first);
   int64_t steps_done() const { return steps_done_; }
+  int64_t steps_run() const { return steps_run_; }
 
   // What is recorded between the two is for share `at` of the rows of x and out, and of what is marked meanwhile. What
   // cannot be so cut is said by `unfit`: the program must not run then.
@@ -59,7 +61,7 @@ class Program {
   std::vector<std::shared_ptr<void>> kept_;
   std::shared_ptr<RowScope> rows_;
   std::string unfit_;
-  int64_t steps_done_ = 0, row_scopes_ = 0;
+  int64_t steps_done_ = 0, steps_run_ = 0, row_scopes_ = 0;
 };
 
 // What this thread records to, or null.

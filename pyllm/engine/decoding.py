@@ -87,7 +87,7 @@ def _many_at_once(program, sample, ids: Tensor, ended: Tensor, steps: int, stop_
         drawn = torch.empty(min(count, steps), len(ids), dtype=torch.int64)
         error, began = None, time.perf_counter()
         try:
-            program.generate(ids, drawn, ended, list(stop_ids))
+            program.generate(None, [ids], [drawn], ended, list(stop_ids), False)
         except Exception as e:  # what came before it stands
             error = e
         took = (time.perf_counter() - began) / max(program.steps_done, 1)

@@ -15,6 +15,8 @@ from torch import Tensor
 from pyllm.engine import reading
 from pyllm.engine.beams import Beam, search
 from pyllm.engine.budget import new_pool
+from pyllm.engine.bursts import Bursts
+from pyllm.engine.decoding import AT_ONCE
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
 from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
@@ -79,6 +81,7 @@ class Engine:
         self._running: list[Request] = []
         self._speculation = None if speculate is None else new_speculation(model, self.pool, speculate, max_sequences)
         self.steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
+        self._bursts = Bursts(self.steps, max_sequences)
         self._draws, self._watch = Draws(), Watch(model)
         self._clock = clock
         self._order, self.lock = itertools.count(), threading.RLock()
@@ -160,7 +163,7 @@ class Engine:
                 requests.append(self.submit(prompt, own, **options))
             for request in requests:
                 while any(sample.reason is None for sample in request.samples):
-                    self.step()
+                    self.step(AT_ONCE)
         finally:  # an interruption leaves nothing behind
             for request in requests:
                 for sample in request.samples:
@@ -244,8 +247,13 @@ class Engine:
         return search(self, prompt, num_beams, max_tokens, length_penalty, early_stopping, stop_ids)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read."""
+    def step(self, seconds: float = 0.0) -> None:
+        """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read.
+
+        Args:
+            seconds: where all prompts are read, more ids are drawn for about so long, until a sequence ends. What
+                others ask for meanwhile waits.
+        """
         with self.lock:
             self.look_at_model()
             try:
@@ -263,7 +271,7 @@ class Engine:
                     self._admit()  # samples of a prompt that has just been read
                     self._decode([r for r in self._running if r.decodes])
                 else:
-                    self._decode(list(self._running))
+                    self._decode(list(self._running), seconds)
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self.steps.clear()
                 if self._speculation is not None:
@@ -323,7 +331,7 @@ class Engine:
         """Makes a step for who waits for a piece of a request's text, unless another's step has brought one."""
         with self.lock:
             if request.reason is None and not request.pieces:
-                self.step()
+                self.step(AT_ONCE)
 
     def look_at_model(self) -> None:
         """Before a step: what was known of another model is forgotten."""
@@ -427,7 +435,7 @@ class Engine:
             return
         self._draw(rows, logits, Draws())
 
-    def _decode(self, rows: list[Request]) -> None:
+    def _decode(self, rows: list[Request], seconds: float = 0.0) -> None:
         if not rows:
             return
         proposed = {} if self._speculation is None else self._speculation.propose(rows)
@@ -435,7 +443,7 @@ class Engine:
             return
         rows = self.steps.place(rows)
         try:
-            logits = self.steps.run()
+            drawn, logits = self._bursts(rows, seconds)
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)
@@ -443,8 +451,16 @@ class Engine:
                 if row.reason is None:
                     self._decode([row])
             return
-        self.pool.advance(rows)
-        self._draw(rows, logits, self._draws)
+        if drawn[0][0]:
+            self.pool.advance(rows, [ids for ids, *_ in drawn])
+            for row, own in zip(rows, drawn, strict=True):
+                self._push(row, own)
+        if logits is not None:
+            left = [i for i, row in enumerate(rows) if row.reason is None]
+            if len(left) < len(rows):
+                rows, logits = [rows[i] for i in left], logits[left]
+            self.pool.advance(rows)
+            self._draw(rows, logits, self._draws)
 
     def _decode_ahead(self, rows: list[Request], proposed: dict[Request, list[int]]) -> bool:
         """A step that reads what is proposed, too. False if it fails: what is at fault may never be drawn."""
@@ -461,8 +477,7 @@ class Engine:
             ids = proposed.get(row, [])
             own = list(itertools.islice(drawn, len(ids) + 1))
             stood = self._speculation.learn(row, ids, [i for i, *_ in own], len(rows))
-            for one in own[: stood + 1]:
-                self._push(row, one)
+            self._push(row, list(map(list, zip(*own[: stood + 1], strict=True))))
             if row.reason is None:
                 self.pool.note(row.held, row.sequence, len(row.sequence) - 1)
         return True
@@ -476,10 +491,10 @@ class Engine:
             for i, row in enumerate(rows):
                 self._draw([row], logits[i : i + 1], Draws())
             return
-        for row, *drawn in zip(rows, *(t.tolist() for t in sample), strict=True):
+        for row, *drawn in zip(rows, *(t[:, None].tolist() for t in sample), strict=True):
             self._push(row, drawn)
 
-    def _push(self, row: Request, drawn: Sequence[Any]) -> None:
+    def _push(self, row: Request, drawn: Sequence[list[Any]]) -> None:
         if row.reason is not None:  # what a callback ended
             return
         try:

@@ -4,8 +4,9 @@ the state of those that are read an id at a time, which stays where it is as seq
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,13 +60,14 @@ class AttentionPool:
     def seats(self, count: int) -> AttentionSeats:
         return AttentionSeats(self, count)
 
-    def advance(self, rows: Sequence[Any]) -> None:
-        """Each has one more of its ids written."""
-        for row in rows:
+    def advance(self, rows: Sequence[Any], more: Iterable[Sequence[int]] = itertools.repeat(())) -> None:
+        """Each has its last id written and, where `more` follow it, all of those but the last."""
+        for row, ids in zip(rows, more, strict=False):
             holding = row.held
-            holding.length += 1
-            if holding.length % PAGE_SIZE == 0 or self.window is not None:
-                self.note(holding, row.sequence, holding.length)
+            before = holding.length
+            holding.length += len(ids) or 1
+            if holding.length // PAGE_SIZE > before // PAGE_SIZE or self.window is not None:
+                self.note(holding, [*row.sequence, *ids] if ids else row.sequence, holding.length)
 
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         self.pages.note(holding, ids, length)
@@ -173,9 +175,9 @@ class RecurrentPool:
     def seats(self, count: int) -> RecurrentSeats:
         return RecurrentSeats(self, count)
 
-    def advance(self, rows: Sequence[Any]) -> None:
-        for row in rows:
-            row.held.length += 1
+    def advance(self, rows: Sequence[Any], more: Iterable[Sequence[int]] = itertools.repeat(())) -> None:
+        for row, ids in zip(rows, more, strict=False):
+            row.held.length += len(ids) or 1
 
     def note(self, slot: Slot, ids: Sequence[int], length: int) -> None:
         slot.length = length

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyllm.checkpoint.files import check_plain, parse_json, short
 from pyllm.engine.budget import pages_for
+from pyllm.engine.decoding import AT_ONCE
 from pyllm.engine.engine import Engine
 from pyllm.engine.generation import most_tokens, prompt_ids
 from pyllm.engine.request import Request
@@ -212,7 +213,7 @@ def _run(engine: Engine, lines: Sequence[Line], ahead: int) -> Iterator[tuple[Li
             yield from [(line, request) for line, request in running if request.reason is not None]
             running = [entry for entry in running if entry[1].reason is None]
             if running:
-                engine.step()
+                engine.step(AT_ONCE)
             elif line is None:
                 return
     finally:

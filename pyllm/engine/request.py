@@ -53,7 +53,7 @@ class Request:
         self.held: Any = None  # of the engine's pool
         self.luck: Any = None  # with what was proposed for it
         self.guess: Any = None  # what the proposer keeps of it
-        self._engine, self._stop_ids, self._stream, self._on_token = engine, stop_ids, stream, on_token
+        self._engine, self.stop_ids, self._stream, self._on_token = engine, stop_ids, stream, on_token
 
     def cancel(self) -> None:
         """Ends it here, and frees what it holds."""
@@ -105,19 +105,31 @@ class Request:
         from which comes what is next."""
         return hidden[:, -1] if first + hidden.shape[1] == len(self.sequence) else None
 
-    def push(self, i: int, logprob: float, processed_logprob: float) -> str | None:
-        """Takes the next id; the reason if it is the last."""
-        self.ids.append(i)
-        self.sequence.append(i)
-        self.logprobs.append(logprob)
-        self.processed_logprobs.append(processed_logprob)
-        piece = "" if self._stream is None else self._stream.push(i)
-        self._say(piece)
-        if self._on_token is not None:
-            self._on_token(i, piece)
-        if i in self._stop_ids or (self._stream is not None and self._stream.ended):
+    def push(self, ids: list[int], logprobs: list[float], processed_logprobs: list[float]) -> str | None:
+        """Takes the next ids, of which only the last can be a stop id; the reason if one of them ends it. None is taken
+        after that."""
+        if self._stream is None and self._on_token is None:
+            self._take(ids, logprobs, processed_logprobs)
+        else:
+            for i, *of_it in zip(ids, logprobs, processed_logprobs, strict=True):
+                self._take([i], *([x] for x in of_it))
+                piece = "" if self._stream is None else self._stream.push(i)
+                self._say(piece)
+                if self._on_token is not None:
+                    self._on_token(i, piece)
+                if self.reason is not None:  # the callback has ended it
+                    return None
+                if self._stream is not None and self._stream.ended:
+                    return "stop"
+        if self.ids[-1] in self.stop_ids:
             return "stop"
         return "length" if len(self.ids) == self.max_tokens else None
+
+    def _take(self, ids: list[int], logprobs: list[float], processed_logprobs: list[float]) -> None:
+        self.ids += ids
+        self.sequence += ids
+        self.logprobs += logprobs
+        self.processed_logprobs += processed_logprobs
 
     def finish(self, reason: str, error: Exception | None) -> None:
         if self._stream is not None:

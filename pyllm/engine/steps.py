@@ -51,16 +51,20 @@ class Steps:
             self.asked = rows
         return self.rows
 
-    def run(self) -> Tensor:
-        """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
+    def program(self) -> tuple[Any, Tensor] | None:
+        """What is recorded of reading the last id of each that is seated, and its logits; None if that is not."""
         count = len(self.rows)
         self.numbers[:count] = [row.sequence[-1] for row in self.rows]
+        if self.on_host is not self.ids:
+            self.ids[:count] = self.on_host[:count]
+        return self.recorded.get(count) or self._record(count)
+
+    def run(self) -> Tensor:
+        """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
         try:
-            if self.on_host is not self.ids:
-                self.ids[:count] = self.on_host[:count]
-            found = self.recorded.get(count) or self._record(count)
+            found = self.program()
             if found is None:
-                return self._step(count)
+                return self._step(len(self.rows))
             found[0].run()
             return found[1]
         except BaseException:

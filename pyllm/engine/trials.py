@@ -9,6 +9,7 @@ import torch
 
 from pyllm import _C, ops
 from pyllm.engine.budget import pages_for
+from pyllm.engine.decoding import AT_ONCE
 from pyllm.engine.engine import Engine
 from pyllm.engine.pool import AttentionPool
 from pyllm.engine.request import Request
@@ -59,7 +60,7 @@ class Trial:
                 engine.step()
         needle = made[self.place]
         while needle.reason is None:
-            engine.step()
+            engine.step(self.rng.choice((0.0, AT_ONCE)))
         if needle.error is not None:
             raise needle.error
         return needle

@@ -102,7 +102,7 @@ def test_an_engine_captures_a_step_for_each_number_of_rows(graphs):
     expected = [r.ids for r in pyllm.Engine(new(), max_length=32).generate(prompts, params, max_tokens=6)]
 
     class OnCuda:  # ids that say that they are there
-        is_cuda = True
+        is_cuda, device = True, torch.device("cuda")
 
         def __init__(self, ids):
             self.ids = ids

@@ -110,7 +110,7 @@ def test_generate_stops_where_each_row_has_and_keeps_what_came_before_an_error()
     ids = torch.tensor([0, 3])
     program, _ = recorded(lambda: ids.copy_(ids + 1))
     drawn, ended = torch.zeros(8, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
-    program.generate(ids, drawn, ended, [5])
+    program.generate(None, [ids], [drawn], ended, [5], False)
     assert program.steps_done == 5 and drawn[:5].tolist() == [[1, 4], [2, 5], [3, 6], [4, 7], [5, 8]]
     assert ended.all()
     ids[:] = 0
@@ -122,11 +122,29 @@ def test_generate_stops_where_each_row_has_and_keeps_what_came_before_an_error()
 
     program, _ = recorded(step)
     with pytest.raises(IndexError, match="embedding"):
-        program.generate(ids, drawn, torch.zeros(2, dtype=torch.bool), [])
-    assert program.steps_done == 3 and drawn[:3].tolist() == [[1, 1], [2, 2], [3, 3]]
-    for bad in ((ids.int(), drawn, ended), (ids, drawn[:, :1], ended), (ids, drawn, ended.int())):
+        program.generate(None, [ids], [drawn], torch.zeros(2, dtype=torch.bool), [], False)
+    assert (program.steps_done, program.steps_run) == (3, 3) and drawn[:3].tolist() == [[1, 1], [2, 2], [3, 3]]
+    good, bad = ([ids], [drawn], ended), []
+    bad += [([ids.int()], *good[1:]), ([ids], [drawn[:, :1]], ended), ([ids], [drawn], ended.int())]
+    bad += [([], [], ended), ([ids, ids], [drawn], ended), ([ids, ids], [drawn, drawn.float()], ended)]
+    for arguments in bad:
         with pytest.raises((ValueError, TypeError), match=r"\[Program.generate\]"):
-            program.generate(*bad, [])
+            program.generate(None, *arguments, [], False)
+
+
+def test_generate_draws_by_a_second_program_until_the_first_row_has_stopped():
+    ids, twice = torch.tensor([0, 3]), torch.zeros(2)
+    program, _ = recorded(lambda: twice.mul_(2))
+    draw, _ = recorded(lambda: (ids.copy_(ids + 1), twice.copy_(twice + 1)))
+    kept, ended = [torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, 2)], torch.zeros(2, dtype=torch.bool)
+    program.generate(draw, [ids, twice], kept, ended, [6], True)
+    assert (program.steps_done, program.steps_run) == (3, 3) and ended.tolist() == [False, True]
+    assert kept[0][:3].tolist() == [[1, 4], [2, 5], [3, 6]] and kept[1][:3].tolist() == [[1, 1], [3, 3], [7, 7]]
+    weight = torch.randn(9, 4)
+    draw, _ = recorded(lambda: (ids.copy_(ids + 1), ops.embedding(ids, weight)))
+    with pytest.raises(IndexError, match="embedding"):
+        program.generate(draw, [ids, twice], kept, torch.zeros(2, dtype=torch.bool), [], True)
+    assert (program.steps_done, program.steps_run) == (2, 3)
 
 
 def decoder(**options):

@@ -3,8 +3,9 @@
     python tests/engine/trials.py --trials 1000
 
 In each, a needle runs among random neighbours: any model, arrival order, chunk size, budget, prefix that is known or
-not, number of threads, recorded or not, speculative or not, with samples, cancellations, other settings. What it draws
-and the log-probabilities must have the bits of one full forward pass over its text, and all pages must come back.
+not, number of threads, recorded or not, step by step or in bursts, speculative or not, with samples, cancellations,
+other settings. What it draws and the log-probabilities must have the bits of one full forward pass over its text, and
+all pages must come back.
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ def trial(model, kind: str, seed: int, most: int = 63) -> Counter[str]:
             ids, params, options = asked[i]
             made[i] = engine.submit(ids, params, **options)
             for _ in range(rng.randrange(hurry + 1)):
-                engine.step()
+                engine.step(rng.choice((0.0, 60.0)))
                 if i and rng.random() < 0.1:
                     made[i].cancel()
         limit = 10_000
         while any(r.reason is None for first in made.values() for r in first.samples):
-            engine.step()
+            engine.step(rng.choice((0.0, 60.0)))
             limit -= 1
             assert limit, "a deadlock"
         for i in (0, rng.choice(order)):
