@@ -28,9 +28,10 @@ class Bursts:
         self.recorded: dict[int, tuple[Any, Any, list[Tensor]]] = {}  # by the number of rows: the step, what draws
         self.count, self.took = 1, 0.0  # of the last: how many steps, and the seconds that each took
 
-    def __call__(self, rows: list[Any], seconds: float) -> tuple[list[list[list[Any]]], Tensor | None]:
-        """Steps of those who are seated, for about so many seconds, until one has drawn an id that ends it or has all
-        that it may.
+    def __call__(self, rows: list[Any], seconds: float,
+                 steps: int | None = None) -> tuple[list[list[list[Any]]], Tensor | None]:  # fmt: skip
+        """Steps of those who are seated, so many at the most and for about so many seconds, until one has drawn an id
+        that ends it or has all that it may.
 
         Returns:
             The ids, log-probabilities and processed log-probabilities that each row has drawn; and the logits of one
@@ -46,6 +47,7 @@ class Bursts:
         draw, results = self._recorded(count, program, logits)
         self.numbers[:count] = [len(row.sequence) for row in rows]
         most = min(row.max_tokens - len(row.ids) for row in rows)
+        most = most if steps is None else min(most, steps)
         kept = [torch.empty(min(self.count, most), count, dtype=t.dtype) for t in results]
         began = time.perf_counter()
         try:

@@ -8,7 +8,7 @@ from pyllm.engine.budget import new_pool
 from pyllm.engine.draws import Draws
 from pyllm.engine.pool import AttentionPool
 from pyllm.engine.request import Request
-from pyllm.engine.speculation import MOST, Ahead, Lookup, Proposer, Speculation
+from pyllm.engine.speculation import Ahead, Lookup, Proposer, Speculation, most_rows
 from pyllm.engine.steps import Steps
 from pyllm.engine.watch import Watch
 from pyllm.models import Model
@@ -106,4 +106,4 @@ def new_speculation(model: Model, pool: Any, by: str | Model, count: int) -> Spe
         proposer = Lookup()
     else:
         raise ValueError(f"speculate must be 'lookup' or a model, but got {by!r}")
-    return Speculation(model, proposer, 2 * count + MOST)
+    return Speculation(model, proposer, most_rows(count))

@@ -443,7 +443,7 @@ class Engine:
             return
         rows = self.steps.place(rows)
         try:
-            drawn, logits = self._bursts(rows, seconds)
+            drawn, logits = self._bursts(rows, seconds, self._speculation.steps if self._speculation else None)
         except Exception as error:
             if len(rows) == 1:
                 return self.end(rows[0], "error", error)

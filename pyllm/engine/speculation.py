@@ -15,8 +15,16 @@ from pyllm.models import Model
 MOST = 16  # ids that are proposed at once
 ROW_COST = 0.1  # of another row in a step, in steps of one row
 QUANTIZED_ROW_COST = 0.2
-OWN_BYTES = 5e6  # weights that a step reads in the time that proposing and comparing takes
-FIRST_LOSS, LOSS = 0.8, 0.01  # that is risked at first, and then of what is drawn, in ids
+OWN_BYTES = 15e6  # weights that a step reads in the time that proposing, comparing and a burst broken off take
+FIRST_LOSS, LOSS = 1.5, 0.01  # that is risked at first, and then of what is drawn, in ids
+FIRST_SHARE = 0.01  # of the ids that are asked for, where that is less
+WAIT = 16  # steps that are made at once, at the most, where nothing was proposed for as many
+EIGHTS = 16  # rows of a step beyond which their number is a multiple of 8, so that few are recorded
+
+
+def most_rows(count: int) -> int:
+    """Rows of a step, at the most, of so many sequences and what is proposed for them."""
+    return min((1 + MOST) * count, max(64, 2 * count + MOST))
 
 
 class Proposer(Protocol):
@@ -39,8 +47,9 @@ class Luck:
     """How often the ids that were proposed for one request stood, the last ones counting most, and what may be lost by
     proposing more of them. All is counted in ids: what drawing one costs without proposals."""
 
-    def __init__(self) -> None:
-        self.stood, self.tried, self.balance = 1.5, 2.0, FIRST_LOSS
+    def __init__(self, max_tokens: int) -> None:
+        self.stood, self.tried, self.drawn = 1.5, 2.0, 0
+        self.balance = min(FIRST_LOSS, FIRST_SHARE * max_tokens)
 
     def best(self, fixed: float, each: float, most: int) -> int:
         """How many to propose where k of them cost fixed + k * each: as many as gain most by what is expected, if the
@@ -60,9 +69,14 @@ class Luck:
         tried = min(stood + 1, proposed)  # what comes after the first that falls says nothing
         kept = 0.9**tried
         self.stood, self.tried = kept * self.stood + stood, kept * self.tried + tried
-        self.earn(stood - cost)
+        self._earn(stood - cost)
 
-    def earn(self, ids: float) -> None:
+    def see(self, drawn: int) -> None:
+        """So many ids have been drawn."""
+        self._earn(LOSS * (drawn - self.drawn))
+        self.drawn = drawn
+
+    def _earn(self, ids: float) -> None:
         self.balance = min(self.balance + ids, 5 * FIRST_LOSS)
 
 
@@ -74,29 +88,45 @@ class Speculation:
         self.proposer, self.rows = proposer, rows
         self.row_cost = QUANTIZED_ROW_COST if model.quantized_weights() else ROW_COST
         self.fixed, self.failed = OWN_BYTES / model.num_bytes(), False
+        self.waited = 0  # how many times nothing has been proposed
+
+    @property
+    def steps(self) -> int:
+        """How many may be made before it is asked again."""
+        return max(1, min(self.waited, WAIT))
 
     def propose(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
-        if self.failed:
-            return {}
+        found = {} if self.failed else self._proposed(requests)
+        self.waited = 0 if found else self.waited + 1
+        return found
+
+    def _proposed(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
         count = len(requests)
         fixed, each = self._costs(count)
         left = self.rows - count
         most, asked = min(MOST, max(1, left // count)), {}
         for request in requests:
-            request.luck = request.luck or Luck()
-            request.luck.earn(LOSS)
+            request.luck = request.luck or Luck(request.max_tokens)
+            request.luck.see(len(request.ids))
             k = request.luck.best(fixed, each, min(most, left, request.max_tokens - len(request.ids) - 1))
             if k > 0:
                 asked[request] = k
                 left -= k
         if not asked:
+            self.waited = WAIT
             return {}
         try:
-            return {request: ids for request, ids in self.proposer.propose(asked).items() if ids}
+            found = {request: ids for request, ids in self.proposer.propose(asked).items() if ids}
         except Exception as error:
             warnings.warn(f"what proposes ids has failed and is not asked again: {error}", stacklevel=2)
             self.failed = True
             return {}
+        more = sum(map(len, found.values()))
+        odd = (count + more) % 8
+        for _ in range(odd if count + more > EIGHTS and odd <= more // 2 else 0):
+            longest = max(found, key=lambda request: len(found[request]))
+            found[longest] = found[longest][:-1]
+        return {request: ids for request, ids in found.items() if ids}
 
     def learn(self, request: Request, proposed: list[int], drawn: list[int], count: int) -> int:
         """How many of the ids that were proposed stand, by those that were drawn, one more; before any is noted."""

@@ -7,7 +7,7 @@ import torch
 
 import pyllm
 from pyllm.engine.draft import new_speculation
-from pyllm.engine.speculation import FIRST_LOSS, LOSS, Lookup, Luck, Speculation
+from pyllm.engine.speculation import EIGHTS, FIRST_LOSS, LOSS, Lookup, Luck, Speculation, most_rows
 
 KINDS = {
     "llama": {"num_kv_heads": 2},
@@ -139,7 +139,7 @@ def test_where_nothing_stands_little_is_lost():
 
 
 def test_more_is_proposed_the_more_stands_and_the_less_it_costs():
-    luck = Luck()
+    luck = Luck(1000)
     assert luck.best(0.0, 0.1, 0) == 0 and luck.best(0.0, 2.0, 16) == 0 and 0 < luck.best(0.0, 0.1, 16) < 16
     for _ in range(9):
         luck.learn(8, 7, 1.0)
@@ -149,6 +149,40 @@ def test_more_is_proposed_the_more_stands_and_the_less_it_costs():
     assert luck.best(0.1, 0.12, 16) < 3
     luck.balance = 0.05
     assert luck.best(0.0, 0.06, 16) == 0
+
+
+def test_bursts_wait_for_what_is_proposed():
+    model, asked = new("llama"), [([5, 6, 5, 6, 5, n], SETTINGS[n], {"max_tokens": 80}) for n in range(3)]
+    expected, steps = found(pyllm.Engine(model), asked)
+    engine = keen(pyllm.Engine(model, speculate="lookup"))
+    speculation = engine._speculation
+    made, waits = [engine.submit(p, s, **o) for p, s, o in asked], []
+    while any(r.reason is None for r in made):
+        engine.step(60.0)
+        waits.append(speculation.steps)
+    assert [(r.ids, r.logprobs, r.processed_logprobs, r.reason) for r in made] == expected
+    assert len(waits) < steps and waits[0] == 1
+    speculation.proposer.propose = lambda asked: {}
+    request = engine.submit([1], SETTINGS[0], max_tokens=60)
+    lengths = []
+    while request.reason is None:
+        engine.step(60.0)
+        lengths.append(len(request.ids))
+    assert len(lengths) < 15 and lengths[-3] - lengths[-4] > lengths[3] - lengths[2]
+
+
+def test_the_rows_of_a_step_are_few_numbers():
+    class Many(Wrong):
+        def propose(self, asked):
+            return {request: [1] * k for request, k in asked.items()}
+
+    model = new("llama")
+    speculation, engine = Speculation(model, Many(), most_rows(8)), pyllm.Engine(model)
+    speculation.fixed = speculation.row_cost = 0.0
+    for count in range(1, 9):
+        proposed = speculation.propose([engine.submit([1], max_tokens=99) for _ in range(count)])
+        rows = count + sum(map(len, proposed.values()))
+        assert len(proposed) == count and rows <= 64 and (rows <= EIGHTS or rows % 8 == 0)
 
 
 def test_a_lookup_finds_the_last_place_and_goes_on_beyond_the_end():
@@ -227,4 +261,4 @@ def test_settings_are_checked():
             pyllm.Engine(model, speculate=by)
     with pytest.raises(TypeError, match="for a model with attention, but it has a recurrent state"):
         pyllm.Engine(pyllm.LanguageModel(40, 8), speculate="lookup")
-    assert new_speculation(model, pyllm.Engine(model).pool, "lookup", 8).rows == 32
+    assert new_speculation(model, pyllm.Engine(model).pool, "lookup", 8).rows == 64
