@@ -80,6 +80,19 @@ def test_chat_ends_an_answer_by_ctrl_c_and_itself_at_the_end(saved):
     assert process.returncode == 0 and not stderr
 
 
+def test_beams(saved, capsys):
+    model, tokenizer = pyllm.load(saved)
+    for options in ({}, {"length_penalty": -3.0}):
+        pyllm.cli.generate.generate(saved, "the", num_beams=3, max_tokens=6, **options)
+        best = pyllm.Engine(model, tokenizer, max_length=20).beam_search("the", 3, max_tokens=6, **options)[0]
+        assert capsys.readouterr().out == "the" + best.text + "\n"
+    for wrong, message in (({"prompts": saved, "out": saved}, "--num-beams is for one prompt"),
+                           ({"temperature": 0.5}, "without settings for drawing"),
+                           ({"num_beams": 1, "length_penalty": 2.0}, "must be with --num-beams of 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pyllm.cli.generate.generate(saved, **{"num_beams": 2} | wrong)
+
+
 def test_chat_answers_each_line(saved, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("the\n\nquick"))
     pyllm.cli.chat.chat(saved, max_tokens=5, seed=2)

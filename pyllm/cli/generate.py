@@ -27,6 +27,7 @@ from pyllm.cli.app import (
 )
 from pyllm.engine import Engine, SamplingParams, answer_file
 from pyllm.engine.generation import most_tokens, prompt_ids
+from pyllm.engine.texts import best_texts
 from pyllm.models import Model
 from pyllm.text import Tokenizer
 
@@ -52,6 +53,13 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     stream: Annotated[bool, Option("--stream", help="Print as it comes.")] = False,
+    num_beams: Annotated[
+        int, Option("--num-beams", "--beams", help="From 2 on: draw nothing, search for the best with so many.", min=1)
+    ] = 1,
+    length_penalty: Annotated[
+        float | None,
+        Option(help="Of beams: above 0 favours long texts, below 0 short ones. Default: the checkpoint's, or 1."),
+    ] = None,
     threads: Threads = None,
 ):
     """Continue a text, or answer it, or those of a file."""
@@ -59,6 +67,10 @@ def generate(
         raise ValueError("--prompts and --out must be given together")
     if prompts is not None and prompt:
         raise ValueError("a prompt and --prompts must not both be given")
+    if prompts is not None and num_beams > 1:
+        raise ValueError("--num-beams is for one prompt, not for --prompts")
+    if length_penalty is not None and num_beams == 1:
+        raise ValueError("--length-penalty must be with --num-beams of 2 or more")
     set_threads(threads)
     model, tokenizer = load(folder)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed)
@@ -67,7 +79,12 @@ def generate(
         return
     params.check()
     said = "" if model.answers else prompt
-    for piece in _pieces(model, tokenizer, prompt, params, max_tokens, stop or (), stream):
+    if num_beams > 1:
+        pieces: Iterable[str] = best_texts(model, tokenizer, [prompt], params, num_beams, max_tokens=max_tokens,
+                                           stop=stop or (), stream=stream, length_penalty=length_penalty)  # fmt: skip
+    else:
+        pieces = _pieces(model, tokenizer, prompt, params, max_tokens, stop or (), stream)
+    for piece in pieces:
         sys.stdout.write(said + piece)
         sys.stdout.flush()
         said = ""

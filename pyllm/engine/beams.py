@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.engine.generation import TextStream, most_tokens
+from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -140,15 +140,24 @@ class Search:
 
 
 @torch.no_grad()
-def search(engine: Engine, prompt: str | Sequence[int], num_beams: int, max_tokens: int | None, length_penalty: float,
-           early_stopping: bool | str, stop_ids: Sequence[int]) -> list[Beam]:  # fmt: skip
+def search(engine: Engine, prompt: str | Sequence[int], num_beams: int | None, max_tokens: int | None,
+           length_penalty: float | None, early_stopping: bool | str | None,
+           stop_ids: Sequence[int]) -> list[Beam]:  # fmt: skip
     """`Engine.beam_search`."""
     ids, model = engine.encode(prompt), engine.model
+    warn_of_unheeded(model, BEAMS)
+    asked: dict[str, Any] = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False, **model.unheeded}
+    num_beams = asked["num_beams"] if num_beams is None else num_beams
+    length_penalty = asked["length_penalty"] if length_penalty is None else length_penalty
+    early_stopping = asked["early_stopping"] if early_stopping is None else early_stopping
     most = most_tokens(model, len(ids), max_tokens)
     end = () if engine.tokenizer is None else tuple(engine.tokenizer.eos_ids)
     stops = model.stop_ids.union(stop_ids, end)
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping must be True, False or 'never', but got {early_stopping!r}")
+    for name, value, kind in (("num_beams", num_beams, int), ("length_penalty", length_penalty, int | float)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be a number, but got {value!r}")
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, but got {num_beams}")
     source, ids = (ids, list(model.start_ids)) if model.answers else ([], ids)

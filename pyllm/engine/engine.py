@@ -76,7 +76,6 @@ class Engine:
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes, kv_cache_dtype,
                              kv_cache_memory_bytes)  # fmt: skip
-        warn_of_unheeded(model)
         self._waiting: list[tuple[float, int, Request]] = []
         self._running: list[Request] = []
         self._speculation = None if speculate is None else new_speculation(model, self.pool, speculate, max_sequences)
@@ -115,6 +114,7 @@ class Engine:
             ValueError, TypeError: no prompt, or a setting that does not fit. A prompt that is too long for the model or
             the budget is no such error: the request ends with it.
         """
+        warn_of_unheeded(self.model)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stops):
             raise ValueError("a stop text must not be empty")
@@ -229,10 +229,12 @@ class Engine:
         """
         return reading.embed(self, texts, pooling, normalize)
 
-    def beam_search(self, prompt: str | Sequence[int], num_beams: int = 4, *, max_tokens: int | None = None,
-                    length_penalty: float = 1.0, early_stopping: bool | str = False,
+    def beam_search(self, prompt: str | Sequence[int], num_beams: int | None = None, *, max_tokens: int | None = None,
+                    length_penalty: float | None = None, early_stopping: bool | str | None = None,
                     stop_ids: Sequence[int] = ()) -> list[Beam]:  # fmt: skip
         """The `num_beams` best continuations that a beam search finds, the best first, among all requests.
+
+        What is not given is as the model's checkpoint asks for or, if it does not, 4 beams, 1.0 and False.
 
         Args:
             length_penalty: scores are sums of log-probabilities divided by the number of ids to this power.

@@ -31,12 +31,16 @@ def most_tokens(model: Model, length: int, max_tokens: int | None) -> int:
     return max_tokens
 
 
-def warn_of_unheeded(model: Model) -> None:
+BEAMS = ("num_beams", "length_penalty", "early_stopping")  # settings of a checkpoint that beam search follows
+
+
+def warn_of_unheeded(model: Model, heeded: Collection[str] = ()) -> None:
     """Warns where the model's checkpoint asks for another way of generating, such as beams."""
-    if model.unheeded:
-        asked = ", ".join(f"{name}={value!r:.80}" for name, value in model.unheeded.items())
-        beams = "; Engine.beam_search searches for beams" if "num_beams" in model.unheeded else ""
-        warnings.warn(f"the model's checkpoint asks for {asked} to generate, which is not done here{beams}",
+    asked = {name: value for name, value in model.unheeded.items() if name not in heeded}
+    if asked:
+        said = ", ".join(f"{name}={value!r:.80}" for name, value in asked.items())
+        beams = "; num_beams=... or Engine.beam_search searches for beams" if "num_beams" in asked else ""
+        warnings.warn(f"the model's checkpoint asks for {said} to generate, which is not done here{beams}",
                       stacklevel=3)  # fmt: skip
 
 
@@ -87,60 +91,6 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
                 return
     finally:
         model.train(was_training)
-
-
-def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *, max_tokens: int | None = None,
-             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0,
-             repetition_penalty: float = 1.0, frequency_penalty: float = 0.0, presence_penalty: float = 0.0,
-             seed: int | None = None, stop: str | Sequence[str] = (),
-             stream: bool = False) -> str | list[str] | Iterator[str]:  # fmt: skip
-    """Continues a text, or each of several, or answers it with an encoder-decoder; what is new alone is returned.
-
-    Several are one batch, as in `generate_ids`; `Engine` is for more of them than fit one, or that come one by one.
-    Warns where the model's checkpoint asks for another way of generating, such as beams.
-
-    Args:
-        max_tokens: how many at most; by default 256, or what fits the model's context.
-        temperature, ..., seed: see `SamplingParams`; they are as given here, whatever the model's checkpoint says.
-        stop: texts that end it, and that are not part of it. The tokenizer's end-of-text tokens always end it.
-        stream: for one prompt, gives an iterator over pieces of the text as they become final.
-
-    Raises:
-        ValueError: a setting out of its bounds, or a prompt that does not fit the model's context.
-    """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise ValueError("a stop text must not be empty")
-    params = SamplingParams(temperature, top_k, top_p, min_p, typical_p, repetition_penalty, frequency_penalty,
-                            presence_penalty, seed=seed)  # fmt: skip
-    one = isinstance(prompt, str)
-    if stream and not one:
-        raise ValueError("stream=True takes one prompt")
-    end = list(tokenizer.eos_ids)
-    prompts = [prompt_ids(model, tokenizer, p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
-    streams = [TextStream(tokenizer, stops, () if model.answers else p, model.silent_ids) for p in prompts]
-    steps = generate_ids(model, prompts, params, max_tokens=max_tokens, stop_ids=end)
-    if stream:
-        return _stream(steps, streams[0])
-    texts = [""] * len(prompts)
-    for ids in steps:
-        for n, i in enumerate(ids):
-            if i is not None and not streams[n].ended:
-                texts[n] += streams[n].push(i)
-        if all(s.ended for s in streams):
-            break
-    texts = [t + s.finish() for t, s in zip(texts, streams, strict=True)]
-    return texts[0] if one else texts
-
-
-def _stream(steps: Iterator[list[int | None]], text: TextStream) -> Iterator[str]:
-    for (i,) in steps:
-        if i is not None and (piece := text.push(i)):
-            yield piece
-        if text.ended:
-            break
-    if piece := text.finish():
-        yield piece
 
 
 class TextStream:

@@ -228,7 +228,8 @@ def generation_settings(config: dict) -> dict[str, Any]:
 
 # Settings for generating that change what is generated, that are not followed here, and the values that mean nothing.
 _UNHEEDED: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
+    "num_beams": (1,), "length_penalty": (1,), "early_stopping": (False,), "num_beam_groups": (1,),
+    "num_return_sequences": (1,), "min_length": (0,),
     "min_new_tokens": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,), "bad_words_ids": ([],), "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],), "forced_decoder_ids": ([],), "force_words_ids": ([],), "constraints": ([],),
@@ -243,4 +244,7 @@ def unheeded_settings(config: dict, suppressed: Sequence[int] = ()) -> dict[str,
     found = {name: config[name] for name, idle in _UNHEEDED.items() if config.get(name) not in (None, *idle)}
     if found.get("bad_words_ids") == [[i] for i in suppressed]:
         del found["bad_words_ids"]
+    if "num_beams" not in found:  # without beams these mean nothing
+        for name in ("length_penalty", "early_stopping"):
+            found.pop(name, None)
     return found

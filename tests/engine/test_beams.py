@@ -118,3 +118,41 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             engine.beam_search([1], **{"max_tokens": 9, **options})
+
+
+def test_generate_gives_the_best_and_a_checkpoint_s_settings_are_followed(stories):
+    model, tokenizer, _ = stories
+    engine = pyllm.Engine(model, tokenizer)
+    texts = ["Once upon a time", "The"]
+    for options in ({}, {"length_penalty": -2.0}, {"early_stopping": True}):
+        best = [engine.beam_search(text, 3, max_tokens=12, **options)[0].text for text in texts]
+        assert pyllm.generate(model, tokenizer, texts, num_beams=3, max_tokens=12, **options) == best
+        assert pyllm.generate(model, tokenizer, texts[0], num_beams=3, max_tokens=12, **options) == best[0]
+    asked = {"num_beams": 2, "length_penalty": -2.0, "early_stopping": True}
+    given = engine.beam_search("The", max_tokens=12, **asked)
+    assert len(engine.beam_search("The", max_tokens=12)) == 4
+    model.unheeded = asked
+    try:
+        assert engine.beam_search("The", max_tokens=12) == given
+        with pytest.warns(UserWarning, match="num_beams=2, length_penalty=-2.0.*Engine.beam_search searches for beams"):
+            pyllm.generate(model, tokenizer, "The", max_tokens=1)
+        model.unheeded = asked | {"length_penalty": "long"}
+        with pytest.raises(ValueError, match="length_penalty must be a number, but got 'long'"):
+            engine.beam_search("The")
+        model.unheeded = {"num_beams": 2, "min_length": 3}
+        with pytest.warns(UserWarning, match="asks for min_length=3 to generate, which is not done here$"):
+            engine.beam_search("The", max_tokens=1)
+    finally:
+        model.unheeded = {}
+
+
+def test_beams_draw_nothing(stories):
+    model, tokenizer, _ = stories
+    for options in ({"temperature": 0.5}, {"seed": 1}, {"stop": "."}, {"stream": True}):
+        with pytest.raises(ValueError, match="without settings for drawing, stop texts and streaming"):
+            pyllm.generate(model, tokenizer, "The", num_beams=2, **options)
+    for options in ({"length_penalty": 2.0}, {"early_stopping": True}):
+        with pytest.raises(ValueError, match="must be with num_beams of 2 or more"):
+            pyllm.generate(model, tokenizer, "The", **options)
+    with pytest.raises(ValueError, match="num_beams must be at least 1, but got 0"):
+        pyllm.generate(model, tokenizer, "The", num_beams=0)
