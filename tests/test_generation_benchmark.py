@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import pyllm
-from pyllm.benchmarks import generation, provider
+from pyllm.benchmarks import generation, mixed_load, provider
+from pyllm.benchmarks.peers.mixed import measured, requests
 
 
 @pytest.mark.parametrize("bits", ["32", "16", "8", "4"])
@@ -16,8 +17,19 @@ def test_our_part(tmp_path, bits, threads):
     found = provider.measure(tmp_path, bits, [2])
     assert list(found) == ["load_s", "prefill", "decode", "decode2", "peak_rss_mib"]
     assert all(figure > 0 for figure in found.values())
-    kept = {"8": "pyllm-int8", "4": "pyllm-int4"}.get(bits)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ([kept] if kept else [])
+    kept = [] if bits == "32" else [f"pyllm-{bits}bits"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == kept
+
+
+@pytest.mark.parametrize("rate", [None, 1000.0])
+def test_our_part_in_a_mixed_load(rate):
+    made = requests(50, 300, 30, rate)
+    assert [r.ids for r in made] == [r.ids for r in requests(50, 300, 30)]
+    assert all(len(r.ids) + r.tokens <= 300 and len(r.ids) > 15 for r in made)
+    assert [r.arrival for r in made] == sorted(r.arrival for r in made) and (made[-1].arrival > 0) == (rate is not None)
+    engine = pyllm.Engine(pyllm.Decoder(50, 16, 1, 2, context_length=600), max_sequences=4)
+    found = measured(mixed_load.runner(engine), 50, 300, 6, rate)
+    assert list(found) == ["tokens_s", "seconds", "first_s", "first95_s"] and all(f > 0 for f in found.values())
 
 
 def result(**changes):

@@ -3,11 +3,16 @@
   python3 race.py qwen05 --bits 8                                  # the peers alone
   python3 race.py qwen05 --bits 8 --add 'pyllm=.venv/bin/python benchmarks/provider.py {folder} {bits}'
   python3 race.py 15m --bits 4 --batch 8,32 --rounds 5 --only llama.cpp,onnxruntime
+  python3 race.py 15m --bits 8 --load 4 --add 'pyllm=.venv/bin/python benchmarks/mixed_load.py {folder} {bits} {load}'
+
+With --load it is the mixed load of load.py, by those who can take it: 0 for all requests at once, or how many arrive
+in a second.
 
 An added provider is a command that prints, as the last line, a JSON object with the keys of providers.py (prefill,
 decode, decode8, ..., load_s, peak_rss_mib) measured as described there; {folder} is the shape's Hugging Face folder,
-{bits} one of 32, 16, 8, 4, {batch} the list. Ratios are the first added provider (or the first of all) over each other
-one: above 1, it is faster (for load_s and peak_rss_mib: smaller). Needs the standard library alone.
+{bits} one of 32, 16, 8, 4, {batch} the list, {load} the options of load.py. Ratios are the first added provider (or
+the first of all) over each other one: above 1, it is faster (for times and peak_rss_mib: smaller). Needs the standard
+library alone.
 """
 
 import argparse
@@ -40,6 +45,8 @@ KINDS = {  # bits -> provider -> (venv, kind, what must exist in the shape's fol
         "onnxruntime": ("onnx", "int4", "onnx-int4"),
     },
 }
+
+TAKE_A_LOAD = ("openvino", "ctranslate2")
 
 
 def busy():
@@ -76,18 +83,20 @@ def main():
     a.add_argument("shape")
     a.add_argument("--bits", default="8", choices=KINDS)
     a.add_argument("--batch", default="")
+    a.add_argument("--load", type=float, default=None)
     a.add_argument("--rounds", type=int, default=3)
     a.add_argument("--add", action="append", default=[])
     a.add_argument("--only", default="")
     a.add_argument("--json", action="store_true")
     a = a.parse_args()
     folder = ROOT / "models" / a.shape
+    load = ["--rate", str(a.load)] if a.load else []
     racers = {}
     for spec in a.add:
         name, command = spec.split("=", 1)
-        racers[name] = shlex.split(command.format(folder=folder, bits=a.bits, batch=a.batch))
+        racers[name] = shlex.split(command.format(folder=folder, bits=a.bits, batch=a.batch, load=shlex.join(load)))
     for name, (venv, kind, need) in KINDS[a.bits].items():
-        if a.only and name not in a.only.split(","):
+        if (a.only and name not in a.only.split(",")) or (a.load is not None and name not in TAKE_A_LOAD):
             continue
         python = ROOT / venv / "bin/python"
         if not python.exists() or not (folder / need).exists():
@@ -97,11 +106,13 @@ def main():
             )
             continue
         racers[name] = [python, HERE / "providers.py", name, folder, kind, "--batch", a.batch]
+        if a.load is not None:
+            racers[name] = [python, HERE / "load.py", name, folder, kind, *load]
     if not racers:
         raise SystemExit("nothing to race")
     rounds = [{name: once(command) for name, command in racers.items()} for _ in range(a.rounds)]
     first = next(iter(racers))
-    smaller = {"load_s", "peak_rss_mib"}
+    smaller = {"seconds", "first_s", "first95_s", "load_s", "peak_rss_mib"}
     result = {}
     for key in rounds[0][first]:
         row = {}
