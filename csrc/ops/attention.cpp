@@ -66,7 +66,7 @@ AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const Tens
   const TensorView* const qkv[] = {&q, &k, &v};
   const char* const names[] = {"q", "k", "v"};
   const bool bytes = page_table.present() && k.present() && k.dtype == DType::i8;
-  if (bytes && k.device_type == kCuda)
+  if (bytes && !reads)
     fail(Error::not_implemented, "[", op, "] k must be in pages of q's dtype on a CUDA device, but got int8");
   for (int i = 0; i < 3; i++) {
     i == 0 ? check_float(op, names[i], q) : check_dtype(op, names[i], *qkv[i], bytes ? DType::i8 : q.dtype);
