@@ -89,6 +89,7 @@ __device__ __forceinline__ void add_weighted(float (&c)[kDim / 8][4], const floa
 template <class T, int kChunks>
 __device__ __forceinline__ void store_row(T* to, const float (&c)[kChunks][4], int r, int dim, float factor) {
   const int pair = threadIdx.x % 4 * 2;
+  check_aligned(to, 4);
 #pragma unroll
   for (int d = 0; d < kChunks; d++)
     if (d * 8 < dim)

@@ -18,8 +18,8 @@ __device__ __forceinline__ void each(const ElementwiseArgs& e, int64_t count, co
     Offsets at{0, 0, 0};
     int64_t rest = i;
     for (int d = e.ndim - 1; d >= 0; d--) {
-      const int64_t k = rest % e.shape[d];
-      rest /= e.shape[d];
+      const int64_t k = d > 0 ? rest % e.shape[d] : rest;  // no division where all lies in one row
+      if (d > 0) rest /= e.shape[d];
       at.a += k * e.a_step[d];
       at.b += k * e.b_step[d];
       at.out += k * e.out_step[d];

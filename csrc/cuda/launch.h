@@ -103,6 +103,7 @@ inline void set_zero(void* p, size_t bytes, const Work& work) {
 inline int64_t blocks_for(int64_t n) { return std::min<int64_t>(n, 132 * 32); }
 
 #if !PYLLM_EMULATE_CUDA
+__device__ __forceinline__ void check_aligned(const void*, size_t) {}
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(16) char pyllm_shared[];
   return pyllm_shared;

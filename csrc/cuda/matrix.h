@@ -64,6 +64,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 // elements at row group, columns pair and pair + 1; transposed, those at rows pair and pair + 1, column group.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+  check_aligned(row, 16);
 #if PYLLM_EMULATE_CUDA
   const char* all = meet_warp(row, 16);
   const int lane = lane_of_thread(), group = lane / 4, pair = lane % 4 * 2;
@@ -91,6 +92,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row)
 
 // 16 bytes to shared memory, of which those beyond `bytes` are zeros; done after wait_for_copies.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+  check_aligned(to, 16);
+  check_aligned(from, 16);
 #if PYLLM_EMULATE_CUDA
   std::memset(to, 0, 16);
   if (bytes) std::memcpy(to, from, bytes);

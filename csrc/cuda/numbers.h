@@ -86,6 +86,7 @@ template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p, int64_t left, bool whole) {
   Pack<T> pack;
   if (whole && left >= Pack<T>::kSize) {
+    check_aligned(p, 16);
     const uint4 raw = *reinterpret_cast<const uint4*>(p);
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -104,6 +105,7 @@ __device__ __forceinline__ Pack<T> load_pack(const T* p, int64_t left, bool whol
 template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& pack, int64_t left, bool whole) {
   if (whole && left >= Pack<T>::kSize) {
+    check_aligned(p, 16);
     uint32_t words[4] = {};
 #pragma unroll
     for (int i = 0; i < Pack<T>::kSize; i++) {

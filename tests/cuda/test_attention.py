@@ -216,6 +216,17 @@ def test_wrong_lengths_and_pages_are_errors_at_the_next_call(device):
 
 
 @torch.no_grad()
+def test_pages_of_bytes_are_refused(device):
+    q, pages = torch.randn(1, 1, 2, 8, device=device), torch.zeros(2, 64, 2, 10, dtype=torch.int8, device=device)
+    table, lengths = (
+        torch.zeros(1, 1, dtype=torch.int32, device=device),
+        torch.ones(1, dtype=torch.int32, device=device),
+    )
+    with pytest.raises(NotImplementedError, match=r"k must be in pages of q's dtype on a CUDA device, but got int8"):
+        ops.attention(q, pages, pages, key_lengths=lengths, page_table=table)
+
+
+@torch.no_grad()
 def test_writing_pages(device):
     for dtype in DTYPES:
         for dim, heads in ((8, 2), (5, 3), (16, 1)):

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -38,6 +39,7 @@ struct Emulator {
   int current = 0, count = 0, room = 0;
   size_t shared_bytes = 0;
   int64_t launches = 0;
+  bool misaligned = false;
   jmp_buf scheduler;
   const std::function<void()>* thread = nullptr;
 } e;
@@ -161,6 +163,10 @@ void meet_block() { wait(Waits::for_block); }
 void let_others_run() { wait(Waits::for_others); }
 int lane_of_thread() { return e.current % e.count % kLanes; }
 
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) e.misaligned = true;
+}
+
 const char* meet_warp(const void* mine, size_t bytes) {
   Fiber& fiber = e.fibers[e.current];
   const int self = e.current, lane = lane_of_thread();
@@ -189,6 +195,8 @@ void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::fun
   gridDim = grid;
   blockDim = block;
   for (unsigned first = 0; first < blocks; first += step) run_blocks(first, static_cast<int>(step));
+  if (std::exchange(e.misaligned, false))
+    fail(Error::runtime, "[emulated CUDA] an address is not aligned as a GPU needs it");
 }
 
 }  // namespace pyllm::cuda

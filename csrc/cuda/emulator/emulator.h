@@ -51,6 +51,7 @@ void let_others_run();  // from a loop that waits for what another block does
 constexpr size_t kGift = 64;
 const char* meet_warp(const void* mine, size_t bytes);
 int lane_of_thread();
+void check_aligned(const void* p, size_t bytes);  // what is not, a GPU cannot read: an error after the launch
 
 inline void __syncthreads() { meet_block(); }
 inline void __syncwarp(unsigned = ~0u) { meet_warp(nullptr, 0); }
