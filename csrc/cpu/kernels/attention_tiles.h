@@ -4,7 +4,7 @@
 //
 // Many rows: as panels, scores [key][lane], the left factors being keys as they lie, and values transposed once for all
 // panels. Few rows: scores [row][key], the left factors being keys, read where they lie, and weights; values go to right
-// factors by pairs of keys. Both hide what they do behind reads of the next block.
+// factors by pairs of keys, and the block that is read next is fetched meanwhile.
 #pragma once
 #include "cpu/amx.h"
 #include "cpu/kernels/attention_rows.h"
