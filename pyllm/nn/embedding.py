@@ -32,5 +32,5 @@ class Embedding(Quantizable, torch.nn.Embedding):
     def quantize_(self, weight: ops.QuantizedWeight | ops.PackedQuantizedWeight) -> None:
         dtype = torch.float32 if self.weight is None else self.weight.dtype
         super().quantize_(weight)
-        like = torch.empty(0, dtype=dtype, device=cast(ops.PackedQuantizedWeight, self.packed).panels.device)
+        like = torch.empty(0, dtype=dtype, device=cast(ops.PackedQuantizedWeight, self.packed).device)
         self.register_buffer("like", like, persistent=False)  # conversions of the model change its dtype

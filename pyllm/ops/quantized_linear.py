@@ -31,6 +31,15 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.values, self.scales, self.minimums) if t is not None)
 
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The weight on another device."""
+        minimums = None if self.minimums is None else self.minimums.to(device)
+        return replace(self, values=self.values.to(device), scales=self.scales.to(device), minimums=minimums)
+
     def unpack(self) -> QuantizedWeight:
         """Itself: what `pyllm.reference.pack_quantized` leaves can be asked for the same."""
         return self
@@ -67,6 +76,10 @@ class PackedQuantizedWeight:
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.panels.device
 
     @property
     def layout(self) -> tuple[int, int, bool, bool]:
@@ -163,9 +176,7 @@ def pack_quantized(weight: QuantizedWeight) -> PackedQuantizedWeight:
     """
     if not weight.values.is_cuda:
         return pack_pieces([weight], weight.shape[0])
-    minimums = None if weight.minimums is None else weight.minimums.cpu()
-    on_cpu = replace(weight, values=weight.values.cpu(), scales=weight.scales.cpu(), minimums=minimums)
-    return pack_pieces([on_cpu], weight.shape[0]).to(weight.values.device)
+    return pack_pieces([weight.to("cpu")], weight.shape[0]).to(weight.device)
 
 
 def pack_pieces(pieces: Iterable[QuantizedWeight], rows: int) -> PackedQuantizedWeight:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import pyllm
 from pyllm import ops
 from pyllm.ops import library
 
@@ -202,6 +203,33 @@ def test_the_environment_takes_the_twins(tmp_path):
     )  # not where the sources are: they shadow what is installed
     assert done.stdout.split() == [b"True", b"True"], done.stderr
     assert not ops.REFERENCE
+
+
+QUANTISED = """
+import sys, torch, pyllm
+torch.manual_seed(0)
+model, ids = pyllm.Decoder(64, 32, 1, 2, context_length=32), torch.arange(9)[None]
+loaded, _ = pyllm.load(sys.argv[1])
+torch.testing.assert_close(loaded(ids), torch.load(sys.argv[2]), atol=1e-4, rtol=1e-4)
+model.quantize("int8")
+torch.testing.assert_close(model.to("cpu")(ids), loaded(ids))
+try:
+    pyllm.save(model, sys.argv[1] + "-2")
+except NotImplementedError as error:
+    print(pyllm.ops.REFERENCE, "save without it" in str(error))
+"""
+
+
+@torch.no_grad()
+def test_quantised_models_run_with_the_twins(tmp_path):
+    torch.manual_seed(0)
+    model = pyllm.Decoder(64, 32, 1, 2, context_length=32)
+    model.quantize("int8")
+    pyllm.save(model, tmp_path / "model")
+    torch.save(model(torch.arange(9)[None]), tmp_path / "logits")
+    done = subprocess.run([sys.executable, "-c", QUANTISED, tmp_path / "model", tmp_path / "logits"], text=True,
+                          env=os.environ | {"PYLLM_REFERENCE": "1"}, capture_output=True, cwd=tmp_path)  # fmt: skip
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_a_traced_call_refuses_wrong_arguments(monkeypatch):
