@@ -25,7 +25,11 @@ import pyllm
 from pyllm.engine import generate_ids
 
 THREADS = 2
-CONVERSIONS = {"16": "model.bfloat16()", "8": "model.quantize('int8')", "4": "model.quantize('int4')"}
+CONVERSIONS = {
+    "16": ("bf16", "model.bfloat16()"),
+    "8": ("int8-128", "model.quantize('int8', group=128)"),
+    "4": ("int4", "model.quantize('int4')"),
+}
 GREEDY = pyllm.SamplingParams(temperature=0)
 SEEDS = itertools.count()
 
@@ -52,10 +56,11 @@ def decode(model: pyllm.models.Model, rows: int, count: int) -> float:
 
 def converted(folder: Path, bits: str) -> Path:
     """The folder's weights in so many bits; made if they are not there yet."""
-    out = folder / f"pyllm-{bits}bits"
+    name, how = CONVERSIONS[bits]
+    out = folder / f"pyllm-{name}"
     if not out.exists():
         code = ("import sys, pyllm; model, _ = pyllm.load(sys.argv[1]); "
-                f"{CONVERSIONS[bits]}; pyllm.save(model, sys.argv[2])")  # fmt: skip
+                f"{how}; pyllm.save(model, sys.argv[2])")  # fmt: skip
         subprocess.run([sys.executable, "-c", code, folder, out], check=True)
     return out
 

@@ -17,7 +17,7 @@ def test_our_part(tmp_path, bits, threads):
     found = provider.measure(tmp_path, bits, [2])
     assert list(found) == ["load_s", "prefill", "decode", "decode2", "peak_rss_mib"]
     assert all(figure > 0 for figure in found.values())
-    kept = [] if bits == "32" else [f"pyllm-{bits}bits"]
+    kept = [] if bits == "32" else [f"pyllm-{provider.CONVERSIONS[bits][0]}"]
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == kept
 
 

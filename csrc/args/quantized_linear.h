@@ -9,9 +9,11 @@ namespace pyllm {
 // value * scale + minimum. k is filled up to whole groups. In memory it is panels of rows (panel_width() of them for the
 // CPU, 8 for CUDA), a panel its groups one after another, and a group [values][scales][minimums]. Values are quads of four
 // neighbours' bytes, a quad of all rows after another; of 4 bits, a byte has an element of the group's first half in its
-// low bits, and of the second in its high ones.
+// low bits, and of the second in its high ones. Of `span` neighbouring groups, the last perhaps of fewer, all have the same
+// scales: they make up a larger group, within which a row of x has one scale, too (on CUDA it has one a group).
 struct QuantizedWeight {
   int64_t n, groups, group;  // group: 32 elements or, of 8 bits, 16
+  int64_t span;              // 1 or, of 8 bits without minimums in groups of 32, 2, 4 or 8
   int bits;                  // 8 or 4
   DType scale_dtype;         // f16 or f32
   bool has_minimums;
@@ -22,7 +24,7 @@ struct QuantizedWeight {
 };
 
 // c (m x n, contiguous) = a (m x k) times the weight's transpose, + bias (n, or null). A row of a is quantised to 8 bits
-// in the same groups; their products are summed in whole numbers, and the groups in fp32, in order.
+// in the same groups, or spans; their products are summed in whole numbers, and these in fp32, in order.
 struct QuantizedLinearArgs {
   QuantizedWeight weight;
   int64_t m, k, a_row;

@@ -11,9 +11,12 @@ namespace {
 QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bits, int64_t group, DType scale_dtype,
                           bool has_minimums) {
   check(bits == 8 || bits == 4, "[", op, "] bits must be 8 or 4, but got ", bits);
-  check(group == 32 || (group == 16 && bits == 8), "[", op,
-        "] groups must be of 32 elements or, of 8 bits, of 16, but got ", group);
-  return {n, groups, group, static_cast<int>(bits), scale_dtype, has_minimums};
+  const bool larger = bits == 8 && !has_minimums && (group == 64 || group == 128 || group == 256);
+  check(group == 32 || (group == 16 && bits == 8) || larger, "[", op,
+        "] groups must be of 32 elements or, of 8 bits, of 16 or, without minimums, of 64, 128 or 256, but got ",
+        group);
+  const int64_t span = larger ? group / 32 : 1;
+  return {n, groups, group / span, span, static_cast<int>(bits), scale_dtype, has_minimums};
 }
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
@@ -22,7 +25,7 @@ int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 QuantizedWeight packed_weight(const char* op, const Place& place, const TensorView& panels, int64_t n, int64_t k,
                               int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   QuantizedWeight weight = weight_of(op, n, 0, bits, group, half_scales ? DType::f16 : DType::f32, has_minimums);
-  weight.groups = (k + group - 1) / group;
+  weight.groups = (k + weight.group - 1) / weight.group;
   check_dtype(op, "weight", panels, DType::u8);
   const int64_t width = quantized_panel_width(place.cuda());
   check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(width), "[", op, "] weight must be packed for ",

@@ -10,12 +10,16 @@ from torch import Tensor
 from pyllm import _C
 from pyllm.ops.gradients import once_differentiable
 
+PIECE = 32
+LARGER_GROUPS = (64, 128, 256)
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight (N, K) of small whole numbers in groups along K, which is filled up to whole groups.
+    """A weight (N, K) of small whole numbers in groups along K, which is filled up to whole groups. Groups of more than
+    32 lie in pieces of 32, each with the group's scale, and K is filled up to whole pieces.
 
-    values: uint8, (N, group * G) for 8 bits, or half as wide for 4, the first of two neighbours in a byte's low half.
+    values: uint8, (N, piece * G) for 8 bits, or half as wide for 4, the first of two neighbours in a byte's low half.
     scales: (N, G), float16 or float32.
     minimums: as scales, or None. An element is value * scale + minimum, or without (value - 2^(bits - 1)) * scale.
     """
@@ -25,7 +29,12 @@ class QuantizedWeight:
     minimums: Tensor | None
     bits: int
     shape: tuple[int, int]  # (N, K)
-    group: int = 32  # elements that share a scale; also 16, of 8 bits
+    group: int = 32  # elements that share a scale; also 16 or, without minimums, 64, 128 or 256, of 8 bits
+
+    @property
+    def piece(self) -> int:
+        """Elements that lie together with a scale."""
+        return min(self.group, PIECE)
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +58,7 @@ class QuantizedWeight:
         values = self.values
         if self.bits == 4:
             values = torch.stack((values & 15, values >> 4), -1).flatten(1)
-        grouped = values.unflatten(1, (-1, self.group)).float()
+        grouped = values.unflatten(1, (-1, self.piece)).float()
         scales = self.scales.float()[..., None]
         if self.minimums is None:
             grouped = (grouped - 2 ** (self.bits - 1)) * scales
@@ -63,7 +72,7 @@ class PackedQuantizedWeight:
     """A `QuantizedWeight` in the order that the product reads it, made by `pack_quantized` for the instruction set in
     use then, or for CUDA, where P is 8."""
 
-    panels: Tensor  # uint8, (N / P rounded up, G, bytes of P rows' group)
+    panels: Tensor  # uint8, (N / P rounded up, G, bytes of P rows' piece)
     bits: int
     group: int
     half_scales: bool
@@ -72,6 +81,11 @@ class PackedQuantizedWeight:
     _moved: weakref.WeakValueDictionary = field(
         default_factory=weakref.WeakValueDictionary, compare=False, repr=False
     )  # by device
+
+    @property
+    def piece(self) -> int:
+        """Elements that lie together with a scale."""
+        return min(self.group, PIECE)
 
     @property
     def nbytes(self) -> int:
@@ -100,15 +114,17 @@ class PackedQuantizedWeight:
             ValueError, TypeError: a layout that there is not, or panels that are not so laid out.
         """
         bits, group, half, minimums = layout if len(layout) == 4 else (0,) * 4
-        if (bits, group) not in ((8, 32), (8, 16), (4, 32)) or not {half, minimums} <= {0, 1}:
-            raise ValueError("[pack_quantized] layout must be 8 or 4 bits, groups of 32 or, of 8 bits, 16, and whether "
-                             f"scales are halves and there are minimums, but got {layout}")  # fmt: skip
+        known = group == 32 or (bits == 8 and group in (16, *(() if minimums else LARGER_GROUPS)))
+        if bits not in (8, 4) or not known or not {half, minimums} <= {0, 1}:
+            raise ValueError("[pack_quantized] layout must be 8 or 4 bits, groups of 32 or, of 8 bits, 16 or, without "
+                             "minimums, 64, 128 or 256, and whether scales are halves and there are minimums, but got "
+                             f"{layout}")  # fmt: skip
         if panels.dtype != torch.uint8:
             raise TypeError(f"[pack_quantized] panels must be uint8, but got {panels.dtype}")
         packed = cls(panels.contiguous(), bits, group, bool(half), bool(minimums), shape)
-        size = group * bits // 8 + (2 if half else 4) * (1 + minimums)
+        size = packed.piece * bits // 8 + (2 if half else 4) * (1 + minimums)
         width = packed.width if panels.dim() == 3 else 0
-        expected = (-(-shape[0] // width), -(-shape[1] // group), width * size) if width in (8, 16, 32) else ()
+        expected = (-(-shape[0] // width), -(-shape[1] // packed.piece), width * size) if width in (8, 16, 32) else ()
         if panels.shape != expected:
             raise ValueError(f"[pack_quantized] panels of layout {layout} must be for a weight {shape}, but have shape "
                              f"{tuple(panels.shape)}")  # fmt: skip
@@ -118,7 +134,7 @@ class PackedQuantizedWeight:
     def width(self) -> int:
         """P, the rows that lie together."""
         scale = (2 if self.half_scales else 4) * (1 + self.has_minimums)
-        return self.panels.shape[2] // (self.group * self.bits // 8 + scale)
+        return self.panels.shape[2] // (self.piece * self.bits // 8 + scale)
 
     def to(self, device: torch.device | str) -> PackedQuantizedWeight:
         """The weight on another device, in the order that its kernels read; the same one as before, as long as someone
@@ -135,7 +151,7 @@ class PackedQuantizedWeight:
         return moved
 
     def _panels_of(self, width: int) -> Tensor:
-        own, values = self.width, self.group * self.bits // 8 * self.width
+        own, values = self.width, self.piece * self.bits // 8 * self.width
 
         def regroup(part: Tensor, size: int) -> Tensor:  # in pieces of so many bytes, of all rows of a panel in turn
             rows = part.unflatten(-1, (-1, own, size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
@@ -156,7 +172,7 @@ class PackedQuantizedWeight:
         dtype = torch.float16 if self.half_scales else torch.float32
         parts = 1 + self.has_minimums
         width = self.width
-        n, rows, quads = self.shape[0], count * width, self.group * self.bits // 32
+        n, rows, quads = self.shape[0], count * width, self.piece * self.bits // 32
         values, *rest = self.panels.split([width * quads * 4] + [width * dtype.itemsize] * parts, -1)
         values = values.unflatten(-1, (quads, width, 4)).permute(0, 3, 1, 2, 4).reshape(rows, groups, quads * 4)
         if self.bits == 4:  # a group's first half is in the low bits
@@ -208,7 +224,7 @@ def pack_pieces(pieces: Iterable[QuantizedWeight], rows: int) -> PackedQuantized
 def _empty(like: QuantizedWeight, rows: int) -> PackedQuantizedWeight:
     """With memory, which costs nothing until it is written, for a weight of so many rows."""
     n, k = like.shape
-    groups, width = -(-k // like.group), _C.panel_width()
+    groups, width = -(-k // like.piece), _C.panel_width()
     if tuple(like.scales.shape) != (n, groups):
         raise ValueError(f"[pack_quantized] scales must have shape {(n, groups)}, but got {tuple(like.scales.shape)}")
     if len(like.values) > n:  # what is cut to panels must not lose rows unseen
@@ -217,14 +233,14 @@ def _empty(like: QuantizedWeight, rows: int) -> PackedQuantizedWeight:
         found = tuple(like.minimums.shape)
         raise ValueError(f"[pack_quantized] minimums must have shape {(n, groups)}, but got {found}")
     half, minimums = like.scales.dtype == torch.float16, like.minimums is not None
-    size = width * (like.group * like.bits // 8 + (2 if half else 4) * (1 + minimums))
+    size = width * (like.piece * like.bits // 8 + (2 if half else 4) * (1 + minimums))
     panels = torch.empty(-(-rows // width), groups, size, dtype=torch.uint8)
     return PackedQuantizedWeight(panels, like.bits, like.group, half, minimums, (rows, k))
 
 
 def quantized_linear(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias for a quantised W. A row of x is rounded to 8 bits in the weight's groups, each by its largest
-    element; the products are exact, and groups add in float32.
+    """x @ W.T + bias for a quantised W. A row of x is rounded to 8 bits in the weight's groups (on CUDA, in pieces of
+    them), each by its largest element; the products are exact, and groups add in float32.
 
     A row's result has the same bits alone, in any batch, and for any number of threads. A row with an infinity or NaN
     gives NaN. On a CUDA device 8 rows and fewer read the weight at memory's speed, more are products of bytes on the

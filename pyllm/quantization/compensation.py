@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from pyllm.ops import QuantizedWeight
-from pyllm.quantization.weights import GROUP, choose_groups, pack_wholes
+from pyllm.quantization.weights import choose_groups, pack_wholes
 
 _DAMPING = 0.01  # of the mean of the diagonal
 
 
-def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums: bool = False) -> QuantizedWeight:
+def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums: bool = False,
+                         group: int = 32) -> QuantizedWeight:  # fmt: skip
     """Args:
     weight: (N, K).
     moments: (K, K), the sum of x x^T over the layer's inputs x.
     """
     n, k = weight.shape
-    w = torch.nn.functional.pad(weight.detach().float(), (0, -k % GROUP))
+    w = torch.nn.functional.pad(weight.detach().float(), (0, -k % group))
     size = w.shape[1]
     h = torch.eye(size, dtype=torch.float64, device=w.device)
     h[:k, :k] = moments.double()
@@ -29,14 +30,14 @@ def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums
     diagonal += _DAMPING * diagonal[:k].mean()
     # The columns' errors, in order, are made up for by the rows of this factor of the inverse.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    weigh = (1.0 / factor.diagonal().square()).unflatten(0, (-1, GROUP))
+    weigh = (1.0 / factor.diagonal().square()).unflatten(0, (-1, group))
     wholes, scales, lows = [], [], []
-    for start in range(0, size, GROUP):
-        end = start + GROUP
+    for start in range(0, size, group):
+        end = start + group
         columns = w[:, start:end].clone()
-        groups = choose_groups(columns[:, None], bits, minimums, weigh[start // GROUP][None])
-        whole, errors = w.new_empty(n, GROUP), w.new_empty(n, GROUP)
-        for j in range(GROUP):
+        groups = choose_groups(columns[:, None], bits, minimums, weigh[start // group][None])
+        whole, errors = w.new_empty(n, group), w.new_empty(n, group)
+        for j in range(group):
             whole[:, j : j + 1] = groups.round(columns[:, j : j + 1], 0)
             value = groups.value(whole[:, j : j + 1], 0)
             errors[:, j] = (columns[:, j] - value[:, 0]) / factor[start + j, start + j]

@@ -1,4 +1,4 @@
-"""A weight as whole numbers of 8 or 4 bits, in groups of 32 along its input that share a scale."""
+"""A weight as whole numbers of 8 or 4 bits, in groups along its input that share a scale."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyllm.ops import QuantizedWeight
+from pyllm.ops.quantized_linear import PIECE
 
-GROUP = 32
 _ROWS = 1 << 22  # elements searched at once
 _TRIED = torch.linspace(0.75, 1.1, 15)  # of the scale that would just hold a group's largest element
 
@@ -35,10 +35,10 @@ class Groups:
 
 
 def choose_groups(weight: Tensor, bits: int, minimums: bool, importance: Tensor | None = None) -> Groups:
-    """For each group of a weight (N, G, 32), of the scales near the one that holds its largest element, each fitted by
-    least squares to the whole numbers that it leads to, the one with the least squared error.
+    """For each group of a weight (N, G, group), of the scales near the one that holds its largest element, each fitted
+    by least squares to the whole numbers that it leads to, the one with the least squared error.
 
-    importance: (G, 32), how much the error of each input counts.
+    importance: (G, group), how much the error of each input counts.
     """
     weigh = weight.new_ones(weight.shape[1:]) if importance is None else importance
     top, half = 2**bits - 1, 2 ** (bits - 1)
@@ -80,8 +80,8 @@ def _rounded(scales: Tensor, minimums: Tensor | None, bits: int) -> Groups:
     return Groups(scales.half().float(), None if minimums is None else minimums.half().float(), bits)
 
 
-def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False,
-                    importance: Tensor | None = None) -> QuantizedWeight:  # fmt: skip
+def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False, importance: Tensor | None = None,
+                    group: int = 32) -> QuantizedWeight:  # fmt: skip
     """The nearest quantised weight, group by group.
 
     Args:
@@ -89,15 +89,16 @@ def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False,
         bits: 8 or 4.
         minimums: groups have a smallest element of their own besides a scale: more exact, and half a bit more.
         importance: (K,), how much the error of each input counts, such as its mean square.
+        group: elements that share a scale: 32 or, of 8 bits without minimums, 64, 128 or 256.
 
     Raises:
         ValueError: a weight that is not finite, or beyond what a float16 scale can hold.
     """
     n, k = weight.shape
-    filled = torch.cat((weight.detach(), weight.detach()[:, -1:].expand(n, -k % GROUP)), 1)
-    grouped = filled.unflatten(1, (-1, GROUP))
+    filled = torch.cat((weight.detach(), weight.detach()[:, -1:].expand(n, -k % group)), 1)
+    grouped = filled.unflatten(1, (-1, group))
     if importance is not None:
-        importance = torch.nn.functional.pad(importance.float(), (0, -k % GROUP)).unflatten(0, (-1, GROUP))
+        importance = torch.nn.functional.pad(importance.float(), (0, -k % group)).unflatten(0, (-1, group))
         importance = importance + importance.mean() * 1e-3 + 1e-30  # an input that never came still counts a little
     wholes, scales, lows = [], [], []
     for rows in grouped.split(max(1, _ROWS // max(1, k))):
@@ -114,8 +115,11 @@ def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False,
 
 def pack_wholes(whole: Tensor, scales: Tensor, minimums: Tensor | None, bits: int,
                 shape: tuple[int, int]) -> QuantizedWeight:  # fmt: skip
-    """A `QuantizedWeight` from its whole numbers, uint8 (N, G, 32)."""
-    values = whole.flatten(1)
+    """A `QuantizedWeight` from its whole numbers, uint8 (N, G, group), and scales and minimums (N, G)."""
+    group, values = whole.shape[2], whole.flatten(1)
     if bits == 4:
         values = values[:, ::2] | values[:, 1::2] << 4
-    return QuantizedWeight(values.contiguous(), scales, minimums, bits, shape)
+    if group > PIECE:
+        pieces = -(-shape[1] // PIECE)
+        values, scales = values[:, : pieces * PIECE], scales.repeat_interleave(group // PIECE, 1)[:, :pieces]
+    return QuantizedWeight(values.contiguous(), scales.contiguous(), minimums, bits, shape, group)

@@ -9,13 +9,16 @@ from pyllm.ops import QuantizedWeight
 from pyllm.ops.quantized_linear import pack_pieces
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LARGER = [64, 128, 256]
 SCALES = [torch.float16, torch.float32]
 
 
 def random_weight(n, k, bits, minimums, dtype=torch.float16, group=32):
-    groups = -(-k // group)
-    return QuantizedWeight(torch.randint(0, 256, (n, groups * group * bits // 8), dtype=torch.uint8),
-                           torch.rand(n, groups).to(dtype) + 0.1,
+    piece = min(group, 32)
+    groups = -(-k // piece)
+    scales = torch.rand(n, -(-k // group)).to(dtype) + 0.1
+    return QuantizedWeight(torch.randint(0, 256, (n, groups * piece * bits // 8), dtype=torch.uint8),
+                           scales.repeat_interleave(group // piece, 1)[:, :groups].contiguous(),
                            torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k), group)  # fmt: skip
 
 
@@ -60,10 +63,10 @@ def test_the_extremes_are_exact(bits, minimums, kernels):
     assert torch.equal(ops.quantized_linear(x, ops.pack_quantized(weight)).double(), exact)
 
 
-@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, 128)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, kernels, threads):
-    packed = ops.pack_quantized(random_weight(170, 600, bits, minimums))
+def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, group, kernels, threads):
+    packed = ops.pack_quantized(random_weight(170, 600, bits, minimums, group=group))
     x, bias = torch.randn(150, 600).to(dtype), torch.randn(170).to(dtype)
     threads(1)
     expected = ops.quantized_linear(x, packed, bias)
@@ -74,9 +77,12 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, k
         assert torch.equal(ops.quantized_linear(x[rows], packed, bias), expected[rows])
 
 
-@pytest.mark.parametrize(("bits", "minimums"), FORMATS)
-def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, isa):
-    packed, x = ops.pack_quantized(random_weight(50, 300, bits, minimums)), torch.randn(45, 300)
+@pytest.mark.parametrize(
+    ("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, group) for group in LARGER]
+)
+@pytest.mark.parametrize("k", [300, 416, 5])
+def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, group, k, isa):
+    packed, x = ops.pack_quantized(random_weight(50, k, bits, minimums, group=group)), torch.randn(45, k)
     results = []
     for amx, vnni in ((True, True), (False, True), (False, False)):
         _C.set_amx(amx)
@@ -99,10 +105,10 @@ def test_packing_loses_nothing(n, k, bits, minimums, dtype, isa):
     assert torch.equal(again.dequantize(), weight.dequantize())
 
 
-@pytest.mark.parametrize("minimums", [False, True])
-@pytest.mark.parametrize(("shape", "n"), [((7, 33), 65), ((1, 1), 1), ((9, 256), 20), ((3, 1023), 17)])
-def test_groups_of_sixteen(shape, n, minimums, kernels):
-    weight = random_weight(n, shape[-1], 8, minimums, torch.float32, group=16)
+@pytest.mark.parametrize(("minimums", "group"), [(False, 16), (True, 16), *((False, group) for group in LARGER)])
+@pytest.mark.parametrize(("shape", "n"), [((7, 33), 65), ((1, 1), 1), ((39, 256), 20), ((13, 1023), 37)])
+def test_other_groups(shape, n, minimums, group, kernels):
+    weight = random_weight(n, shape[-1], 8, minimums, torch.float32, group=group)
     packed, x = ops.pack_quantized(weight), torch.randn(shape)
     check_twin(lambda x: ops.quantized_linear(x, packed), lambda x: reference.quantized_linear(x, weight), {"x": x},
                slack=32)  # fmt: skip
@@ -111,7 +117,10 @@ def test_groups_of_sixteen(shape, n, minimums, kernels):
     assert torch.equal(again.values, weight.values) and torch.equal(again.dequantize(), weight.dequantize())
 
 
-@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, 16), (8, True, 16)])
+@pytest.mark.parametrize(
+    ("bits", "minimums", "group"),
+    [(*f, 32) for f in FORMATS] + [(8, m, 16) for m in (False, True)] + [(8, False, group) for group in LARGER],
+)
 def test_a_product_is_within_its_own_rounding_of_the_exact_one(bits, minimums, group, kernels):
     """x is rounded to 8 bits in groups by its largest element: that, and the sums in float32, is all that is lost."""
     weight = random_weight(60, 330, bits, minimums, group=group)
@@ -125,7 +134,7 @@ def test_a_product_is_within_its_own_rounding_of_the_exact_one(bits, minimums, g
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16)])
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16), (8, False, 128)])
 def test_the_gradient_has_the_same_bits_alone_and_for_any_threads(bits, minimums, group, dtype, isa, threads):
     packed = ops.pack_quantized(random_weight(301, 90, bits, minimums, group=group))
     x, dy = torch.randn(23, 90).to(dtype).requires_grad_(), torch.randn(23, 301).to(dtype)
@@ -220,7 +229,10 @@ def test_errors_name_the_argument():
         spoilt(scales=weight.scales[:, :1])
     with pytest.raises(ValueError, match=r"bits must be 8 or 4, but got 5"):
         spoilt(bits=5)
-    with pytest.raises(ValueError, match=r"groups must be of 32 elements or, of 8 bits, of 16, but got 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"groups must be of 32 elements or, of 8 bits, of 16 or, without minimums, of 64, 128 or 256, but got 8",
+    ):
         spoilt(group=8, scales=torch.ones(5, 5), minimums=None)
 
 

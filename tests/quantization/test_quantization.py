@@ -105,6 +105,22 @@ def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind,
     assert torch.equal(copied(given), after)
 
 
+def test_larger_groups_are_coarser_and_come_back(tmp_path):
+    errors = []
+    for group in (32, 128):
+        torch.manual_seed(1)
+        model = pyllm.Decoder(50, 64, 2, 4, context_length=64, intermediate_size=128).eval()
+        before = model(ids)
+        model.quantize("int8", group=group, calibration=[ids])
+        errors.append((model(ids) - before).norm())
+    assert 0.9 * errors[0] < errors[1] < 2 * errors[0]
+    assert {w.group for w in model.quantized_weights()} == {128} and not pyllm.check(model)
+    pyllm.save(model, tmp_path)
+    assert torch.equal(pyllm.load(tmp_path)[0](ids), model(ids))
+    with pytest.raises(ValueError, match="group must be 32 or, for int8, 64, 128 or 256, but got 64 for int4"):
+        pyllm.quantize(decoder(), "int4", group=64)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_quantised_models_keep_the_contract(kind):
     model = MODELS[kind]()

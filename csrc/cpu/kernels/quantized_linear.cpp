@@ -1,7 +1,8 @@
-// A row of x is quantised once; then a tile, some rows of x by a panel of 2W of the weight's, goes down k group by group.
-// Within a group everything is whole numbers: the sums are exact, so that instruction sets with and without a dot product
-// of bytes agree. A group adds float(sum) * (scale of x * scale of the weight) to the tile's fp32 sums. Threads take
-// panels, and panels pass by as many rows of x as stay in the second-level cache.
+// A row of x is quantised once; then a tile, some rows of x by a panel of 2W of the weight's, goes down k span by span
+// (a span is a group, or some that share a scale). Within a span everything is whole numbers: the sums are exact, so that
+// instruction sets with and without a dot product of bytes agree. A span adds float(sum) * (scale of x * scale of the
+// weight) to the tile's fp32 sums. Threads take panels, and panels pass by as many rows of x as stay in the second-level
+// cache.
 //
 // How four bytes of x meet four of the weight, in each lane:
 //  - many rows on tile registers, where there are some: quantized_linear_tiles.cpp;
@@ -26,19 +27,21 @@ constexpr int kRows = 6;  // of a tile
 constexpr int kRows = 4;
 #endif
 
+constexpr int64_t kMostSpan = 8;        // groups
 constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the tile registers pays
 
 enum class Dot { vnni, pairs, halves };
 
 template <int kGroup, class T>
-void quantize_row(const T* x, int64_t k, Dot dot, int offset, const QuantizedRows& out, int64_t row) {
-  alignas(64) float block[kGroup];
-  alignas(64) int8_t bytes[kGroup];
-  for (int64_t g = 0; g < out.groups; g++) {
-    const int64_t count = std::min<int64_t>(kGroup, k - g * kGroup);
+void quantize_row(const T* x, int64_t k, int64_t span, Dot dot, int offset, const QuantizedRows& out, int64_t row) {
+  alignas(64) float block[kMostSpan * kGroup];
+  alignas(64) int8_t bytes[kMostSpan * kGroup];
+  const int64_t size = span * kGroup;
+  for (int64_t s = 0; s < out.spans; s++) {
+    const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
     V largest{}, bad{};
-    for (int64_t j = 0; j < kGroup; j += W) {
-      const V v = count - j >= W ? load(x + g * kGroup + j) : count > j ? load_n(x + g * kGroup + j, count - j) : V{};
+    for (int64_t j = 0; j < filled; j += W) {
+      const V v = count - j >= W ? load(x + s * size + j) : count > j ? load_n(x + s * size + j, count - j) : V{};
       store(block + j, v);
       largest = max(abs(v), largest);
       bad = bad + v * 0.0f;
@@ -46,18 +49,18 @@ void quantize_row(const T* x, int64_t k, Dot dot, int offset, const QuantizedRow
     const float most = max(largest), scale = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     const bool finite = sum(bad) == 0.0f;
     int32_t total = 0;
-    for (int64_t j = 0; j < kGroup; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
-    for (int j = 0; j < kGroup; j++) total += bytes[j];
-    const int64_t at = out.at(row, g);
+    for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
+    for (int64_t j = 0; j < filled; j++) total += bytes[j];
+    const int64_t at = out.at(row, s);
     out.scales[at] = finite ? scale : __builtin_nanf("");
     out.sums[at] = out.scales[at] * static_cast<float>(total);
     out.starts[at] = -offset * total;
-    int8_t* to = out.values + row * out.bytes + g * (dot == Dot::halves ? 2 * kGroup : kGroup);
+    int8_t* to = out.values + row * out.bytes + s * (dot == Dot::halves ? 2 * size : size);
     if (dot != Dot::halves) {
-      std::memcpy(to, bytes, kGroup);
+      std::memcpy(to, bytes, filled);
       continue;
     }
-    for (int q = 0; q < kGroup / 4; q++) {
+    for (int64_t q = 0; q < filled / 4; q++) {
       const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
       std::memcpy(to + 8 * q, halves, 8);
     }
@@ -77,52 +80,54 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const c
   V total[R][2] = {};
   const int8_t* a[R];
   UNROLL for (int r = 0; r < R; r++) a[r] = x.values + (row + r) * x.bytes;
-  const int64_t first = row * x.groups;
-  for (int64_t g = 0; g < x.groups; g++) {
+  const int64_t first = row * x.spans;
+  for (int64_t span = 0, left = w.groups; span < x.spans; span++, left -= w.span) {
     VI s[R][2];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
-        set_int(x.starts[first + r * x.groups + g]);
-    if constexpr (kBits == 4) {
-      VI pairs[R][2] = {};
-      UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
-        const VI both = load_lanes(panel + (2 * q + j) * kBytes);
-        const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-        UNROLL for (int r = 0; r < R; r++) {
-          const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
-          if constexpr (kDot == Dot::vnni) {
-            s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
-          } else {
-            pairs[r][j] = add_halves(pairs[r][j], add_halves(dot_pairs(low, x0), dot_pairs(high, x1)));
+        set_int(x.starts[first + r * x.spans + span]);
+    for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes) {
+      if constexpr (kBits == 4) {
+        VI pairs[R][2] = {};
+        UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
+          const VI both = load_lanes(panel + (2 * q + j) * kBytes);
+          const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+          UNROLL for (int r = 0; r < R; r++) {
+            const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
+            if constexpr (kDot == Dot::vnni) {
+              s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
+            } else {
+              pairs[r][j] = add_halves(pairs[r][j], add_halves(dot_pairs(low, x0), dot_pairs(high, x1)));
+            }
           }
         }
+        if constexpr (kDot != Dot::vnni)
+          UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
+              s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
+      } else {
+        for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
+            const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
+            if constexpr (kDot == Dot::vnni) {
+              UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
+            } else {
+              const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
+              UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
+                                                           dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
+            }
+          }
       }
-      if constexpr (kDot != Dot::vnni)
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
-            s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
-    } else {
-      for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
-          const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
-          if constexpr (kDot == Dot::vnni) {
-            UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
-          } else {
-            const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
-            UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
-                                                         dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
-          }
-        }
+      UNROLL for (int r = 0; r < R; r++) a[r] += kDot == Dot::halves ? 2 * kGroup : kGroup;
     }
+    const char* scales = panel - group_bytes + kValues;
     UNROLL for (int j = 0; j < 2; j++) {
-      const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
+      const V scale = load_scale(scales, w.scale_dtype, j * W);
       UNROLL for (int r = 0; r < R; r++) total[r][j] =
-          fma(__builtin_convertvector(s[r][j], V), scale * x.scales[first + r * x.groups + g], total[r][j]);
+          fma(__builtin_convertvector(s[r][j], V), scale * x.scales[first + r * x.spans + span], total[r][j]);
       if (w.has_minimums) {
-        const V minimum = load_scale(panel + kValues, w.scale_dtype, kPanel + j * W);
+        const V minimum = load_scale(scales, w.scale_dtype, kPanel + j * W);
         UNROLL for (int r = 0; r < R; r++) total[r][j] =
-            fma(minimum, set(x.sums[first + r * x.groups + g]), total[r][j]);
+            fma(minimum, set(x.sums[first + r * x.spans + span]), total[r][j]);
       }
     }
-    UNROLL for (int r = 0; r < R; r++) a[r] += kDot == Dot::halves ? 2 * kGroup : kGroup;
-    panel += group_bytes;
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
 }
@@ -137,38 +142,41 @@ void run(const QuantizedLinearArgs& p) {
       tile<5, kBits, kGroup, kDot>, tile<6, kBits, kGroup, kDot>,
 #endif
   };
+  const QuantizedWeight& w = p.weight;
   const bool on_tiles = kDot == Dot::vnni && p.m >= kLeastTileRows && cpu::has_amx();
-  const int64_t groups = p.weight.groups, m = round_up(p.m, kTileRows), count = m * groups;
-  const int64_t row_bytes = groups * (kDot == Dot::halves ? 2 : 1) * kGroup, values = round_up(m * row_bytes, 64);
+  const int64_t spans = (w.groups + w.span - 1) / w.span, m = round_up(p.m, tile_rows(w)), count = m * spans;
+  // Tiles of larger groups read 64 values at once.
+  const int64_t row_bytes = round_up(w.groups, w.span > 1 ? 2 : 1) * (kDot == Dot::halves ? 2 : 1) * kGroup;
+  const int64_t values = round_up(m * row_bytes, 64);
   auto* memory = static_cast<char*>(cpu::scratch(values + 12 * count, 0));
   auto* scales = reinterpret_cast<float*>(memory + values);
-  const QuantizedRows x = {groups,  row_bytes,      reinterpret_cast<int8_t*>(memory),
+  const QuantizedRows x = {spans,   row_bytes,      reinterpret_cast<int8_t*>(memory),
                            scales,  scales + count, reinterpret_cast<int32_t*>(scales + 2 * count),
                            on_tiles};
-  const int offset = p.weight.has_minimums ? 0 : 1 << (kBits - 1);
+  const int offset = w.has_minimums ? 0 : 1 << (kBits - 1);
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
     const auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) quantize_row<kGroup>(a + i * p.a_row, p.k, kDot, offset, x, i);
+      for (int64_t i = begin; i < end; i++) quantize_row<kGroup>(a + i * p.a_row, p.k, w.span, kDot, offset, x, i);
     };
     p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
   });
 
-  const int64_t n = p.weight.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = groups * p.weight.group_bytes(kPanel);
-  const int64_t step = on_tiles ? kTileRows : kRows;
+  const int64_t n = w.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
+  const int64_t step = on_tiles ? tile_rows(w) : kRows;
   const int64_t height =
-      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 12 * groups + 1) / step) * step;
+      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 12 * spans + 1) / step) * step;
   const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
   parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
-    auto* wide = on_tiles ? static_cast<char*>(cpu::scratch(wide_panel_bytes(p.weight), 1)) : nullptr;
+    auto* wide = on_tiles ? static_cast<char*>(cpu::scratch(wide_panel_bytes(w), 1)) : nullptr;
     for (int64_t i0 = 0; i0 < p.m; i0 += height)
       for (int64_t panel = begin; panel < end; panel++) {
         const char* packed = p.panels + panel * panel_bytes;
-        if (on_tiles) widen_panel(p.weight, packed, wide);
+        if (on_tiles) widen_panel(w, packed, wide);
         for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += step) {
-          alignas(64) float sums[std::max<int64_t>(kRows, kTileRows) * kPanel];
+          alignas(64) float sums[std::max<int64_t>(kRows, 2 * kTileRows) * kPanel];
           const int64_t rows = std::min(step, i1 - i), j = panel * kPanel;
-          on_tiles ? quantized_tiles(p.weight, x, i, wide, sums) : tiles[rows - 1](p.weight, x, i, packed, sums);
+          on_tiles ? quantized_tiles(w, x, i, wide, sums) : tiles[rows - 1](w, x, i, packed, sums);
           with_dtype(p.dtype, [&](auto* tag) {
             const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
             auto* c = reinterpret_cast<decltype(tag)>(p.c);

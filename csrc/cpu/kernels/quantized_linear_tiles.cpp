@@ -2,7 +2,11 @@
 // then, for 16 rows by 16 columns, each group is one product of tiles, whose whole sums go through memory to the fp32 sums
 // in the vector registers. The next groups' products run meanwhile.
 //
-// A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise.
+// Larger groups (spans of those in memory) need that less often: 32 rows by the panel's columns are products of tiles of 64
+// along k, four at a time, and the fp32 sums wait in memory.
+//
+// A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise. Of
+// spans, two groups lie as one, and scales are [span][kPanel].
 #include "cpu/kernels/quantized_linear.h"
 
 #include "cpu/kernels/bytes.h"
@@ -14,7 +18,7 @@ namespace pyllm::ISA {
 
 namespace {
 
-int64_t value_bytes(const QuantizedWeight& w) { return w.groups * w.group * kPanel; }
+int64_t value_bytes(const QuantizedWeight& w) { return round_up(w.groups, w.span > 1 ? 2 : 1) * w.group * kPanel; }
 
 V load_scale(const char* p, DType dtype, int64_t at) {
   return dtype == DType::f16 ? load(reinterpret_cast<const f16*>(p) + at)
@@ -46,7 +50,7 @@ VEC void add(V (&total)[kTileRows], const int32_t* whole, const float* x_scales,
 template <bool kUnsigned, bool kMinimums>
 void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char* panel, int64_t values, float* out) {
   const TileShapes shapes(kTileSide, static_cast<int>(group_size / 4));
-  const int64_t tile_bytes = group_size * kTileSide, groups = x.groups, row_bytes = x.bytes;
+  const int64_t tile_bytes = group_size * kTileSide, groups = x.spans, row_bytes = x.bytes;
   alignas(64) int32_t sums[kUnderWay][kTileRows * W];
   for (int64_t half = 0; half < 2; half++) {
     const auto* scales = reinterpret_cast<const float*>(panel + values) + half * W;
@@ -68,6 +72,53 @@ void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char
   }
 }
 
+constexpr int64_t kLong = 64;  // of k in a tile
+
+// The whole sums of 32 rows by a panel's columns, over `steps` tiles.
+VEC void multiply_span(const int8_t* left, int64_t row_bytes, const char* right, int64_t steps, int32_t* sums) {
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  for (int64_t s = 0; s < steps; s++, left += kLong, right += 2 * kTileBytes) {
+    load_tile<4>(left, row_bytes);
+    load_tile<6>(right, 64);
+    dot_byte_tiles<0, 4, 6, false>();
+    load_tile<7>(right + kTileBytes, 64);
+    dot_byte_tiles<1, 4, 7, false>();
+    load_tile<5>(left + kTileRows * row_bytes, row_bytes);
+    dot_byte_tiles<2, 5, 6, false>();
+    dot_byte_tiles<3, 5, 7, false>();
+  }
+  constexpr int64_t bytes = kPanel * sizeof(int32_t);
+  store_tile<0>(sums, bytes), store_tile<1>(sums + W, bytes);
+  store_tile<2>(sums + kTileRows * kPanel, bytes), store_tile<3>(sums + kTileRows * kPanel + W, bytes);
+}
+
+void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
+  const TileShapes shapes(kTileSide, kLong / 4);
+  alignas(64) int32_t sums[2][2 * kTileRows * kPanel];
+  const auto* scales = reinterpret_cast<const float*>(panel + value_bytes(w));
+  const int8_t* left = x.values + row * x.bytes;
+  const int64_t long_steps = w.span / 2, all_steps = (w.groups + 1) / 2;
+  std::memset(static_cast<void*>(out), 0, 2 * kTileRows * kPanel * sizeof(float));
+  for (int64_t s = 0; s <= x.spans; s++) {
+    if (s < x.spans) {
+      const int64_t done = s * long_steps;
+      multiply_span(left + done * kLong, x.bytes, panel + done * 2 * kTileBytes, std::min(long_steps, all_steps - done),
+                    sums[s % 2]);
+    }
+    if (s == 0) continue;
+    const int32_t* whole = sums[(s - 1) % 2];
+    const V scale[2] = {load(scales + (s - 1) * kPanel), load(scales + (s - 1) * kPanel + W)};
+    for (int64_t upper = 0; upper < 2; upper++) {
+      const float* x_scales = x.scales + (row + upper * kTileRows) * x.spans + (s - 1) * kTileRows;
+      UNROLL for (int64_t r = 0; r < kTileRows; r++) UNROLL for (int64_t half = 0; half < 2; half++) {
+        const int64_t at = (upper * kTileRows + r) * kPanel + half * W;
+        store(out + at,
+              fma(__builtin_convertvector(load_lanes(whole + at), V), scale[half] * x_scales[r], load(out + at)));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int64_t wide_panel_bytes(const QuantizedWeight& w) {
@@ -80,11 +131,14 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
   const VI flip = set_int(w.bits == 8 && !w.has_minimums ? INT32_MIN | 0x00808080 : 0);
   const bool shift = w.bits == 4 && !w.has_minimums;
   auto* scales = reinterpret_cast<float*>(out + value_bytes(w));
-  for (int64_t g = 0; g < w.groups; g++, panel += w.group_bytes(kPanel), out += 2 * tile) {
+  const bool paired = w.span > 1;
+  if (paired && w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
+  const int64_t half_bytes = paired ? 2 * tile : tile;
+  for (int64_t g = 0; g < w.groups; g++, panel += w.group_bytes(kPanel)) {
     for (int64_t q = 0; q < packed_quads; q++)
       for (int64_t half = 0; half < 2; half++) {
         const VI bytes = load_lanes(panel + (2 * q + half) * 64);
-        const auto put = [&](int64_t quad, VI v) { std::memcpy(out + half * tile + quad * 64, &v, sizeof v); };
+        const auto put = [&](int64_t quad, VI v) { std::memcpy(out + half * half_bytes + quad * 64, &v, sizeof v); };
         if (w.bits == 8) {
           put(q, bytes ^ flip);
           continue;
@@ -96,14 +150,16 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
         put(quads / 2 + q, centred((bytes >> 4) & 0x0f0f0f0f));
       }
     const char* from = panel + packed_quads * kPanel * 4;
+    out += !paired ? 2 * tile : g % 2 == 0 ? tile : 3 * tile;
     for (int64_t j = 0; j < kPanel; j += W) {
-      store(scales + g * kPanel + j, load_scale(from, w.scale_dtype, j));
+      store(scales + g / w.span * kPanel + j, load_scale(from, w.scale_dtype, j));
       if (w.has_minimums) store(scales + (w.groups + g) * kPanel + j, load_scale(from, w.scale_dtype, kPanel + j));
     }
   }
 }
 
 void quantized_tiles(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
+  if (w.span > 1) return spans(w, x, row, panel, out);
   const int64_t values = value_bytes(w);
   if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, out);
   (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, out);
