@@ -118,9 +118,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_amx", &cpu::set_amx);
   if (const char* wanted = std::getenv("PYLLM_ISA")) cpu::set_isa(wanted);
   m.def("synchronize", &synchronize, py::call_guard<py::gil_scoped_release>());
+#if PYLLM_WITH_CUDA
+  m.def("_set_wgmma", [](bool wanted) { cuda::wgmma_wanted = wanted; });
+  if (const char* wanted = std::getenv("PYLLM_CUDA_WGMMA")) {
+    check(std::string(wanted) == "0" || std::string(wanted) == "1", "PYLLM_CUDA_WGMMA must be 0 or 1, but got ",
+          wanted);
+    cuda::wgmma_wanted = wanted[0] == '1';
+  }
+#endif
 #if PYLLM_EMULATE_CUDA
   m.def("_emulate_cuda", [](bool on) { cuda::emulating = on; });
   m.def("_emulated_launches", &cuda::emulated_launches);
+  m.def("_emulated_products", &cuda::emulated_products);
   m.def("emulating_cuda", [] { return cuda::emulating; });
 #else
   m.def("emulating_cuda", [] { return false; });

@@ -1,4 +1,5 @@
-// Attention, forward. bfloat16 and float16 go through matrix instructions (attention_mma.cu) where shapes and strides allow;
+// Attention, forward. bfloat16 and float16 go through matrix instructions where shapes and strides allow: those of a warp
+// (attention_mma.cu) or, for many queries on sm_90 and where it is asked for, those of a warpgroup (attention_wgmma.cu);
 // everything else, float32 first of all, through this file's kernel, in float32 throughout: 16 rows and 32 keys at a time,
 // a warp for every fourth row. For scores a lane takes a key; for the output it takes elements of the value.
 //
@@ -199,7 +200,7 @@ void attention_forward(const AttentionForwardArgs& f, const Work& work) {
   auto* const p = scratch.as<float>();
   const Partials partials{p, p + all * splits, p + 2 * all * splits, splits, split_keys};
   const Partials none{};
-  const bool done = forward_by_matrices(f, split ? partials : none, work);
+  const bool done = forward_by_warpgroups(f, work) || forward_by_matrices(f, split ? partials : none, work);
   with_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if (!done) forward_by_threads<T>(f, split ? partials : none, work);

@@ -205,6 +205,7 @@ __device__ __forceinline__ Gradients gradients_of(const AttentionBackwardArgs& f
 
 // Of bfloat16 and float16 through matrix instructions (attention_mma.cu, attention_backward_mma.cu, attention_bias_mma.cu);
 // false where the shapes or strides are not theirs. delta is (batch, heads, queries).
+bool forward_by_warpgroups(const AttentionForwardArgs& f, const Work& work);  // attention_wgmma.cu; keys are whole
 bool forward_by_matrices(const AttentionForwardArgs& f, const Partials& partials, const Work& work);
 bool backward_by_matrices(const AttentionBackwardArgs& f, const float* delta, const Work& work);
 bool bias_by_matrices(const AttentionBackwardArgs& f, const float* delta, const Work& work);

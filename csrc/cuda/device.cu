@@ -102,11 +102,13 @@ Capacity capacity_of(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = capacities.find(device);
   if (found != capacities.end()) return found->second;
-  int processors = 0, shared = 0, together = 0;
+  int processors = 0, shared = 0, together = 0, major = 0, minor = 0;
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "a device's attribute");
   check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "a device's attribute");
   check_cuda(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device), "a device's attribute");
-  return capacities[device] = {processors, static_cast<size_t>(shared), together != 0};
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device's attribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "a device's attribute");
+  return capacities[device] = {processors, static_cast<size_t>(shared), together != 0, major == 9 && minor == 0};
 }
 
 Scratch::Scratch(const Work& work, size_t bytes) : stream_(static_cast<cudaStream_t>(work.stream)) {

@@ -15,6 +15,12 @@ struct Work {
   void* stream = nullptr;  // cudaStream_t
 };
 
+// Whether attention may take sm_90's own instructions (attention_wgmma.cu), which it does not by itself until they have run
+// on a GPU. PYLLM_CUDA_WGMMA=1, when the module is loaded, says so.
+#if PYLLM_WITH_CUDA
+extern bool wgmma_wanted;
+#endif
+
 int device_count();  // 0 where there is no driver or no device
 
 // Makes a device this thread's current one for as long as it lives.
@@ -61,6 +67,7 @@ void synchronize(int device);           // waits for all work, then raise_faults
 #if PYLLM_EMULATE_CUDA
 extern bool emulating;        // tensors on the CPU go through the CUDA kernels
 int64_t emulated_launches();  // so far
+int64_t emulated_products();  // of warpgroups, likewise, by any one thread
 #endif
 
 }  // namespace pyllm::cuda

@@ -12,7 +12,8 @@
 
 namespace pyllm::cuda {
 
-constexpr size_t kMaxShared = 99 * 1024;  // bytes of a block on any GPU from sm_80 on (sm_86 has the least)
+constexpr size_t kMaxShared = 99 * 1024;           // bytes of a block on any GPU from sm_80 on (sm_86 has the least)
+constexpr size_t kMaxSharedOfHopper = 227 * 1024;  // on sm_90
 constexpr int kWarp = 32;
 
 void check_cuda(cudaError_t error, const char* what);  // throws Error::runtime
@@ -45,6 +46,7 @@ struct Capacity {
   int64_t processors;  // each runs at least one block of any size up to the limits
   size_t shared;       // bytes of a block
   bool together;       // whether all blocks of a launch can be promised to run at once
+  bool warpgroups;     // whether it has what wgmma.h is made of: sm_90, and no later one
 };
 Capacity capacity_of(int device);
 
@@ -85,6 +87,13 @@ template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared, const Work& work,
             const Args&... args) {
   launch_blocks(false, kMaxShared, kernel, grid, block, shared, work, args...);
+}
+
+// The same on sm_90, whose blocks may have more.
+template <class... Parameters, class... Args>
+void launch_large(void (*kernel)(Parameters...), const Grid& grid, const dim3& block, size_t shared, const Work& work,
+                  const Args&... args) {
+  launch_blocks(false, kMaxSharedOfHopper, kernel, grid, block, shared, work, args...);
 }
 
 // The same with all blocks running at once, so that they may wait for each other (meet_blocks). There must be no more of

@@ -19,8 +19,8 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr size_t kStack = 128 << 10;
-constexpr int kLanes = 32;
-enum class Waits : uint8_t { no, for_warp, for_block, for_others, done };
+constexpr int kLanes = 32, kGroup = 4 * kLanes;
+enum class Waits : uint8_t { no, for_warp, for_group, for_block, for_others, done };
 
 struct Fiber {
   ucontext_t context;
@@ -39,7 +39,7 @@ struct Emulator {
   int current = 0, count = 0, room = 0;
   size_t shared_bytes = 0;
   int64_t launches = 0;
-  bool misaligned = false;
+  const char* wrong = nullptr;  // what a GPU would not have done
   jmp_buf scheduler;
   const std::function<void()>* thread = nullptr;
 } e;
@@ -70,13 +70,14 @@ void resume(int i) {
   setcontext(&fiber.context);
 }
 
-// Lets those go on who have all met: `count` fibers from `first`, where all that are not done wait for `what`.
+// Lets those go on who have all met: `count` fibers from `first` that all wait for `what`; for a block, those that are done
+// need not.
 bool release(int first, int count, Waits what) {
   bool any = false;
   for (int i = first; i < first + count; i++) {
     if (e.fibers[i].waits == what)
       any = true;
-    else if (what == Waits::for_warp || e.fibers[i].waits != Waits::done)
+    else if (what != Waits::for_block || e.fibers[i].waits != Waits::done)
       return false;
   }
   if (any)
@@ -128,6 +129,7 @@ bool run_block(int first, bool back) {
       const int i = (back ? warps - 1 - n : n) * kLanes;
       more = run_warp(first + i, std::min(kLanes, e.count - i), back) || more;
     }
+    for (int i = 0; i + kGroup <= e.count; i += kGroup) more = release(first + i, kGroup, Waits::for_group) || more;
     more = release(first, e.count, Waits::for_block) || more;
   }
   return moved;
@@ -146,6 +148,7 @@ void run_blocks(unsigned first, int blocks) {
     fiber.block = index_in(gridDim, first + static_cast<unsigned>(i / e.count));
   }
   e.shared.assign(blocks * e.shared_bytes, static_cast<char>(0xff));
+  forget_products();
   for (bool back = false;; back = !back) {
     bool moved = false, live = false;
     for (int n = 0; n < blocks; n++) moved = run_block((back ? blocks - 1 - n : n) * e.count, back) || moved;
@@ -159,12 +162,20 @@ void run_blocks(unsigned first, int blocks) {
 
 int64_t emulated_launches() { return e.launches; }
 char* shared_memory() { return e.shared.data() + e.current / e.count * e.shared_bytes; }
+size_t shared_size() { return e.shared_bytes; }
 void meet_block() { wait(Waits::for_block); }
+void meet_group() { wait(Waits::for_group); }
 void let_others_run() { wait(Waits::for_others); }
-int lane_of_thread() { return e.current % e.count % kLanes; }
+int fibers_at_once() { return e.room; }
+int fiber_of_thread() { return e.current; }
+int fiber_in_block() { return e.current % e.count; }
+int lane_of_thread() { return fiber_in_block() % kLanes; }
 
 void check_aligned(const void* p, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) e.misaligned = true;
+  if (reinterpret_cast<uintptr_t>(p) % bytes) complain("an address is not aligned as a GPU needs it");
+}
+void complain(const char* what) {
+  if (!e.wrong) e.wrong = what;
 }
 
 const char* meet_warp(const void* mine, size_t bytes) {
@@ -195,8 +206,7 @@ void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::fun
   gridDim = grid;
   blockDim = block;
   for (unsigned first = 0; first < blocks; first += step) run_blocks(first, static_cast<int>(step));
-  if (std::exchange(e.misaligned, false))
-    fail(Error::runtime, "[emulated CUDA] an address is not aligned as a GPU needs it");
+  if (const char* wrong = std::exchange(e.wrong, nullptr)) fail(Error::runtime, "[emulated CUDA] ", wrong);
 }
 
 }  // namespace pyllm::cuda

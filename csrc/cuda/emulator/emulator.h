@@ -3,8 +3,8 @@
 // that needs them together at once. A fiber runs until it meets a barrier, a shuffle or a matrix instruction, and goes on
 // when the others whom that takes have met it too: all threads of the block, or of the warp; those who need not wait run
 // ahead. Where they cannot (a barrier that only some reach, a count of blocks that is never reached), that is an error.
-// Shared memory holds NaN when a block begins; what is declared __shared__ is one for all blocks, so those that run at once
-// use shared_memory() alone.
+// Copies and products of sm_90 are in wgmma.h here. Shared memory holds NaN when a block begins; what is declared
+// __shared__ is one for all blocks, so those that run at once use shared_memory() alone.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -18,6 +18,7 @@
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -43,7 +44,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::function<void()>& thread);
 char* shared_memory();
+size_t shared_size();
 void meet_block();
+void meet_group();      // of the four warps that this thread's is one of
 void let_others_run();  // from a loop that waits for what another block does
 
 // Gives the others of the warp `bytes` of mine and waits for all; what lane l gave is at result + l * kGift, until this
@@ -51,7 +54,12 @@ void let_others_run();  // from a loop that waits for what another block does
 constexpr size_t kGift = 64;
 const char* meet_warp(const void* mine, size_t bytes);
 int lane_of_thread();
+int fiber_in_block();                             // a thread's number in its block,
+int fiber_of_thread();                            // and in all blocks that run at once,
+int fibers_at_once();                             // which have room for this many
 void check_aligned(const void* p, size_t bytes);  // what is not, a GPU cannot read: an error after the launch
+void complain(const char* what);                  // likewise, of anything else; the first complaint is the error
+void forget_products();                           // of warpgroups (emulator/wgmma.h), when blocks begin
 
 inline void __syncthreads() { meet_block(); }
 inline void __syncwarp(unsigned = ~0u) { meet_warp(nullptr, 0); }
@@ -97,6 +105,8 @@ using cudaMemPool_t = void*;
 enum { cudaMemAllocationTypePinned, cudaMemLocationTypeDevice, cudaMemPoolAttrReleaseThreshold, cudaHostAllocMapped };
 enum { cudaMemcpyHostToDevice };
 enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrCooperativeLaunch
@@ -117,8 +127,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount            ? 6
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024
                                                                   : 1;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = 9;
+  if (attribute == cudaDevAttrComputeCapabilityMinor) *value = 0;
   return cudaSuccess;
 }
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+enum { cudaEnableDefault };
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** found, int, cudaDriverEntryPointQueryResult* result);
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
   return *pool = nullptr, cudaSuccess;
