@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t kStack = 128 << 10;
 constexpr int kLanes = 32, kGroup = 4 * kLanes;
-enum class Waits : uint8_t { no, for_warp, for_group, for_block, for_others, done };
+enum class Waits : uint8_t { no, for_warp, for_group, for_block, for_others, for_turn, done };
 
 struct Fiber {
   ucontext_t context;
@@ -105,6 +105,8 @@ dim3 index_in(const dim3& shape, unsigned n) { return dim3(n % shape.x, n / shap
 // `count` fibers of a warp from `first`, as far as they get without the others; whether they got anywhere.
 bool run_warp(int first, int count, bool back) {
   bool moved = false;
+  for (int i = first; i < first + count; i++)
+    if (e.fibers[i].waits == Waits::for_turn) e.fibers[i].waits = Waits::no;
   for (bool more = true; more; back = !back, moved = moved || more) {
     more = false;
     for (int n = 0; n < count; n++) {
@@ -148,7 +150,7 @@ void run_blocks(unsigned first, int blocks) {
     fiber.block = index_in(gridDim, first + static_cast<unsigned>(i / e.count));
   }
   e.shared.assign(blocks * e.shared_bytes, static_cast<char>(0xff));
-  forget_products();
+  forget_unfinished();
   for (bool back = false;; back = !back) {
     bool moved = false, live = false;
     for (int n = 0; n < blocks; n++) moved = run_block((back ? blocks - 1 - n : n) * e.count, back) || moved;
@@ -166,6 +168,9 @@ size_t shared_size() { return e.shared_bytes; }
 void meet_block() { wait(Waits::for_block); }
 void meet_group() { wait(Waits::for_group); }
 void let_others_run() { wait(Waits::for_others); }
+void let_all_run() {
+  for (int turn = 0; turn < 2; turn++) wait(Waits::for_turn);  // the others' warps go forth and back
+}
 int fibers_at_once() { return e.room; }
 int fiber_of_thread() { return e.current; }
 int fiber_in_block() { return e.current % e.count; }

@@ -47,7 +47,8 @@ char* shared_memory();
 size_t shared_size();
 void meet_block();
 void meet_group();      // of the four warps that this thread's is one of
-void let_others_run();  // from a loop that waits for what another block does
+void let_others_run();  // from a loop that waits for what another block, or warp, does
+void let_all_run();     // until all other warps of the block got as far as they could
 
 // Gives the others of the warp `bytes` of mine and waits for all; what lane l gave is at result + l * kGift, until this
 // lane's next meeting.
@@ -59,7 +60,7 @@ int fiber_of_thread();                            // and in all blocks that run 
 int fibers_at_once();                             // which have room for this many
 void check_aligned(const void* p, size_t bytes);  // what is not, a GPU cannot read: an error after the launch
 void complain(const char* what);                  // likewise, of anything else; the first complaint is the error
-void forget_products();                           // of warpgroups (emulator/wgmma.h), when blocks begin
+void forget_unfinished();                         // copies and products (emulator/wgmma.h), when blocks begin
 
 inline void __syncthreads() { meet_block(); }
 inline void __syncwarp(unsigned = ~0u) { meet_warp(nullptr, 0); }

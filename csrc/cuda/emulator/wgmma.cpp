@@ -1,5 +1,6 @@
 #include "cuda/emulator/wgmma.h"
 
+#include <algorithm>
 #include <deque>
 #include <vector>
 
@@ -43,6 +44,39 @@ void arrive_with(uint64_t* at, int32_t bytes) {
     barrier.bytes = barrier.bytes + bytes;
     barrier.pending--;
   });
+}
+
+struct Copy {
+  char* to;
+  CUtensorMap map;
+  int at[4];
+  uint64_t* barrier;
+};
+std::vector<Copy> late;  // copies that were asked for, and nobody has waited for
+
+void finish(const Copy& copy) {
+  const CUtensorMap& map = copy.map;
+  const uint32_t begin = shared_address(copy.to);
+  const int64_t rows = map.box[1] * map.box[2] * map.box[3], bytes = map.box[0] * 2;
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t x[3] = {copy.at[1] + row % map.box[1], copy.at[2] + row / map.box[1] % map.box[2],
+                          copy.at[3] + row / map.box[1] / map.box[2]};
+    bool within = true;
+    const char* from = map.data;
+    for (int i = 0; i < 3; i++) {
+      within = within && x[i] >= 0 && x[i] < map.size[i + 1];
+      from += x[i] * map.bytes[i];
+    }
+    for (int64_t i = 0; i < map.box[0]; i++) {
+      const int64_t column = copy.at[0] + i;
+      char* place = shared_memory() + (swizzled(begin + static_cast<uint32_t>(row * bytes + i * 2)) - kWindow);
+      if (within && column >= 0 && column < map.size[0])
+        std::memcpy(place, from + column * 2, 2);
+      else
+        std::memset(place, 0, 2);
+    }
+  }
+  change(copy.barrier, [&](Barrier& b) { b.bytes = b.bytes - static_cast<int32_t>(rows * bytes); });
 }
 
 // Element `k` of the sum in row (or, where the tile's rows are summed over, column) `i` of a tile.
@@ -121,36 +155,26 @@ void wait_for_phase(uint64_t* barrier, uint32_t parity) {
     Barrier now;
     std::memcpy(&now, barrier, 8);
     if (now.phase != parity) return;
-    let_others_run();
+    const auto awaited = [&](const Copy& copy) { return copy.barrier == barrier; };
+    const auto found = std::find_if(late.begin(), late.end(), awaited);
+    if (found == late.end()) {
+      let_others_run();
+    } else {
+      finish(*found);
+      late.erase(found);
+    }
   }
 }
 
 void copy_box(void* to, const CUtensorMap& map, const int (&at)[4], uint64_t* barrier) {
   check_aligned(&map, 64);
   const uint32_t begin = shared_address(to);
+  const int64_t bytes = map.box[0] * map.box[1] * map.box[2] * map.box[3] * 2;
   if (begin % 128) complain("a box with swizzled rows of 128 bytes must begin at a multiple of 128 bytes");
-  const int64_t rows = map.box[1] * map.box[2] * map.box[3], bytes = map.box[0] * 2;
-  if (begin - kWindow + static_cast<size_t>(rows * bytes) > shared_size())
+  if (begin - kWindow + static_cast<size_t>(bytes) > shared_size())
     return complain("a box ends beyond a block's shared memory");
-  for (int64_t row = 0; row < rows; row++) {
-    const int64_t x[3] = {at[1] + row % map.box[1], at[2] + row / map.box[1] % map.box[2],
-                          at[3] + row / map.box[1] / map.box[2]};
-    bool within = true;
-    const char* from = map.data;
-    for (int i = 0; i < 3; i++) {
-      within = within && x[i] >= 0 && x[i] < map.size[i + 1];
-      from += x[i] * map.bytes[i];
-    }
-    for (int64_t i = 0; i < map.box[0]; i++) {
-      const int64_t column = at[0] + i;
-      char* place = shared_memory() + (swizzled(begin + static_cast<uint32_t>(row * bytes + i * 2)) - kWindow);
-      if (within && column >= 0 && column < map.size[0])
-        std::memcpy(place, from + column * 2, 2);
-      else
-        std::memset(place, 0, 2);
-    }
-  }
-  change(barrier, [&](Barrier& b) { b.bytes = b.bytes - static_cast<int32_t>(rows * bytes); });
+  const Copy copy{static_cast<char*>(to), map, {at[0], at[1], at[2], at[3]}, barrier};
+  blockIdx.x % 2 ? late.push_back(copy) : finish(copy);
 }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
@@ -176,7 +200,10 @@ cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** found, int, cudaD
   return cudaSuccess;
 }
 
-void forget_products() { all.assign(static_cast<size_t>(fibers_at_once()), Products()); }
+void forget_unfinished() {
+  late.clear();
+  all.assign(static_cast<size_t>(fibers_at_once()), Products());
+}
 
 void begin_products() {
   meet_warp(nullptr, 0);
@@ -198,6 +225,7 @@ void wait_for_products(size_t pending) {
   meet_warp(nullptr, 0);
   const int self = fiber_of_thread();
   all[self].begun = false;
+  if (all[self].groups.size() > pending) let_all_run();
   while (all[self].groups.size() > pending) {
     const std::vector<Product> group = std::move(all[self].groups.front());
     all[self].groups.pop_front();

@@ -1,6 +1,7 @@
-// What wgmma.h declares for sm_90a, on the CPU. A copy is done at once, as early as it could be; a product is done when it is
-// waited for, as late as it could be, from what registers and shared memory hold then. Shared memory has addresses as on a
-// GPU, from which swizzled places and descriptors are reckoned; what a block is given begins at no round one.
+// What wgmma.h declares for sm_90a, on the CPU. In every other block a copy is done at once, as early as it could be; in the
+// others, when it is waited for. A product is done when it is waited for and all other warps got as far as they could: as
+// late as it could be, from what registers and shared memory hold then. Shared memory has addresses as on a GPU, from which
+// swizzled places and descriptors are reckoned; what a block is given begins at no round one.
 #pragma once
 #include "cuda/emulator/emulator.h"
 #include "cuda/emulator/tensor_map.h"
