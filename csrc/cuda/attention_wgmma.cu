@@ -2,12 +2,12 @@
 // products of warpgroups and the copy engine (wgmma.h).
 //
 // A block takes 128 rows, less where the group of heads does not divide them. Its first warpgroup only copies: one thread of
-// it asks for the queries, then for a tile of keys and one of values in turn, into rings of kStages places each. A place has
-// a barrier that says it is full, where the copied bytes arrive, and one that says it is empty, where each warp that
-// computes arrives. The other two warpgroups compute, 64 rows each. A tile lies in shared memory in slabs of 64 columns, rows
-// of 128 bytes, swizzled. Scores come from queries and keys in shared memory; they become weights in registers, which are
-// already laid out as the second product takes them, rounded to the storage type; sums are of those before rounding. The
-// product with a tile's values runs while the next tile's scores are made and softened.
+// it asks for the queries, then for tiles of keys and values, a tile of keys before the values of the one ahead of it, in two
+// rings of kStages places. A place has a barrier that says it is full, where the copied bytes arrive, and one that says it
+// is empty, where each warp that computes arrives. The other two warpgroups compute, 64 rows each. A tile lies in shared
+// memory in slabs of 64 columns, rows of 128 bytes, swizzled. Scores come from queries and keys in shared memory; they
+// become weights in registers, which are already laid out as the second product takes them, rounded to the storage type;
+// sums are of those before rounding. The product with a tile's values runs while the next tile's scores are softened.
 //
 // A row's maximum is that of its products, before the scale, which enters with the subtraction: it must be positive. A
 // masked key has a weight of zero, but is multiplied all the same: a value there that is not finite makes NaN of the rows
@@ -139,8 +139,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                    {s * kMapRow, kv_head, from.row, from.block}, full + stage);
       }
     };
+    load(0, keys, key_map, keys_full, keys_empty);
     for (int64_t step = 0; step < steps; step++) {
-      load(step, keys, key_map, keys_full, keys_empty);
+      if (step + 1 < steps) load(step + 1, keys, key_map, keys_full, keys_empty);
       load(step, values, value_map, values_full, values_empty);
     }
     return;
