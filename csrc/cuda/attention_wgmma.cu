@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float factor = a.softcap > 0 ? 1.0f : product_factor(a);  // makes scores of what `scores` holds
 
   const uint64_t query_tile =
-      tile_descriptor(shared_address(queries) + static_cast<uint32_t>(before) * kRowBytes, 8 * kRowBytes, 0);
-  const uint64_t key_tile = tile_descriptor(shared_address(keys), 8 * kRowBytes, 0);
+      tile_descriptor(shared_address(queries) + static_cast<uint32_t>(before) * kRowBytes, 8 * kRowBytes);
+  const uint64_t key_tile = tile_descriptor(shared_address(keys), 8 * kRowBytes);
   const uint64_t value_tile = tile_descriptor(shared_address(values), 8 * kRowBytes, kKeys * kRowBytes);
   // The same, bytes further.
   const auto further = [](uint64_t tile, int bytes) { return tile + bytes / 16; };

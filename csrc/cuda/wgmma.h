@@ -17,8 +17,9 @@ constexpr int kWarpgroup = 4 * kWarp;
 
 // Of rows of 128 bytes in shared memory, as tensor_map.h lays them out; `address` (shared_address) is that of a multiple of 8
 // rows, plus 32 bytes for every 16 elements that the product begins at within rows. By `rows`: eight rows to the next
-// eight; by `columns`, where the rows are the 16 that are summed over: 64 elements of a row to the next 64.
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t rows, uint32_t columns) {
+// eight; by `columns`, where the rows are the 16 that are summed over: 64 elements of a row to the next 64 (elsewhere it
+// is not read, and PTX takes it to be 16).
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t rows, uint32_t columns = 16) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   constexpr uint64_t kSwizzle128 = 1;
   return field(address) | field(columns) << 16 | field(rows) << 32 | kSwizzle128 << 62;
