@@ -53,11 +53,23 @@ const char* text_of(Fault fault) {
   return "";
 }
 
+// While it lives, this thread may do what is no part of a graph although it captures one.
+class BesideGraphs {
+ public:
+  BesideGraphs() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "leaving a capture"); }
+  ~BesideGraphs() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideGraphs(const BesideGraphs&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Scratch memory comes from a pool of our own, which keeps what it has between calls.
 cudaMemPool_t pool_of(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = pools.find(device);
   if (found != pools.end()) return found->second;
+  const BesideGraphs beside;
   cudaMemPoolProps props{};
   props.allocType = cudaMemAllocationTypePinned;
   props.location.type = cudaMemLocationTypeDevice;
@@ -77,7 +89,9 @@ bool emulating = false;
 
 int device_count() {
   int n = 0;
-  return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  cudaGetLastError();
+  return 0;
 }
 
 OnDevice::OnDevice(int device) {
@@ -90,6 +104,13 @@ void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that it is not found again by someone else
   fail(Error::runtime, "[cuda] ", what, " failed: ", cudaGetErrorString(error));
+}
+
+void refuse_capture(const char* op, const Work& work) {
+  cudaStreamCaptureStatus status;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(work.stream), &status), "asking for a capture");
+  if (status != cudaStreamCaptureStatusNone)
+    fail(Error::runtime, "[", op, "] must not be captured in a CUDA graph, for what it reads of the host's memory");
 }
 
 void fail_launch(const dim3& grid, const dim3& block, size_t shared, size_t most_shared) {
@@ -122,6 +143,7 @@ FaultRecord* fault_record(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   FaultRecord*& record = records[device];
   if (!record) {
+    const BesideGraphs beside;
     void* memory = nullptr;
     check_cuda(cudaHostAlloc(&memory, sizeof(FaultRecord), cudaHostAllocMapped), "pinned memory");
     record = new (memory) FaultRecord{};
@@ -131,9 +153,16 @@ FaultRecord* fault_record(int device) {
 
 void raise_faults(int device) {
   FaultRecord* record = fault_record(device);
-  if (!*static_cast<volatile int32_t*>(&record->ready)) return;
-  const FaultRecord found = *record;
-  *record = FaultRecord{};
+  const auto ready = [&] { return __atomic_load_n(&record->ready, __ATOMIC_ACQUIRE) != 0; };
+  if (!ready()) return;
+  FaultRecord found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!ready()) return;  // another thread has it
+    found = *record;
+    __atomic_store_n(&record->ready, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&record->claimed, 0, __ATOMIC_RELEASE);  // from here on a kernel may write the next
+  }
   const bool row = found.fault >= Fault::logits_not_finite && found.fault <= Fault::processed_all_masked;
   if (row) fail(Error::value, text_of(found.fault), found.at, " (found on the device, in an earlier call)");
   const bool length =

@@ -16,7 +16,8 @@ constexpr size_t kMaxShared = 99 * 1024;           // bytes of a block on any GP
 constexpr size_t kMaxSharedOfHopper = 227 * 1024;  // on sm_90
 constexpr int kWarp = 32;
 
-void check_cuda(cudaError_t error, const char* what);  // throws Error::runtime
+void check_cuda(cudaError_t error, const char* what);   // throws Error::runtime
+void refuse_capture(const char* op, const Work& work);  // throws where the stream is captured in a CUDA graph
 [[noreturn]] void fail_launch(const dim3& grid, const dim3& block, size_t shared, size_t most_shared);
 
 // Memory of the device that lives until the work given to the stream so far is done.

@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void sample(const SampleArgs& a, const Work& work) {
   if (a.rows == 0) return;
+  refuse_capture("sample", work);  // where settings and positions would be those of now each time
   const size_t bytes = a.rows * sizeof(SampleSettings);
   const Scratch settings(work, bytes), logits(work, a.rows * a.vocab * sizeof(float));
   const Scratch sums(work, a.rows * divided_up(a.vocab, kChunk) * sizeof(double));
