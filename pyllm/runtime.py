@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pyllm import _C, ops
 
@@ -32,6 +33,12 @@ def synchronize(device: int = 0) -> None:
         RuntimeError: the device reports an error. NotImplementedError: a build without CUDA.
     """
     _C.synchronize(device)
+
+
+def raise_found(t: Tensor) -> None:
+    """`synchronize` for a tensor's device, if that is a CUDA device: what was found is of no one else's work then."""
+    if t.is_cuda or _C.emulating_cuda():
+        _C.synchronize(t.device.index or 0)
 
 
 def num_threads() -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded
+from pyllm.runtime import raise_found
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -77,7 +78,9 @@ class Search:
         if first.held.length < len(self.prompt) - 1:
             ids = self.prompt[: min(first.held.length + engine.chunk, len(self.prompt) - 1)]
             state = engine.pool.join([first.held], len(ids) - first.held.length)
-            engine.model.hidden(torch.tensor([ids[first.held.length :]], device=engine.model.device), state)
+            raise_found(
+                engine.model.hidden(torch.tensor([ids[first.held.length :]], device=engine.model.device), state)
+            )
             engine.pool.part([first.held], state)
             engine.pool.note(first.held, ids, len(ids))
             return

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyllm import _C, ops
+from pyllm import ops
+from pyllm.runtime import raise_found
 
 SETTINGS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32,
             "typical_p": torch.float32, "repetition_penalty": torch.float32, "frequency_penalty": torch.float32,
@@ -32,8 +33,7 @@ class Draws:
                 own[length - 1] = row.sequence[-1]
         self.lengths = self.numbers[:] = lengths
         drawn = ops.sample(logits, positions=self.positions, **self.given)
-        if logits.is_cuda:  # what its kernels found is of these rows, not of what comes next
-            _C.synchronize(logits.device.index)
+        raise_found(logits)
         return drawn
 
     @property

@@ -29,6 +29,7 @@ from pyllm.engine.speculation import rows_of
 from pyllm.engine.steps import Steps
 from pyllm.engine.watch import Watch
 from pyllm.models import Model
+from pyllm.runtime import raise_found
 from pyllm.text import Tokenizer
 
 
@@ -399,6 +400,7 @@ class Engine:
             state = self.pool.join(held, longest)
             with requests[0].watching(firsts[0], longest):
                 hidden = self.model.hidden(ids, state, lengths)
+            raise_found(hidden)
         except Exception as error:
             if len(batch) == 1:
                 return self.end(requests[0], "error", error)

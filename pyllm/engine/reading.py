@@ -12,6 +12,7 @@ from pyllm import ops
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
 from pyllm.models import EncoderDecoder, Model
+from pyllm.runtime import raise_found
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
@@ -84,6 +85,7 @@ class Scoring(Reading):
         bias = None if self.bias is None else self.bias.to(logits.device)
         sample = ops.sample(logits, seeds=0, positions=0, given=given, history=history, logit_bias=bias,
                             **self.params.settings())  # fmt: skip
+        raise_found(logits)
         return sample.logprobs.cpu(), sample.processed_logprobs.cpu(), (logits.argmax(-1) == given).cpu()
 
     @property
@@ -135,11 +137,9 @@ def embed(engine: Engine, texts: Sequence[str | Sequence[int]], pooling: str, no
     if isinstance(engine.model, EncoderDecoder):
         with engine.lock, torch.no_grad():
             for r in readings:
-                r.read(
-                    engine.model.eval(),
-                    engine.model.encode(torch.tensor([r.prompt], device=engine.model.device)).hidden,
-                    0,
-                )
+                hidden = engine.model.eval().encode(torch.tensor([r.prompt], device=engine.model.device)).hidden
+                raise_found(hidden)
+                r.read(engine.model, hidden, 0)
     else:
         _run(engine, readings)
     vectors = [r.vector for r in readings]

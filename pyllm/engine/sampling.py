@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.runtime import raise_found
 
 
 @dataclass(frozen=True)
@@ -109,5 +110,6 @@ class Sampler:
             history = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int64) for s in self.sequences],
                                                       batch_first=True, padding_value=-1).to(logits.device)  # fmt: skip
         ids = self.draw(logits, torch.tensor([len(s) for s in self.sequences]), history).tolist()
+        raise_found(logits)
         self.note(ids)
         return ids

@@ -15,6 +15,7 @@ from pyllm.engine.pool import AttentionPool, AttentionSeats
 from pyllm.models import Model
 from pyllm.nn import SourceState
 from pyllm.nn.state import PAGE_SIZE
+from pyllm.runtime import raise_found
 
 
 class Source:
@@ -81,6 +82,7 @@ class SourcePool(AttentionPool):
             for cache, pair in zip(self.caches, state.sources, strict=True):
                 for pages, t in zip((cache.keys, cache.values), pair, strict=True):
                     ops.write_pages(pages, t[i : i + 1, : len(source.ids)], source.row[None], positions)
+        raise_found(lengths)
         for source in sources:
             source.read = True
 

@@ -23,6 +23,7 @@ from pyllm.checkpoint import (
 )
 from pyllm.models import Model
 from pyllm.nn import RecurrentState
+from pyllm.runtime import raise_found
 from pyllm.text import Tokenizer
 from pyllm.training.metrics import (
     History,
@@ -109,6 +110,7 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
             loss = _loss(model, inputs, targets, criterion, run.state)
             value = float(loss.detach())
             if not math.isfinite(value):
+                raise_found(loss)  # a wrong id says more
                 raise FloatingPointError(f"the loss is {value} at step {step + 1}: try a smaller learning rate")
             loss.backward()
             _update(model, optimizer, clip_norm)

@@ -116,3 +116,23 @@ def test_training(device, on_cpu, tmp_path):
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
     assert found.validation[-1][1].loss == pytest.approx(expected.validation[-1][1].loss, rel=1e-4)
     pyllm.synchronize()
+
+
+def test_what_the_device_finds_is_raised_where_it_belongs(device):
+    """And not by the next call, which may be someone else's, or never come."""
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64).to(device).eval()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"\[sample\] logits must be finite or -infinity"):
+        list(generate_ids(model, [[1, 2]], max_tokens=1))
+    with pytest.raises(ValueError, match=r"\[sample\] logits must be finite or -infinity"):
+        pyllm.Engine(model, max_length=32).score([[1, 2, 3]])
+    pyllm.synchronize()
+
+
+def test_a_wrong_target_is_not_said_to_be_a_learning_rate(device):
+    model = pyllm.Decoder(60, 32, 2, 4, context_length=64).to(device)
+    batch = torch.randint(0, 60, (2, 12)), torch.full((2, 12), 60)
+    with pytest.raises(IndexError, match=r"targets must be in \[0, 60\), but got 60"):
+        train_model(model, [batch], AdamW(model.parameters(), 0.01), ops.cross_entropy, progress=False)
+    pyllm.synchronize()
