@@ -71,7 +71,7 @@ def _captured(model: Model, state: Any, sample: Sampler, ids: Tensor, max_tokens
         yield drawn
         if n == 1 and max_tokens > 2:
             with contextlib.suppress(NotRecordable):
-                graph = Captured(step, [])
+                graph = Captured(step, [], ids.device)
         if n + 1 == max_tokens:
             return
         if graph is None:
@@ -114,7 +114,7 @@ def why_unrecorded(model: Model) -> str | None:
 
         if ids.is_cuda:
             step()
-            Captured(step, [])
+            Captured(step, [], ids.device)
         else:
             with Recording():
                 step()

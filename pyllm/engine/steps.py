@@ -78,7 +78,7 @@ class Steps:
             return None
         try:
             if self.ids.is_cuda:
-                captured = Captured(lambda: self._step(count), self.memory)
+                captured = Captured(lambda: self._step(count), self.memory, self.ids.device)
                 self.recorded[count] = captured, captured.out
             else:
                 with Recording(self.memory) as program:

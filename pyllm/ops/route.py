@@ -52,6 +52,8 @@ def through_experts(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, of
     In a recorded step every expert is there for as many rows as come to it then.
     """
     if not _C.recording():
+        if offsets.is_cuda and torch.cuda.is_current_stream_capturing():  # said before the capture is spoilt
+            raise RuntimeError("[through_experts] how many rows come to an expert must be read from the device")
         parts = [expert(x[a:b]) for expert, (a, b) in zip(experts, pairwise(offsets.tolist()), strict=True) if a < b]
         return torch.cat(parts) if parts else x
     out = torch.empty_like(x)

@@ -9,6 +9,8 @@ import pyllm
 from pyllm import ops
 from pyllm.data import SequenceLoader
 from pyllm.engine import generate_ids
+from pyllm.engine.capture import Captured
+from pyllm.engine.recording import NotRecordable
 from pyllm.training import AdamW
 from pyllm.training import train as train_model
 
@@ -136,3 +138,38 @@ def test_a_wrong_target_is_not_said_to_be_a_learning_rate(device):
     with pytest.raises(IndexError, match=r"targets must be in \[0, 60\), but got 60"):
         train_model(model, [batch], AdamW(model.parameters(), 0.01), ops.cross_entropy, progress=False)
     pyllm.synchronize()
+
+
+def on_each_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs CUDA graphs")
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+@torch.no_grad()
+def test_a_step_is_captured_on_the_device_of_its_tensors(device):
+    """Also where that is not the current one: capturing computes nothing, and a replay does."""
+    for gpu in on_each_gpu(device):
+        x = torch.randn(3, 8, device=gpu)
+        ops.gelu(x)
+        captured = Captured(lambda x=x: ops.gelu(x), [], gpu)
+        for _ in range(2):
+            x.normal_()
+            captured.run()
+            assert torch.equal(captured.out, ops.gelu(x))
+        pyllm.synchronize(gpu.index)
+
+
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_all_as_it_was(device):
+    for gpu in on_each_gpu(device):
+        x = torch.randn(3, 8, device=gpu)
+        expected, before = ops.gelu(x), torch.cuda.current_stream(gpu)
+        for step in (lambda x=x: ops.gelu(x * x.sum().item()),
+                     lambda x=x: ops.sample(x, seeds=1, positions=1).ids):  # fmt: skip
+            with pytest.raises(NotRecordable):
+                Captured(step, [], gpu)
+            assert torch.cuda.current_stream(gpu) == before
+        assert torch.equal(ops.gelu(x), expected)
+        assert Captured(lambda x=x: ops.gelu(x), [], gpu).out.shape == x.shape
+        pyllm.synchronize(gpu.index)

@@ -39,18 +39,37 @@ class Graph:
         self.program.run()
 
 
+CPU = torch.device("cpu")
+current = []  # device, stream and handle: what a capture makes current, as long as it lasts
+
+
 @contextlib.contextmanager
-def graph(made, pool):
-    assert pool == "pool"
+def as_current(what):
+    before = list(current)
+    current.append(what)
+    try:
+        yield
+    finally:
+        current[:] = before
+
+
+@contextlib.contextmanager
+def graph(made, pool, stream, capture_error_mode):
+    assert (pool, stream[0], capture_error_mode) == ("pool", "stream", "thread_local")
+    assert current == [stream[1], stream, "handle"]
     with made.recording as made.program:
         yield
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    current.clear()
+    for name, fake in {
+        "CUDAGraph": Graph, "graph": graph, "graph_pool_handle": lambda: "pool", "device": as_current,
+        "stream": as_current, "Stream": lambda device: ("stream", device),
+        "current_blas_handle": lambda: current.append("handle"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Graph, "replays", 0)
 
 
@@ -62,8 +81,8 @@ def new():
 @torch.no_grad()
 def test_a_captured_step_is_computed_when_it_is_replayed(graphs):
     x, memory = torch.randn(3, 8), []
-    captured = Captured(lambda: pyllm.ops.gelu(x), memory)
-    assert memory == ["pool"]
+    captured = Captured(lambda: pyllm.ops.gelu(x), memory, CPU)
+    assert memory == ["pool", ("stream", CPU)] and not current
     for _ in range(2):
         x.normal_()
         captured.run()
@@ -73,15 +92,16 @@ def test_a_captured_step_is_computed_when_it_is_replayed(graphs):
 @torch.no_grad()
 def test_what_no_graph_can_hold_says_why(graphs):
     with pytest.raises(NotRecordable, match="waits for the device cannot be a CUDA graph: a step must not read a"):
-        Captured(lambda: torch.empty(int(torch.empty(1))), [])
+        Captured(lambda: torch.empty(int(torch.empty(1))), [], CPU)
+    assert not current
 
     def exhausted():
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        Captured(exhausted, [])
+        Captured(exhausted, [], CPU)
     with torch.enable_grad(), pytest.raises(NotRecordable, match="without gradients"):
-        Captured(lambda: torch.ones(2), [])
+        Captured(lambda: torch.ones(2), [], CPU)
 
 
 @torch.no_grad()
@@ -116,4 +136,4 @@ def test_an_engine_captures_a_step_for_each_number_of_rows(graphs):
     engine = pyllm.Engine(new(), max_length=32)
     engine.steps.ids = OnCuda(engine.steps.ids.clone())
     assert [r.ids for r in engine.generate(prompts, params, max_tokens=6)] == expected
-    assert Graph.replays and engine.steps.memory == ["pool"]
+    assert Graph.replays and engine.steps.memory == ["pool", ("stream", OnCuda.device)]
