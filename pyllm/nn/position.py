@@ -98,7 +98,8 @@ class RelativeBias(Embedding):
         if keys is None:
             keys = int(positions.max()) + 1
         distances = torch.arange(keys, device=positions.device) - positions[..., None]  # (1 or B, T, keys)
-        of_distance = super().forward(self.buckets.to(positions.device))  # (2 max_distance + 1, heads)
+        self.buckets = self.buckets.to(positions.device)  # once: a CUDA graph cannot hold it
+        of_distance = super().forward(self.buckets)  # (2 max_distance + 1, heads)
         clamped = distances.clamp(-self.max_distance, self.max_distance) + self.max_distance
         return ops.embedding(clamped, of_distance).permute(0, 3, 1, 2).contiguous()
 
@@ -115,6 +116,7 @@ class SinusoidalEmbedding(torch.nn.Module):
         self.rows = torch.cat((angles.sin(), angles.cos()[:, : hidden_size // 2]), 1).float()
 
     def forward(self, positions: Tensor) -> Tensor:
+        self.rows = self.rows.to(positions.device)  # no buffer, which conversions of the model would round
         return ops.embedding(positions, self.rows)
 
     def extra_repr(self) -> str:

@@ -46,7 +46,8 @@ def call(func, args, kwargs):
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     here = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim()]
     device, there = kwargs.get("device"), len(tensors) > len(here) and any(isinstance(t, Elsewhere) for t in tensors)
-    if here and there and func not in MOVES | TAKES_INDICES_OF_THE_CPU:
+    indices = func in TAKES_INDICES_OF_THE_CPU and isinstance(args[0], Elsewhere)
+    if here and there and func not in MOVES and not indices:
         raise RuntimeError(f"{func.name()} must get all tensors on one device")
     out = func(*tree_map(inner, args), **tree_map(inner, kwargs | ({"device": "cpu"} if device is not None else {})))
     if func._schema.is_mutable:
@@ -117,6 +118,12 @@ def build(kind):
         return pyllm.Decoder(20, 16, 2, 4, num_kv_heads=2, context_length=64).eval()
     if kind == "answers":
         return pyllm.EncoderDecoder(20, 16, 1, 2, context_length=64).eval()
+    if kind == "sinusoidal":
+        return pyllm.EncoderDecoder(20, 16, 1, 2, context_length=64, position="sinusoidal").eval()
+    if kind == "alibi":
+        return pyllm.Decoder(20, 16, 2, 4, context_length=64, position="alibi").eval()
+    if kind == "rwkv":
+        return pyllm.RWKV(20, 16, 2, head_dim=8).eval()
     return pyllm.LanguageModel(20, 16, 2, cell=kind).eval()
 
 

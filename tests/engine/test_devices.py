@@ -17,7 +17,7 @@ from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.sampling import Sampler
 
 
-@pytest.mark.parametrize("kind", ["decoder", "answers", "lstm"])
+@pytest.mark.parametrize("kind", ["decoder", "answers", "sinusoidal", "lstm", "rwkv"])
 def test_every_tensor_is_where_the_model_is(kind):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("elsewhere.py"), kind],
