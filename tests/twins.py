@@ -53,7 +53,7 @@ def _run(f, inputs: dict, options: dict, dtype: torch.dtype | None) -> dict[str,
     total = None
     for t in results.values():
         if t.requires_grad:
-            g = torch.randn(t.shape, generator=generator).to(value_dtype(t, inputs)).to(t.dtype)
+            g = torch.randn(t.shape, generator=generator).to(value_dtype(t, inputs)).to(t)
             term = (t * g).sum()
             total = term if total is None else total + term
     if total is not None:

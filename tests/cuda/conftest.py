@@ -26,6 +26,12 @@ def device():
 
 
 @pytest.fixture
+def wait(device):
+    """Waits until kernels have found what they will, and raises nothing."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+@pytest.fixture
 def on_cpu(device):
     """Calls a function with the CPU's kernels."""
 

@@ -138,6 +138,7 @@ def test_a_work_stream_is_the_one_that_torch_has(device):
         pytest.skip("needs streams")
     x = torch.randn(4096, 4096, device=device)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # for x
     with torch.cuda.stream(stream):
         y = x
         for _ in range(50):
