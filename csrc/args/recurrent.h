@@ -45,7 +45,8 @@ struct RecurrentArgs {
   RecurrentActivations keep;
 };
 
-struct RecurrentBackwardArgs {
+// What backward passes are given alike, wherever they run.
+struct RecurrentGradients {
   RecurrentShape shape;
   RecurrentActivations kept;
   const char* y;  // as the forward pass wrote it
@@ -53,8 +54,12 @@ struct RecurrentBackwardArgs {
   const char* dy;  // of step t, sequence b: dy + t * dy_time + b * dy_batch elements; or null
   int64_t dy_time, dy_batch;
   const char *dh_n, *dc_n;  // (batch, hidden), contiguous, or null
+  char *dh0, *dc0;          // likewise: results
+};
+
+struct RecurrentBackwardArgs : RecurrentGradients {
   // Results, contiguous, each may be null. dx may be float32 whatever dtype, and is added to where add_dx.
-  char *dx, *dw_ih, *dw_hh, *db_ih, *db_hh, *dh0, *dc0;
+  char *dx, *dw_ih, *dw_hh, *db_ih, *db_hh;
   DType dx_dtype;
   bool add_dx;
 };
@@ -71,17 +76,9 @@ struct RecurrentStepsArgs {
   RecurrentActivations keep;  // where there is a backward pass, gates take the place of sums
 };
 
-struct RecurrentStepsBackwardArgs {
-  RecurrentShape shape;
-  RecurrentActivations kept;
-  const char* y;  // as the forward pass wrote it
-  int64_t y_step;
-  const char* dy;  // of step t, sequence b: dy + t * dy_time + b * dy_batch elements; or null
-  int64_t dy_time, dy_batch;
-  const char *dh_n, *dc_n;  // (batch, hidden), contiguous, or null
-  char* dsums;              // (time * batch, gates * hidden): the gradient of sums, in the shape's dtype
-  char* dproducts;          // gru: likewise that of the products with w_hh, which are the same but for the new gate
-  char *dh0, *dc0;          // (batch, hidden), contiguous, or null
+struct RecurrentStepsBackwardArgs : RecurrentGradients {
+  char* dsums;      // (time * batch, gates * hidden): the gradient of sums, in the shape's dtype
+  char* dproducts;  // gru: likewise that of the products with w_hh, which are the same but for the new gate
 };
 
 }  // namespace pyllm

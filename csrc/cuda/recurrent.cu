@@ -41,9 +41,7 @@ __global__ void __launch_bounds__(256)
     if (a.b_hh.data && (i < summed || i >= width)) x += element_of<T>(a.b_hh, 0, i < width ? i : i - s.hidden);
     room.bias[i] = x;
   }
-  if (lengths)
-    for (int64_t b = first; b < s.batch; b += step) lengths[b] = checked_length(s, b, record);
-  for (int64_t i = first; i < groups; i += step) room.arrived[i] = 0;
+  begin_steps(s, lengths, room.arrived, groups, record, first, step);
 }
 
 // Step t of sequence b, unit j. product(gate): that of the hidden state and w_hh.
@@ -159,12 +157,7 @@ void run(const RecurrentStepsArgs& a, const Work& work) {
            s.hidden, out, step);
     w = out;
   }
-  const int64_t w_step = packed ? step : s.w_hh.row;
-  if (shared.share.resident)
-    return launch_together(forward<T>, shared.grid, shared.block, shared.bytes, work, a, shared.share, w, w_step, room,
-                           int64_t{0}, s.time);
-  for (int64_t i = 0; i < s.time; i++)
-    launch(forward<T>, shared.grid, shared.block, shared.bytes, work, a, shared.share, w, w_step, room, i, i + 1);
+  launch_steps(forward<T>, shared, work, a, w, packed ? step : s.w_hh.row, room, s.time);
 }
 
 }  // namespace

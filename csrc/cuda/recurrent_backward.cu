@@ -28,9 +28,7 @@ __global__ void __launch_bounds__(256)
     room.dh[i] = a.dh_n ? to_float(reinterpret_cast<const T*>(a.dh_n)[i]) : 0.0f;
     if (s.kind == Recurrence::lstm) room.dc[i] = a.dc_n ? to_float(reinterpret_cast<const T*>(a.dc_n)[i]) : 0.0f;
   }
-  if (lengths)
-    for (int64_t b = first; b < s.batch; b += step) lengths[b] = checked_length(s, b, record);
-  for (int64_t i = first; i < groups; i += step) room.arrived[i] = 0;
+  begin_steps(s, lengths, room.arrived, groups, record, first, step);
 }
 
 // The state before a step, at its sequence's start the initial one, else `before`.
@@ -158,11 +156,7 @@ void run(const RecurrentStepsBackwardArgs& a, const Work& work) {
   const StridedMatrix transposed{s.w_hh.data, s.w_hh.column, s.w_hh.row};
   launch(pack_rows<T>, {divided_up(s.hidden, 32), divided_up(width, 32)}, dim3(kWarp, 8), 0, work, transposed, s.hidden,
          width, w, step);
-  if (shared.share.resident)
-    return launch_together(backward<T>, shared.grid, shared.block, shared.bytes, work, a, shared.share, w, step, room,
-                           int64_t{0}, steps);
-  for (int64_t i = 0; i < steps; i++)
-    launch(backward<T>, shared.grid, shared.block, shared.bytes, work, a, shared.share, w, step, room, i, i + 1);
+  launch_steps<RecurrentStepsBackwardArgs, T>(backward<T>, shared, work, a, w, step, room, steps);
 }
 
 }  // namespace

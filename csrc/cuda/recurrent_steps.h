@@ -56,6 +56,15 @@ __device__ __forceinline__ int64_t checked_length(const RecurrentShape& s, int64
   return n < 0 ? 0 : s.time;
 }
 
+// What all threads of a launch prepare before the steps, each from `first` on: checked lengths, where there are some, and
+// counts of arrivals.
+__device__ __forceinline__ void begin_steps(const RecurrentShape& s, int64_t* lengths, unsigned long long* arrived,
+                                            int64_t groups, FaultRecord* record, int64_t first, int64_t step) {
+  if (lengths)
+    for (int64_t b = first; b < s.batch; b += step) lengths[b] = checked_length(s, b, record);
+  for (int64_t i = first; i < groups; i += step) arrived[i] = 0;
+}
+
 template <class T>
 __device__ __forceinline__ float element_of(const StridedMatrix& m, int64_t row, int64_t column) {
   return to_float(reinterpret_cast<const T*>(m.data)[row * m.row + column * m.column]);
@@ -352,6 +361,16 @@ Shared share_of(int64_t batch, int64_t hidden, int gates, int64_t depth, int64_t
       }
     }
   return with(8, tile, false, divided_up(batch, tile), kMaxShared);
+}
+
+// kernel(args, share, w, w_step, room, first, last) for all steps, in one launch where the weights stay, else one by one.
+template <class Args, class T, class Room>
+void launch_steps(void (*kernel)(Args, Share, const T*, int64_t, Room, int64_t, int64_t), const Shared& shared,
+                  const Work& work, const Args& args, const T* w, int64_t w_step, const Room& room, int64_t steps) {
+  const auto& [share, grid, block, bytes] = shared;
+  if (share.resident)
+    return launch_together(kernel, grid, block, bytes, work, args, share, w, w_step, room, int64_t{0}, steps);
+  for (int64_t i = 0; i < steps; i++) launch(kernel, grid, block, bytes, work, args, share, w, w_step, room, i, i + 1);
 }
 
 }  // namespace pyllm::cuda

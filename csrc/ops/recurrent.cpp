@@ -134,20 +134,46 @@ RecurrentActivations take_activations(const char* op, const RecurrentShape& s, c
   return {gates.as<float>(), new_hidden.as<float>(), tanh_cell.as<float>(), cell.data};
 }
 
+// Of a whole sequence: the biases, and where y and the last states go.
 template <class Args>
-void take_dy(const char* op, Args& a, const TensorView& dy) {
-  if (!dy.present()) return;
-  check_dtype(op, "dy", dy, a.shape.dtype);
-  check_shape(op, "dy", dy, a.shape.time, a.shape.batch, a.shape.hidden);
-  check_inner_stride(op, "dy", dy);
-  a.dy = dy.data;
-  a.dy_time = dy.step(0);
-  a.dy_batch = dy.step(1);
+void take_results(const char* op, Args& a, const TensorView& b_ih, const TensorView& b_hh, const TensorView& y,
+                  const TensorView& h_n, const TensorView& c_n) {
+  const RecurrentShape& s = a.shape;
+  check_bias(op, "b_ih", b_ih, s);
+  check_bias(op, "b_hh", b_hh, s);
+  check_writable(op, "y", y);
+  a.y_step = check_y(op, y, s);
+  check_output(op, "h_n", h_n, s.dtype, s.batch, s.hidden);
+  if (s.kind == Recurrence::lstm) check_output(op, "c_n", c_n, s.dtype, s.batch, s.hidden);
+  a.b_ih = row_or_none(b_ih);
+  a.b_hh = row_or_none(b_hh);
+  a.y = y.data;
+  a.h_n = h_n.data;
+  a.c_n = c_n.data;
 }
 
-void check_state_gradients(const char* op, const RecurrentShape& s, std::initializer_list<const TensorView*> tensors) {
-  for (const TensorView* t : tensors)
+void take_gradients(const char* op, RecurrentGradients& a, const TensorView& y, const TensorView& gates,
+                    const TensorView& new_hidden, const TensorView& tanh_cell, const TensorView& cell,
+                    const TensorView& dy, const TensorView& dh_n, const TensorView& dc_n, const TensorView& dh0,
+                    const TensorView& dc0) {
+  const RecurrentShape& s = a.shape;
+  a.y_step = check_y(op, y, s);
+  a.y = y.data;
+  a.kept = take_activations(op, s, gates, new_hidden, tanh_cell, cell);
+  if (dy.present()) {
+    check_dtype(op, "dy", dy, s.dtype);
+    check_shape(op, "dy", dy, s.time, s.batch, s.hidden);
+    check_inner_stride(op, "dy", dy);
+    a.dy = dy.data;
+    a.dy_time = dy.step(0);
+    a.dy_batch = dy.step(1);
+  }
+  for (const TensorView* t : {&dh_n, &dc_n, &dh0, &dc0})
     if (t->present()) check_output(op, "gradient of a state", *t, s.dtype, s.batch, s.hidden);
+  a.dh_n = dh_n.data;
+  a.dc_n = dc_n.data;
+  a.dh0 = dh0.data;
+  a.dc0 = dc0.data;
 }
 
 // Of steps whose inputs' products are given: y decides time and batch, w_hh the hidden size.
@@ -185,19 +211,9 @@ void recurrent_forward(const char* op, int kind, bool reverse, const TensorView&
   RecurrentArgs a{};
   a.shape = shape_of(op, kind, reverse, x, w_ih, w_hh);
   check_sequence(op, a.shape, x);
-  check_bias(op, "b_ih", b_ih, a.shape);
-  check_bias(op, "b_hh", b_hh, a.shape);
   take_states(op, a.shape, h0, c0);
   const std::vector<int64_t> order = take_order(op, a.shape, lengths);
-  check_writable(op, "y", y);
-  a.y_step = check_y(op, y, a.shape);
-  a.y = y.data;
-  check_output(op, "h_n", h_n, a.shape.dtype, a.shape.batch, a.shape.hidden);
-  if (a.shape.kind == Recurrence::lstm) check_output(op, "c_n", c_n, a.shape.dtype, a.shape.batch, a.shape.hidden);
-  a.h_n = h_n.data;
-  a.c_n = c_n.data;
-  a.b_ih = row_or_none(b_ih);
-  a.b_hh = row_or_none(b_hh);
+  take_results(op, a, b_ih, b_hh, y, h_n, c_n);
   if (gates.present()) a.keep = take_activations(op, a.shape, gates, new_hidden, tanh_cell, cell);
   pyllm::recurrent_forward(a);
 }
@@ -241,11 +257,7 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
   check_sequence(op, a.shape, x);
   take_states(op, a.shape, h0, c0);
   const std::vector<int64_t> order = take_order(op, a.shape, lengths);
-  a.y_step = check_y(op, y, s);
-  a.y = y.data;
-  a.kept = take_activations(op, s, gates, new_hidden, tanh_cell, cell);
-  take_dy(op, a, dy);
-  check_state_gradients(op, s, {&dh_n, &dc_n, &dh0, &dc0});
+  take_gradients(op, a, y, gates, new_hidden, tanh_cell, cell, dy, dh_n, dc_n, dh0, dc0);
   const int64_t width = gates_of(s.kind) * s.hidden;
   if (dw_ih.present()) check_output(op, "dw_ih", dw_ih, s.dtype, width, s.inputs);
   if (dw_hh.present()) check_output(op, "dw_hh", dw_hh, s.dtype, width, s.hidden);
@@ -257,15 +269,11 @@ void recurrent_backward(const char* op, int kind, bool reverse, const TensorView
     a.dx_dtype = dx.dtype;
   }
   a.add_dx = add_dx;
-  a.dh_n = dh_n.data;
-  a.dc_n = dc_n.data;
   a.dx = dx.data;
   a.dw_ih = dw_ih.data;
   a.dw_hh = dw_hh.data;
   a.db_ih = db_ih.data;
   a.db_hh = db_hh.data;
-  a.dh0 = dh0.data;
-  a.dc0 = dc0.data;
   pyllm::recurrent_backward(a);
 }
 
@@ -278,18 +286,8 @@ void recurrent_steps(const char* op, int kind, bool reverse, const TensorView& s
   a.shape = shape_of_steps(op, kind, reverse, w_hh, y, h0, c0, lengths, place);
   const RecurrentShape& s = a.shape;
   check_output(op, "sums", sums, DType::f32, s.time * s.batch, gates_of(s.kind) * s.hidden);
-  check_bias(op, "b_ih", b_ih, s);
-  check_bias(op, "b_hh", b_hh, s);
-  check_writable(op, "y", y);
-  a.y_step = check_y(op, y, s);
-  check_output(op, "h_n", h_n, s.dtype, s.batch, s.hidden);
-  if (s.kind == Recurrence::lstm) check_output(op, "c_n", c_n, s.dtype, s.batch, s.hidden);
-  a.b_ih = row_or_none(b_ih);
-  a.b_hh = row_or_none(b_hh);
   a.sums = sums.as<float>();
-  a.y = y.data;
-  a.h_n = h_n.data;
-  a.c_n = c_n.data;
+  take_results(op, a, b_ih, b_hh, y, h_n, c_n);
   if (keep) a.keep = take_activations(op, s, sums, new_hidden, tanh_cell, cell);
   cuda::recurrent_steps(a, place.work());
 }
@@ -304,20 +302,12 @@ void recurrent_steps_backward(const char* op, int kind, bool reverse, const Tens
   RecurrentStepsBackwardArgs a{};
   a.shape = shape_of_steps(op, kind, reverse, w_hh, y, h0, c0, lengths, place);
   const RecurrentShape& s = a.shape;
-  a.y_step = check_y(op, y, s);
-  a.y = y.data;
-  a.kept = take_activations(op, s, gates, new_hidden, tanh_cell, cell);
-  take_dy(op, a, dy);
-  check_state_gradients(op, s, {&dh_n, &dc_n, &dh0, &dc0});
+  take_gradients(op, a, y, gates, new_hidden, tanh_cell, cell, dy, dh_n, dc_n, dh0, dc0);
   const int64_t width = gates_of(s.kind) * s.hidden;
   check_output(op, "dsums", dsums, s.dtype, s.time * s.batch, width);
   if (s.kind == Recurrence::gru) check_output(op, "dproducts", dproducts, s.dtype, s.time * s.batch, width);
-  a.dh_n = dh_n.data;
-  a.dc_n = dc_n.data;
   a.dsums = dsums.data;
   a.dproducts = dproducts.data;
-  a.dh0 = dh0.data;
-  a.dc0 = dc0.data;
   cuda::recurrent_steps_backward(a, place.work());
 }
 
