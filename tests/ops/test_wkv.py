@@ -7,12 +7,16 @@ from pyllm import ops, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def inputs(batch, time, heads, dim, dtype=torch.float32):
+def inputs(batch, time, heads, dim, dtype=torch.float32, device="cpu"):
     """As RWKV-7 makes them: decays from exp(-exp(-0.5)) to 1, a removal key of length 1, a rate of learning below 1."""
     r, w, k, v, a, rate = torch.randn(6, batch, time, heads, dim)
     a = -torch.nn.functional.normalize(a, dim=-1)
     given = {"r": r, "w": -0.6065 * w.sigmoid(), "k": k / max(dim, 1) ** 0.5, "v": v, "a": a, "b": -a * rate.sigmoid()}
-    return {name: t.to(dtype) for name, t in given.items()}
+    return {name: t.to(device, dtype) for name, t in given.items()}
+
+
+def state_of(batch, heads, dim, device="cpu"):
+    return torch.randn(batch, heads, dim, dim).to(device)
 
 
 def rounded(op):
@@ -29,40 +33,87 @@ def check(given, **options):
     check_twin(rounded(ops.wkv), rounded(reference.wkv), given, slack=32, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (2, 5, 3, 7), (1, 37, 2, 16), (2, 33, 1, 64), (1, 3, 1, 131), (3, 16, 2, 21)]
-)
-def test_equals_its_twin(shape, dtype, isa):
-    batch, _, heads, dim = shape
-    check(inputs(*shape, dtype) | {"state": torch.randn(batch, heads, dim, dim)})
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lengths_and_layouts(dtype, isa):
-    lengths = torch.tensor([3, 19, 0, 16, 1])
-    given = inputs(5, 19, 2, 12, dtype)
+def check_lengths_and_layouts(dtype, device="cpu"):
+    lengths = torch.tensor([3, 19, 0, 16, 1], device=device)
+    given = inputs(5, 19, 2, 12, dtype, device)
     check(given, lengths=lengths)
-    check(given | {"state": torch.randn(5, 2, 12, 12).transpose(2, 3)}, lengths=lengths)
+    check(given | {"state": state_of(5, 2, 12, device).transpose(2, 3)}, lengths=lengths)
     strided = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in given.items()}  # heads first
     strided["k"] = torch.stack((given["k"], given["v"]), -1)[..., 0]
     strided["r"] = torch.cat((given["r"], given["v"]), 2)[:, :, :2]
     check(strided, lengths=lengths)
 
 
-def test_empty():
+def check_empty(device="cpu"):
     for shape in ((0, 3, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)):
-        check(inputs(*shape))
-    state = torch.randn(2, 3, 4, 4)
-    y, last = ops.wkv(**inputs(2, 0, 3, 4), state=state)
+        check(inputs(*shape, device=device))
+    state = state_of(2, 3, 4, device)
+    y, last = ops.wkv(**inputs(2, 0, 3, 4, device=device), state=state)
     assert y.shape == (2, 0, 3, 4) and torch.equal(last, state)
+
+
+def check_rows_alone(given, state, lengths, padded):
+    """What each sequence gets alone, without its padding, is what all get together."""
+    for i, length in enumerate(lengths.tolist()):
+        y, last = ops.wkv(**{name: t[i : i + 1, :length] for name, t in given.items()}, state=state[i : i + 1])
+        assert torch.equal(y[0], padded[0][i, :length]) and torch.equal(last[0], padded[1][i])
+        assert (padded[0][i, length:] == 0).all()
+
+
+def check_pieces(given, *sizes):
+    whole, last = ops.wkv(**given)
+    for some in sizes:
+        carried, pieces = None, []
+        for piece in zip(*(t.split(some, 1) for t in given.values()), strict=True):
+            y, carried = ops.wkv(*piece, carried)
+            pieces.append(y)
+        assert torch.equal(torch.cat(pieces, 1), whole) and torch.equal(carried, last)
+
+
+def check_padding_that_holds_anything(device="cpu"):
+    lengths, clean = torch.tensor([2, 18, 0], device=device), inputs(3, 18, 2, 8, device=device)
+    dirty = {name: t.clone() for name, t in clean.items()}
+    for t in dirty.values():
+        t[0, 2:], t[2] = torch.nan, torch.inf
+    results = []
+    for given in (clean, dirty):
+        leaves = [t.requires_grad_() for t in given.values()]
+        y, last = ops.wkv(**given, lengths=lengths)
+        results.append((y, last, *torch.autograd.grad(y.sum() + last.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def check_nan(device="cpu"):
+    given = inputs(2, 6, 2, 4, device=device)
+    given["k"][1, 3, 0, 2] = torch.nan
+    y, last = ops.wkv(**given)
+    assert y[0].isfinite().all() and y[1, :, 1].isfinite().all() and y[1, :3, 0].isfinite().all()
+    assert y[1, 3:, 0].isnan().all() and last[1, 0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 5, 3, 7), (1, 37, 2, 16), (2, 33, 1, 64), (1, 3, 1, 131), (3, 16, 2, 21)]
+)
+def test_equals_its_twin(shape, dtype, isa):
+    batch, _, heads, dim = shape
+    check(inputs(*shape, dtype) | {"state": state_of(batch, heads, dim)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths_and_layouts(dtype, isa):
+    check_lengths_and_layouts(dtype)
+
+
+def test_empty():
+    check_empty()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [20, 64])
 def test_same_bits_alone_in_any_batch_padding_pieces_and_threads(dim, dtype, isa, threads):
     batch, time = 7, 41
-    given, state = inputs(batch, time, 2, dim, dtype), torch.randn(batch, 2, dim, dim)
+    given, state = inputs(batch, time, 2, dim, dtype), state_of(batch, 2, dim)
     lengths = torch.tensor([time, 0, 1, 16, 17, 40, 33])
     results = []
     for n in (1, 2, 5):
@@ -70,20 +121,10 @@ def test_same_bits_alone_in_any_batch_padding_pieces_and_threads(dim, dtype, isa
         results.append(ops.wkv(**given, state=state, lengths=lengths))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    for i, length in enumerate(lengths.tolist()):
-        alone = {name: t[i : i + 1, :length] for name, t in given.items()}
-        y, last = ops.wkv(**alone, state=state[i : i + 1])
-        assert torch.equal(y[0], results[0][0][i, :length]) and torch.equal(last[0], results[0][1][i])
-        assert (results[0][0][i, length:] == 0).all()
+    check_rows_alone(given, state, lengths, results[0])
     one_head = ops.wkv(**{name: t[:, :, 1:] for name, t in given.items()}, state=state[:, 1:], lengths=lengths)
     assert torch.equal(one_head[0], results[0][0][:, :, 1:])
-    whole, last = ops.wkv(**given)
-    for sizes in ([1] * time, [15, 2, 24]):
-        carried, pieces = None, []
-        for piece in zip(*(t.split(sizes, 1) for t in given.values()), strict=True):
-            y, carried = ops.wkv(*piece, carried)
-            pieces.append(y)
-        assert torch.equal(torch.cat(pieces, 1), whole) and torch.equal(carried, last)
+    check_pieces(given, [1] * time, [15, 2, 24])
 
 
 def test_gradients_have_the_same_bits_for_any_threads_and_with_a_gradient(isa, threads):
@@ -110,16 +151,7 @@ def test_a_gradient_of_the_last_state_alone():
 
 
 def test_padding_may_hold_anything():
-    lengths, clean = torch.tensor([2, 18, 0]), inputs(3, 18, 2, 8)
-    dirty = {name: t.clone() for name, t in clean.items()}
-    for t in dirty.values():
-        t[0, 2:], t[2] = torch.nan, torch.inf
-    results = []
-    for given in (clean, dirty):
-        leaves = [t.requires_grad_() for t in given.values()]
-        y, last = ops.wkv(**given, lengths=lengths)
-        results.append((y, last, *torch.autograd.grad(y.sum() + last.sum(), leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    check_padding_that_holds_anything()
 
 
 def test_the_twin_is_the_published_equation():
@@ -136,11 +168,7 @@ def test_the_twin_is_the_published_equation():
 
 
 def test_nan_is_not_hidden():
-    given = inputs(2, 6, 2, 4)
-    given["k"][1, 3, 0, 2] = torch.nan
-    y, last = ops.wkv(**given)
-    assert y[0].isfinite().all() and y[1, :, 1].isfinite().all() and y[1, :3, 0].isfinite().all()
-    assert y[1, 3:, 0].isnan().all() and last[1, 0].isnan().any()
+    check_nan()
 
 
 def test_errors_name_the_argument():
