@@ -17,9 +17,10 @@ struct QuantizedWeight {
   int bits;                  // 8 or 4
   DType scale_dtype;         // f16 or f32
   bool has_minimums;
-  constexpr int64_t value_bytes() const { return group * bits / 8; }  // of a row's group
+  constexpr int64_t value_bytes() const { return group * bits / 8; }                   // of a row's group
+  constexpr int64_t scale_bytes() const { return scale_dtype == DType::f16 ? 2 : 4; }  // without a table, for CUDA
   constexpr int64_t group_bytes(int64_t width) const {
-    return width * (value_bytes() + size_of(scale_dtype) * (has_minimums ? 2 : 1));
+    return width * (value_bytes() + scale_bytes() * (has_minimums ? 2 : 1));
   }
 };
 

@@ -212,7 +212,7 @@ void pack_quantized(const PackQuantizedArgs& p) {
   const QuantizedWeight& w = p.weight;
   if (w.groups == 0) return;
   const int64_t row_bytes = w.groups * w.value_bytes(), group_bytes = w.group_bytes(kPanel);
-  const int64_t quads = w.value_bytes() / 4, size = size_of(w.scale_dtype);
+  const int64_t quads = w.value_bytes() / 4, size = w.scale_bytes();
   parallel_for((w.n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) {
       const int64_t j0 = panel * kPanel, columns = std::min(kPanel, w.n - j0);
