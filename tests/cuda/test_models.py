@@ -71,17 +71,28 @@ def test_a_recurrent_model(cell, device, on_cpu):
     pyllm.synchronize()
 
 
-def test_an_engine_and_the_plain_loop(device, on_cpu):
+def served(kind):
+    if kind in ("lstm", "rwkv"):
+        return recurrent(kind)
+    if kind == "answers":
+        return pyllm.EncoderDecoder(60, 32, 2, 4, context_length=64, position="sinusoidal")
+    experts = {"num_experts": 4} if kind == "experts" else {}
+    return pyllm.Decoder(60, 32, 2, 4, context_length=64, **OPTIONS["rope"], **experts)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "experts", "answers", "lstm", "rwkv"])
+def test_an_engine_and_the_plain_loop(kind, device, on_cpu):
     """With ids that are cut off at the first whose probabilities are within rounding of a border: none here."""
     prompts, params = [[1, 2, 3], [4] * 9, [7]], [pyllm.SamplingParams(seed=i, top_p=0.9) for i in range(3)]
 
     def run(model):
         engine = pyllm.Engine(model, max_sequences=2, max_length=32, chunk=5)
         drawn = [r.ids for r in engine.generate(prompts, params, max_tokens=5)]
-        scored = engine.score([[1, 2, 3, 4, 5]])[0].logprobs
+        sources = [[5, 6]] if model.answers else None
+        scored = engine.score([[1, 2, 3, 4, 5]], sources=sources)[0].logprobs
         return drawn, list(generate_ids(model, prompts, params[0], max_tokens=4)), scored
 
-    model = pyllm.Decoder(60, 32, 2, 4, context_length=64, **OPTIONS["rope"]).eval()
+    model = served(kind).eval()
     expected, found = on_cpu(lambda: run(copy.deepcopy(model))), run(model.to(device))
     assert found[:2] == expected[:2]
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-5)
