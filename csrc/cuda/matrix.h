@@ -6,6 +6,9 @@
 //   c (16 x 8): rows group (0 and 1), group + 8 (2 and 3); columns pair, pair + 1
 #pragma once
 #include "cuda/numbers.h"
+#if PYLLM_EMULATE_CUDA
+#include "cuda/emulator/copies.h"
+#endif
 
 namespace pyllm::cuda {
 
@@ -95,29 +98,33 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   check_aligned(to, 16);
   check_aligned(from, 16);
 #if PYLLM_EMULATE_CUDA
-  std::memset(to, 0, 16);
-  if (bytes) std::memcpy(to, from, bytes);
+  begin_copy(to, from, bytes, 16);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #endif
 }
 __device__ __forceinline__ void copy_async(float* to, const float* from) {
+  check_aligned(from, 4);
 #if PYLLM_EMULATE_CUDA
-  *to = *from;
+  begin_copy(to, from, 4, 4);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
 #endif
 }
 __device__ __forceinline__ void end_of_copies() {  // of one group
-#if !PYLLM_EMULATE_CUDA
+#if PYLLM_EMULATE_CUDA
+  end_copies();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {  // until at most the last kPending groups are under way
-#if !PYLLM_EMULATE_CUDA
+#if PYLLM_EMULATE_CUDA
+  finish_copies(kPending);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
