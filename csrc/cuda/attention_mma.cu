@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(kWarp* kWarps)
       store_row(reinterpret_cast<T*>(f.out) + out_row(a, t, row) * a.value_dim, out, r, static_cast<int>(a.value_dim),
                 share_of(sum[r]));
     } else if (sum[r] != 0) {
+      float* const to = partials.values + partial * a.value_dim + pair;
+      check_aligned(to, sizeof(float2));
 #pragma unroll
       for (int d = 0; d < kDim / 8; d++)
-        if (d * 8 < a.value_dim)
-          *reinterpret_cast<float2*>(partials.values + partial * a.value_dim + d * 8 + pair) = {out[d][r * 2],
-                                                                                                out[d][r * 2 + 1]};
+        if (d * 8 < a.value_dim) *reinterpret_cast<float2*>(to + d * 8) = {out[d][r * 2], out[d][r * 2 + 1]};
     }
     if (lane % 4 != 0) continue;
     if (partials.max) {

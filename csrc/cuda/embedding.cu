@@ -194,12 +194,12 @@ void embedding_forward(const EmbeddingArgs& a, const Work& work) {
 }
 
 void embedding_backward(const EmbeddingBackwardArgs& a, const Work& work) {
-  if (!a.zeroed) set_zero(a.dweight, a.vocabulary * a.width * size_of(a.dtype), work);
-  if (a.count == 0) return;
-  if (a.vocabulary >= UINT32_MAX || a.count > UINT32_MAX)
+  if (a.count > 0 && (a.vocabulary >= UINT32_MAX || a.count > UINT32_MAX))
     fail(Error::value,
          "[embedding] a gradient on a CUDA device must be of fewer than 4294967295 rows and ids, but got ",
          a.vocabulary, " and ", a.count);
+  if (!a.zeroed) set_zero(a.dweight, a.vocabulary * a.width * size_of(a.dtype), work);
+  if (a.count == 0) return;
   const int64_t blocks = divided_up(a.count, kTile), chunks = divided_up(a.count, kPlaces);
   const Scratch ids(work, 4 * a.count * sizeof(uint32_t)), counts(work, kDigits * blocks * sizeof(uint32_t));
   const Scratch partial(work, chunks * 2 * a.width * sizeof(float));

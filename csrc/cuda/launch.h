@@ -65,7 +65,9 @@ void launch_blocks(bool together, size_t most_shared, void (*kernel)(Parameters.
   (void)work;
   emulate(blocks, block, shared, together, [&] { kernel(args...); });
 #else
-  if (shared > 48 * 1024)  // as much as there is, so that threads of the host do not lower it for each other
+  // As much as there is, so that threads of the host do not lower it for each other. What a kernel declares __shared__ is
+  // a part of that: one that asks for more than 48 KB here declares none.
+  if (shared > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(capacity_of(work.device).shared)),
                "a kernel's shared memory");
