@@ -137,6 +137,16 @@ bool run_block(int first, bool back) {
   return moved;
 }
 
+constexpr size_t kBeyond = 4 << 10;  // bytes after a block's shared memory, which nobody may write
+
+void check_shared(int blocks) {
+  for (int b = 1; b <= blocks; b++) {
+    const char* end = e.shared.data() + b * e.shared_bytes;
+    if (std::any_of(end - kBeyond, end, [](char c) { return c != static_cast<char>(0xff); }))
+      fail(Error::runtime, "[emulated CUDA] a block writes beyond its shared memory");
+  }
+}
+
 // `blocks` blocks from `first`, together. A block, and a warp of one, runs as far ahead of the others as it can, and they take
 // turns from the first to the last and back, so that what relies on an order, or on an even pace, is found.
 void run_blocks(unsigned first, int blocks) {
@@ -155,7 +165,7 @@ void run_blocks(unsigned first, int blocks) {
     bool moved = false, live = false;
     for (int n = 0; n < blocks; n++) moved = run_block((back ? blocks - 1 - n : n) * e.count, back) || moved;
     for (int i = 0; i < fibers; i++) live = live || e.fibers[i].waits != Waits::done;
-    if (!live) return;
+    if (!live) return check_shared(blocks);
     if (!moved) fail(Error::runtime, "[emulated CUDA] some threads wait where others never come");
   }
 }
@@ -207,7 +217,7 @@ void emulate(dim3 grid, dim3 block, size_t shared, bool together, const std::fun
   make_room(static_cast<int>(step) * e.count);
   e.launches++;
   e.thread = &thread;
-  e.shared_bytes = (shared + 15) / 16 * 16;
+  e.shared_bytes = (shared + 15) / 16 * 16 + kBeyond;
   gridDim = grid;
   blockDim = block;
   for (unsigned first = 0; first < blocks; first += step) run_blocks(first, static_cast<int>(step));
