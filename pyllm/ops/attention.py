@@ -52,7 +52,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: 
             key j of sequence b is key j % page size of page page_table[b, j // page size]. The bits are those of keys
             that lie next to each other. It needs key_lengths, in which Tk is P * page size; entries beyond those are
             not read, and a bias may end where they do. On the CPU, pages may be of int8, as `write_pages` makes them
-            for D and Dv; the bits are those of what they stand for in float32. For inference: no gradients.
+            for D and Dv; the bits are those of what they stand for in float32 or, where the processor has dot products
+            of bytes and D is a multiple of 4, Dv of 16, those of products of whole numbers: queries and weights are
+            rounded to 16 bits then, 256 times as finely as the pages. For inference: no gradients.
         return_weights: also returns the softmax's result, (B, H, Tq, Tk) in q's dtype.
 
     Returns:

@@ -40,7 +40,9 @@ def make(kind: str) -> pyllm.models.Model:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
         return model
-    model = pyllm.Decoder(VOCAB, 32, 2, 4, intermediate_size=64, context_length=320, **DECODERS.get(kind, {})).eval()
+    heads = 2 if kind == "int8 keys" else 4  # of 16, for products of whole numbers
+    model = pyllm.Decoder(VOCAB, 32, 2, heads, intermediate_size=64, context_length=320,
+                          **DECODERS.get(kind, {})).eval()  # fmt: skip
     with torch.no_grad():
         model.embedding.weight.mul_(20)
     if kind in ("int8", "int4"):

@@ -9,10 +9,12 @@
 // Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
 // query of a group of heads): see kernels/attention_rows.h. bf16 on tile registers: kernels/attention_tiles.h, both.
 //
-// Keys and values of int8 pages become floats, number times scale, on their way: the bits are those of such floats in
-// memory.
+// Keys and values of int8 pages: with dot products of bytes see kernels/attention_bytes.h, whose rows are always few.
+// Elsewhere keys and values of int8 pages become floats, number times scale, on their way: the bits are those of such
+// floats in memory.
 #include <type_traits>
 
+#include "cpu/kernels/attention_bytes.h"
 #include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/attention_tiles.h"
 
@@ -127,16 +129,20 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
   const AttentionForwardArgs& f;
   const AttentionArgs& a;
   int64_t group, all_rows, tile_rows, tiles_per_head, tiles, splits;
-  bool few, on_tiles;
+  bool few, on_tiles, on_bytes;
   int64_t sums_step;  // of a row, or, of many, in panels
 
   explicit Forward(const AttentionForwardArgs& args) : f(args), a(args.in) {
     group = a.heads / a.kv_heads;
     all_rows = a.queries * group;
-    few = all_rows < W;
     on_tiles = takes_tiles(a);
+    on_bytes = takes_bytes(a);
+    few = on_bytes || all_rows < W;
     sums_step = on_tiles ? round_up(a.value_dim + 1, W) : few ? round_up(a.value_dim, W) : a.value_dim;
-    tile_rows = few ? all_rows : on_tiles ? kMaxTileRows : (a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows);
+    tile_rows = on_bytes   ? std::min(all_rows, kByteRows)
+                : few      ? all_rows
+                : on_tiles ? kMaxTileRows
+                           : (a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows);
     const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
     const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
     while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
@@ -146,6 +152,8 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     for (int64_t b = 0; b < a.batch; b++) longest = std::max(longest, length_of(a, b));
     splits = std::max<int64_t>(1, (longest + kSplit - 1) / kSplit);
   }
+
+  bool one_tile() const { return few && tiles_per_head == 1; }  // of a head: those of a sequence are walked together
 
   // In floats, of whole panels.
   int64_t padded_rows() const { return few ? kLanes : round_up(tile_rows, kLanes); }
@@ -159,6 +167,7 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     Range keys;
     Buffers buffers;
     TileBuffers tile_buffers;
+    ByteBuffers byte_buffers;
     State all, part;
   };
 
@@ -166,11 +175,13 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     return round_up((few ? 1 : (on_tiles ? kMaxTileRows : kMaxRows) / kLanes) * sizeof(Panel), 64);
   }
   int64_t queries_bytes() const {
+    if (on_bytes) return byte_query_bytes(a, tile_rows);
     if (on_tiles) return tile_query_bytes(a, few ? tile_rows : padded_rows());
     return round_up(padded_rows() * a.dim * sizeof(float), 64);
   }
   int64_t tile_bytes() const { return panels_bytes() + queries_bytes() + 2 * state_size() * sizeof(float); }
   int64_t work_bytes() const {  // of one thread: a block of keys and values, and its scores
+    if (on_bytes) return byte_buffer_bytes(a);
     if (on_tiles) return tile_buffer_bytes(a);
     if (few) return 0;
     return (round_up(kKeys * a.dim, 16) + round_up(kKeys * a.value_dim, 16) + kKeys * kLanes) * sizeof(float);
@@ -193,7 +204,9 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     auto* states = reinterpret_cast<float*>(queries + queries_bytes());
     t.all = state_at(states);
     t.part = state_at(states + state_size());
-    if (on_tiles) {
+    if (on_bytes) {
+      t.byte_buffers = byte_buffers_at(a, queries, tile_rows, work);
+    } else if (on_tiles) {
       t.tile_buffers = tile_buffers_at(a, queries, work);
     } else {
       auto* keys = reinterpret_cast<float*>(work);
@@ -206,7 +219,9 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     const auto row_of = [&](const Panel& p) {
       return [&](int64_t lane) { return row_at<T>(a.q, a.q_step, t.rows.batch, p.query[lane], p.head[lane]); };
     };
-    if (on_tiles)
+    if (on_bytes)
+      for (int64_t i = 0; i < t.rows.count; i++) pack_byte_query(a, row_of(t.panels[0])(i), i, t.byte_buffers);
+    else if (on_tiles)
       for (int64_t i = 0; i * kLanes < t.rows.count; i++)
         pack_tile_queries(a, t.rows, t.panels[i], few, i, t.tile_buffers);
     else if (few)
@@ -238,6 +253,11 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     }
     for (int64_t first = keys.lo; first < keys.hi; first += kKeys)
       for (int64_t i = 0; i < count; i++) {
+        if (on_bytes) {
+          if (first + kKeys < keys.hi) prefetch_next(a, t->rows, first + kKeys, count, i, count);
+          walk_bytes(a, t[i].rows, t[i].panels[0], t[i].byte_buffers, first, sums_step, t[i].*state);
+          continue;
+        }
         if (!on_tiles) {
           walk_rows<S>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].*state);
           continue;
@@ -288,15 +308,16 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
 
   void run() const {
     const int64_t threads = cpu::num_threads(), least = 4 * threads;
-    const bool apart = splits > 1 && threads > 1 && (few ? a.batch : tiles) < least;  // the splits of a tile
+    const bool together = one_tile();
+    const bool apart = splits > 1 && threads > 1 && (together ? a.batch : tiles) < least;  // the splits of a tile
     const int64_t pieces = apart ? splits : 1;
     const int64_t shares = std::clamp<int64_t>((least + a.batch * pieces - 1) / (a.batch * pieces), 1,
                                                a.kv_heads);  // of a sequence's heads
-    const int64_t groups = few ? a.batch * shares : tiles;
+    const int64_t groups = together ? a.batch * shares : tiles;
     const auto group_at = [&](int64_t g, int64_t& first, int64_t& count) {
       const int64_t heads = g / shares * a.kv_heads, share = g % shares;
-      first = few ? heads + a.kv_heads * share / shares : g;
-      count = few ? heads + a.kv_heads * (share + 1) / shares - first : 1;
+      first = together ? heads + a.kv_heads * share / shares : g;
+      count = together ? heads + a.kv_heads * (share + 1) / shares - first : 1;
     };
     auto* states =
         apart ? static_cast<float*>(cpu::scratch(tiles * splits * state_size() * sizeof(float), 0)) : nullptr;

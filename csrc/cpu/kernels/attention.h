@@ -141,8 +141,8 @@ void set_panel(const AttentionArgs& a, const Rows& rows, int64_t first, Panel& p
   p.tightest_lo = 0;
   p.tightest_hi = a.keys;
   p.segments = {INT64_MAX, INT64_MIN};
-  for (int64_t i = 0; i < kLanes; i++) {
-    const int64_t row = first + std::min(i, p.count - 1);
+  for (int64_t i = 0; i < p.count; i++) {
+    const int64_t row = first + i;
     p.query[i] = rows.query(row);
     p.head[i] = rows.head_of(row);
     const Range r = visible(a, rows.length, p.query[i]);
@@ -155,6 +155,14 @@ void set_panel(const AttentionArgs& a, const Rows& rows, int64_t first, Panel& p
     p.segment[i] = read_integer(a.query_segments, a.segment_dtype,
                                 rows.batch * a.query_segment_step[0] + p.query[i] * a.query_segment_step[1]);
     p.segments = {std::min(p.segments.lo, p.segment[i]), std::max(p.segments.hi, p.segment[i])};
+  }
+  const int64_t last = p.count - 1;
+  for (int64_t i = p.count; i < kLanes; i++) {  // lanes beyond are as the last row
+    p.query[i] = p.query[last];
+    p.head[i] = p.head[last];
+    p.lo[i] = p.lo[last];
+    p.hi[i] = p.hi[last];
+    if (a.query_segments) p.segment[i] = p.segment[last];
   }
 }
 

@@ -1,0 +1,341 @@
+// Attention, forward, over int8 pages with dot products of bytes, in an order of its own, the same for many rows and few:
+// numbers stay whole. A query's group of 32 elements becomes whole numbers of 16 bits with a scale, and so do a row's
+// weights times the scales of a block's values: planes of bytes, whose products with pages are exact. Only what they add
+// up to, over a group of elements or a block of 64 keys, meets the scales, in order. What that rounds is less than what a
+// page's bytes have lost by a factor of 256.
+//
+// Keys go across the lanes by fours of elements, values' elements by fours of keys: packed once for all rows of a tile.
+#pragma once
+#include "cpu/kernels/attention_rows.h"
+#include "cpu/kernels/bytes.h"
+#include "cpu/vnni.h"
+
+namespace pyllm::ISA {
+namespace {
+
+#if ISA_AVX512
+
+constexpr int64_t kByteRows = 16;  // rows of a tile, which share what is packed
+constexpr int64_t kAtOnce = 4;     // rows that read packed values together
+constexpr int64_t kSides = kKeys / W;
+constexpr int64_t kQuads = kKeys / 4;                           // of keys
+constexpr float kQuerySteps = 127 * 256, kWeightSteps = 65535;  // the largest whole numbers
+
+bool takes_bytes(const AttentionArgs& a) {
+  return a.stored == DType::i8 && a.dim % 4 == 0 && a.value_dim % W == 0 && cpu::has_vnni();
+}
+
+constexpr int64_t byte_groups(int64_t dim) { return (dim + kInt8Group - 1) / kInt8Group; }
+
+struct ByteBuffers {
+  int8_t* queries;                   // [row][plane][element]
+  float* query_scales;               // [row][group]
+  int32_t* query_sums;               // [row][group]: what the keys' offset by 128 adds to a product
+  char* keys;                        // [quad of elements][key][element], offset by 128
+  char* values;                      // [tile of W elements][quad of keys][element][key]
+  float *key_scales, *value_scales;  // [group][key]
+  uint8_t* weights;                  // [row of some][plane][group][key]
+};
+
+int64_t byte_query_bytes(const AttentionArgs& a, int64_t rows) {
+  return round_up(rows * (2 * a.dim + 8 * byte_groups(a.dim)), 64);
+}
+int64_t byte_buffer_bytes(const AttentionArgs& a) {  // without the queries
+  const int64_t groups = byte_groups(a.dim), value_groups = byte_groups(a.value_dim);
+  return kKeys * (a.dim + a.value_dim + (groups + value_groups) * static_cast<int64_t>(sizeof(float)) +
+                  kAtOnce * 2 * value_groups);
+}
+ByteBuffers byte_buffers_at(const AttentionArgs& a, char* queries, int64_t rows, char* rest) {
+  ByteBuffers w;
+  w.query_scales = reinterpret_cast<float*>(queries);
+  w.query_sums = reinterpret_cast<int32_t*>(w.query_scales + rows * byte_groups(a.dim));
+  w.queries = reinterpret_cast<int8_t*>(w.query_sums + rows * byte_groups(a.dim));
+  w.keys = rest;
+  w.values = w.keys + kKeys * a.dim;
+  w.key_scales = reinterpret_cast<float*>(w.values + kKeys * a.value_dim);
+  w.value_scales = w.key_scales + byte_groups(a.dim) * kKeys;
+  w.weights = reinterpret_cast<uint8_t*>(w.value_scales + byte_groups(a.value_dim) * kKeys);
+  return w;
+}
+
+// What numbers are multiplied by to become whole ones up to `steps`, and what those are worth: no number where not all are
+// finite. Those that are too small for a scale become zeros.
+struct WholeScale {
+  float up, worth;
+};
+WholeScale whole_scale(V largest, VI bad, float steps) {
+  const float most = max(largest);
+  if (bits(bad)) return {0, __builtin_nanf("")};
+  return {most > 0x1p-100f ? steps / most : 0.0f, most / steps};
+}
+
+VEC VI not_finite(V x) { return x - x != 0.0f; }
+
+VEC VI to_whole(V x, float up) {
+  const V magic = set(12582912.0f);
+  return as_int(fma(x, set(up), magic)) - as_int(magic);
+}
+
+VEC void store_low_bytes(void* p, VI v) {
+  using VN = int8_t __attribute__((vector_size(W)));
+  const VN bytes = __builtin_convertvector(v, VN);
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
+// Query `row` of the tile, of which x are the elements: 256 times the first plane, and the second.
+template <class T>
+void pack_byte_query(const AttentionArgs& a, const T* x, int64_t row, const ByteBuffers& w) {
+  const int64_t groups = byte_groups(a.dim);
+  const V factor = set(query_factor(a));
+  for (int64_t g = 0; g < groups; g++) {
+    alignas(64) int8_t planes[2][kInt8Group];
+    const int64_t first = g * kInt8Group, count = std::min(kInt8Group, a.dim - first);
+    V values[kInt8Group / W], largest{};
+    VI total{}, bad{};
+    for (int64_t i = 0; i < kInt8Group / W; i++) {
+      const int64_t n = std::clamp<int64_t>(count - i * W, 0, W);
+      values[i] = n ? get(x + first + i * W, n) * factor : V{};
+      largest = max(abs(values[i]), largest);
+      bad |= not_finite(values[i]);
+    }
+    const WholeScale scale = whole_scale(largest, bad, kQuerySteps);
+    for (int64_t i = 0; i < kInt8Group / W; i++) {
+      const VI whole = to_whole(values[i], scale.up), high = (whole + 128) >> 8;
+      total = total + whole;
+      store_low_bytes(planes[0] + i * W, high);
+      store_low_bytes(planes[1] + i * W, whole - (high << 8));
+    }
+    int32_t sum = 0;
+    for (int64_t l = 0; l < W; l++) sum += total[l];
+    w.query_scales[row * groups + g] = scale.worth;
+    w.query_sums[row * groups + g] = 128 * sum;
+    for (int64_t i = 0; i < 2; i++) std::memcpy(w.queries + (row * 2 + i) * a.dim + first, planes[i], count);
+  }
+}
+
+// Four bytes, or two and zeros, of each of W rows.
+template <bool kTwo>
+VEC VI lanes_of_rows(const int8_t* p, int64_t step) {
+  VI v{};
+  UNROLL for (int64_t l = 0; l < W; l++) {
+    if constexpr (kTwo) {
+      uint16_t x;
+      std::memcpy(&x, p + l * step, sizeof x);
+      v[l] = x;
+    } else {
+      int32_t x;
+      std::memcpy(&x, p + l * step, sizeof x);
+      v[l] = x;
+    }
+  }
+  return v;
+}
+
+// The scales of a block's rows, two groups of each at once.
+void load_byte_scales(const Stored<int8_t>& x, float* out) {
+  const int64_t groups = byte_groups(x.dim);
+  for (int64_t g = 0; g < groups; g += 2, out += 2 * kKeys) {
+    const int8_t* from = x.data + x.dim + 2 * g;
+    for (int64_t j = 0; j < kKeys; j += W, from += W * x.step) {
+      if (g + 1 == groups) {
+        store(out + j, as_float(lanes_of_rows<true>(from, x.step) << 16));
+        continue;
+      }
+      const VI pair = lanes_of_rows<false>(from, x.step);
+      store(out + j, as_float(pair << 16));
+      store(out + kKeys + j, as_float(pair & static_cast<int32_t>(0xffff0000)));
+    }
+  }
+}
+
+void pack_byte_keys(const Stored<int8_t>& k, char* out) {
+  const VI offset = set_int(static_cast<int32_t>(0x80808080));
+  for (int64_t d = 0; d < k.dim; d += 4 * W)
+    for (int64_t side = 0; side < kSides; side++) {
+      const int64_t quads = std::min<int64_t>(W, (k.dim - d) / 4);
+      const int8_t* from = k.data + side * W * k.step + d;
+      V x[W];
+      for (int64_t l = 0; l < W; l++) x[l] = get(reinterpret_cast<const float*>(from + l * k.step), quads);
+      transpose(x);
+      for (int64_t q = 0; q < quads; q++) {
+        const VI bytes = as_int(x[q]) ^ offset;
+        std::memcpy(out + ((d / 4 + q) * kSides + side) * 64, &bytes, sizeof bytes);
+      }
+    }
+}
+
+VEC VI four_rows(const int8_t* p, int64_t step) {  // 16 bytes of each
+#if __AVX512F__
+  const auto row = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step)); };
+  __m512i x = _mm512_castsi128_si512(row(0));
+  x = _mm512_inserti32x4(x, row(1), 1);
+  x = _mm512_inserti32x4(x, row(2), 2);
+  return reinterpret_cast<VI>(_mm512_inserti32x4(x, row(3), 3));
+#else
+  char block[64];
+  for (int64_t i = 0; i < 4; i++) std::memcpy(block + i * 16, p + i * step, 16);
+  return load_lanes(block);
+#endif
+}
+
+void pack_byte_values(const Stored<int8_t>& v, char* out) {
+  VI lanes;
+  VB bytes;
+  UNROLL for (int i = 0; i < W; i++) lanes[i] = i % 4 * 4 + i / 4;
+  UNROLL for (int i = 0; i < 4 * W; i++) bytes[i] = static_cast<int8_t>(i / 16 * 16 + i % 4 * 4 + i % 16 / 4);
+  for (int64_t d = 0; d < v.dim; d += W)
+    for (int64_t quad = 0; quad < kQuads; quad++, out += 64) {
+      const VI by_elements = __builtin_shuffle(four_rows(v.data + quad * 4 * v.step + d, v.step), lanes);
+      const VB packed = __builtin_shuffle(reinterpret_cast<VB>(by_elements), bytes);
+      std::memcpy(out, &packed, sizeof packed);
+    }
+}
+
+// Scores of a row against a block's keys, to x.
+void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, float* x) {
+  const int64_t groups = byte_groups(a.dim);
+  const int8_t *high = w.queries + row * 2 * a.dim, *low = high + a.dim;
+  V score[kSides] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    VI of_high[kSides], of_low[kSides];
+    UNROLL for (int64_t side = 0; side < kSides; side++) {
+      of_high[side] = VI{};
+      of_low[side] = set_int(-w.query_sums[row * groups + g]);
+    }
+    const int64_t end = std::min(a.dim, (g + 1) * kInt8Group);
+    for (int64_t d = g * kInt8Group; d < end; d += 4) {
+      const VI h = broadcast_lane(high + d), l = broadcast_lane(low + d);
+      const char* keys = w.keys + d / 4 * kSides * 64;
+      UNROLL for (int64_t side = 0; side < kSides; side++) {
+        const VI k = load_lanes(keys + side * 64);
+        of_high[side] = dot_bytes(of_high[side], k, h);
+        of_low[side] = dot_bytes(of_low[side], k, l);
+      }
+    }
+    const V worth = set(w.query_scales[row * groups + g]);
+    UNROLL for (int64_t side = 0; side < kSides; side++) {
+      const V whole = __builtin_convertvector((of_high[side] << 8) + of_low[side], V);
+      score[side] = fma(whole * worth, load(w.key_scales + g * kKeys + side * W), score[side]);
+    }
+  }
+  UNROLL for (int64_t side = 0; side < kSides; side++) store(x + side * W, score[side]);
+}
+
+// From a row's scores to its weights, times the scales of the values, as whole numbers, to place `at`; what they are
+// worth, by groups of values. What the row's sums are to be multiplied by.
+float weigh_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t row, int64_t at, const Block& block,
+                  Range seen, const ByteBuffers& w, float* x, State s, float* worth) {
+  const int64_t groups = byte_groups(a.value_dim);
+  const V m = max(set(max(finish_row(a, rows, p, row, block, seen, x))), set(s.max[row])), base = finite_or_zero(m);
+  const float factor = rescale(set(s.max[row]), m)[0];
+  s.max[row] = m[0];
+  V weight[kSides], total{};
+  VI masked[kSides];
+  UNROLL for (int64_t i = 0; i < kSides; i++) {
+    const bool inside = i * W >= seen.lo && i * W < seen.hi;
+    const V score = inside ? load(x + i * W) : set(-kInfinity);
+    masked[i] = score == -kInfinity;
+    weight[i] = select(masked[i], V{}, exp2(score - base));
+    total = total + weight[i];
+  }
+  s.total[row] = s.total[row] * factor + sum(total);
+  for (int64_t g = 0; g < groups; g++) {
+    V scaled[kSides], largest{};
+    VI bad{};
+    UNROLL for (int64_t i = 0; i < kSides; i++) {
+      scaled[i] = select(masked[i], V{}, weight[i] * load(w.value_scales + g * kKeys + i * W));
+      largest = max(scaled[i], largest);
+      bad |= not_finite(scaled[i]);
+    }
+    const WholeScale scale = whole_scale(largest, bad, kWeightSteps);
+    worth[g] = scale.worth;
+    uint8_t *high = w.weights + (at * 2 * groups + g) * kKeys, *low = high + groups * kKeys;
+    UNROLL for (int64_t i = 0; i < kSides; i++) {
+      const VI whole = to_whole(scaled[i], scale.up);
+      store_low_bytes(high + i * W, whole >> 8);
+      store_low_bytes(low + i * W, whole);
+    }
+  }
+  return factor;
+}
+
+// sums[r] * factor[r] + what the weights of R rows make of the packed values.
+template <int R>
+void add_bytes(const AttentionArgs& a, const ByteBuffers& w, const float (*worth)[byte_groups(256)],
+               const float* factor, float* sums, int64_t sums_step) {
+  const int64_t groups = byte_groups(a.value_dim);
+  for (int64_t d = 0; d < a.value_dim; d += W) {
+    const char* values = w.values + d * kKeys;
+    const uint8_t* weights = w.weights + d / kInt8Group * kKeys;
+    VI of_high[R] = {}, of_low[R] = {};
+    for (int64_t quad = 0; quad < kQuads; quad++) {
+      const VI v = load_lanes(values + quad * 64);
+      UNROLL for (int r = 0; r < R; r++) {
+        const uint8_t* of = weights + r * 2 * groups * kKeys + quad * 4;
+        of_high[r] = dot_bytes(of_high[r], broadcast_lane(of), v);
+        of_low[r] = dot_bytes(of_low[r], broadcast_lane(of + groups * kKeys), v);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      float* at = sums + r * sums_step + d;
+      const V whole = __builtin_convertvector((of_high[r] << 8) + of_low[r], V);
+      store(at, fma(whole, set(worth[r][d / kInt8Group]), load(at) * factor[r]));
+    }
+  }
+}
+
+void prefetch_bytes(const Stored<int8_t>& first, int64_t heads, int64_t at, int64_t shares) {
+  const int64_t bytes = heads * int8_width(first.dim);
+  for (int64_t i = kKeys * at / shares; i < kKeys * (at + 1) / shares; i++)
+    for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(first.data + i * first.step + d, 0, 2);
+}
+
+// The block of keys from `first` on, for up to kByteRows rows.
+void walk_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, const ByteBuffers& w, int64_t first,
+                int64_t sums_step, State s) {
+  Block block;
+  set_block(a, rows, first, block);
+  const Range live = live_keys(a, p, block), seen{live.lo / W * W, live.hi};
+  if (live.lo == live.hi) return;
+  const Stored<int8_t> k = stored_keys<int8_t>(a, rows, first), v = stored_values<int8_t>(a, rows, first);
+  load_byte_scales(k, w.key_scales);
+  pack_byte_keys(k, w.keys);
+  load_byte_scales(v, w.value_scales);
+  pack_byte_values(v, w.values);
+  for (int64_t r0 = 0; r0 < rows.count; r0 += kAtOnce) {
+    const int64_t some = std::min(kAtOnce, rows.count - r0);
+    float factor[kAtOnce], worth[kAtOnce][byte_groups(256)];
+    for (int64_t r = 0; r < some; r++) {
+      alignas(64) float x[2 * kKeys];
+      score_bytes(a, r0 + r, w, x);
+      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, x, s, worth[r]);
+    }
+    const auto add = std::array{add_bytes<1>, add_bytes<2>, add_bytes<3>, add_bytes<4>};
+    add[some - 1](a, w, worth, factor, s.sums + r0 * sums_step, sums_step);
+  }
+}
+
+// Fetches share `at` of `shares` of the block that is read next, of so many heads from that of the rows on.
+void prefetch_next(const AttentionArgs& a, const Rows& rows, int64_t next, int64_t heads, int64_t at, int64_t shares) {
+  prefetch_bytes(stored_keys<int8_t>(a, rows, next), heads, at, shares);
+  prefetch_bytes(stored_values<int8_t>(a, rows, next), heads, at, shares);
+}
+
+#else  // there are none
+
+constexpr int64_t kByteRows = 1;
+
+struct ByteBuffers {};
+bool takes_bytes(const AttentionArgs&) { return false; }
+int64_t byte_query_bytes(const AttentionArgs&, int64_t) { return 0; }
+int64_t byte_buffer_bytes(const AttentionArgs&) { return 0; }
+ByteBuffers byte_buffers_at(const AttentionArgs&, char*, int64_t, char*) { return {}; }
+template <class T>
+void pack_byte_query(const AttentionArgs&, const T*, int64_t, const ByteBuffers&) {}
+void walk_bytes(const AttentionArgs&, const Rows&, const Panel&, const ByteBuffers&, int64_t, int64_t, State) {}
+void prefetch_next(const AttentionArgs&, const Rows&, int64_t, int64_t, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace
+}  // namespace pyllm::ISA
