@@ -16,7 +16,7 @@ from pyllm.models import Model
 
 
 class Bursts:
-    """Makes several steps of the same sequences in one call without Python, drawing included, where nothing has to be
+    """Makes steps of the same sequences without Python, drawing included, several in one call where nothing has to be
     decided between them. As those of `Steps`, what draws is recorded once for each number of rows."""
 
     def __init__(self, steps: Steps, count: int):
@@ -30,14 +30,14 @@ class Bursts:
 
     def __call__(self, rows: list[Any], seconds: float,
                  steps: int | None = None) -> tuple[list[list[list[Any]]], Tensor | None]:  # fmt: skip
-        """Steps of those who are seated, so many at the most and for about so many seconds, until one has drawn an id
-        that ends it or has all that it may.
+        """Steps of those who are seated, so many at the most and for about so many seconds, or one if that is 0, until
+        one has drawn an id that ends it or has all that it may.
 
         Returns:
             The ids, log-probabilities and processed log-probabilities that each row has drawn; and the logits of one
             more step, (rows, vocabulary), until the next call, that have not been drawn from.
         """
-        found = self.steps.program() if seconds > 0 and self._fit(rows) else None
+        found = self.steps.program() if self._fit(rows) else None
         if found is None:
             return [[[], [], []] for _ in rows], self.steps.run()
         program, logits = found
@@ -48,7 +48,7 @@ class Bursts:
         self.numbers[:count] = [len(row.sequence) for row in rows]
         most = min(row.max_tokens - len(row.ids) for row in rows)
         most = most if steps is None else min(most, steps)
-        kept = [torch.empty(min(self.count, most), count, dtype=t.dtype) for t in results]
+        kept = [torch.empty(min(self.count, most) if seconds > 0 else 1, count, dtype=t.dtype) for t in results]
         began = time.perf_counter()
         try:
             program.generate(draw, results, kept, torch.zeros(count, dtype=torch.bool), self.stop_ids, True)
@@ -58,7 +58,8 @@ class Bursts:
                 raise
         done = program.steps_done
         self.took = (time.perf_counter() - began) / max(done, 1)
-        self.count = max(1, min(2 * self.count, int(seconds / max(self.took, 1e-6))))
+        if seconds > 0:
+            self.count = max(1, min(2 * self.count, int(seconds / max(self.took, 1e-6))))
         drawn = [t[:done].T.tolist() for t in kept]
         return list(map(list, zip(*drawn, strict=True))), logits if program.steps_run > done else None
 

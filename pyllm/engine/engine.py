@@ -270,10 +270,10 @@ class Engine:
                 unread = [r for r in reading if r.reason is None and not r.decodes and not r.encodes]
                 for batch in batches(list(pieces(unread, left)), self.model.context_length):
                     self._read(batch)
-                if reading or self._waiting:
+                if reading:
                     self._admit()  # samples of a prompt that has just been read
                     self._decode([r for r in self._running if r.decodes])
-                else:
+                else:  # whoever waits does so until a sequence ends
                     self._decode(list(self._running), seconds)
             except BaseException:  # an interruption: whoever goes on does so from what is noted
                 self.steps.clear()

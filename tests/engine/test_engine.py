@@ -196,11 +196,10 @@ def test_an_interrupted_step_loses_nothing(kind, monkeypatch):
     requests = [engine.submit([5, n], params, max_tokens=12) for n in range(3)]
     for _ in range(6):
         engine.step()
-    sample = pyllm.ops.sample
-    monkeypatch.setattr("pyllm.ops.sample", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(engine.pool, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    monkeypatch.setattr("pyllm.ops.sample", sample)
+    monkeypatch.undo()
     while any(r.reason is None for r in requests):
         engine.step()
     assert [r.ids for r in requests] == expected

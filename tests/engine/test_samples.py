@@ -76,11 +76,10 @@ def test_samples_survive_an_interruption(kind, monkeypatch):
     first = engine.submit([5] * 100, pyllm.SamplingParams(seed=3), max_tokens=9, n=3)
     for _ in range(3):
         engine.step()
-    sample = pyllm.ops.sample
-    monkeypatch.setattr("pyllm.ops.sample", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(engine.pool, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    monkeypatch.setattr("pyllm.ops.sample", sample)
+    monkeypatch.undo()
     run(engine, first)
     assert [r.ids for r in first.samples] == [alone(model, [5] * 100, pyllm.SamplingParams(seed=3 + i), 9)
                                               for i in range(3)]  # fmt: skip

@@ -229,22 +229,25 @@ def test_an_interruption_loses_nothing(by, monkeypatch):
     for when in range(3, 15):
         engine = keen(pyllm.Engine(model, speculate="lookup" if by == "lookup" else model))
         requests, calls = [engine.submit(p, s, **o) for p, s, o in asked], [0]
-        sample = pyllm.ops.sample
 
-        def stopped(*args, sample=sample, calls=calls, when=when, **kwargs):
-            calls[0] += 1
-            if calls[0] == when:
-                raise KeyboardInterrupt
-            return sample(*args, **kwargs)
+        def stopped(then, calls=calls, when=when):
+            def run(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == when:
+                    raise KeyboardInterrupt
+                return then(*args, **kwargs)
 
-        monkeypatch.setattr("pyllm.ops.sample", stopped)
+            return run
+
+        monkeypatch.setattr("pyllm.ops.sample", stopped(pyllm.ops.sample))
+        monkeypatch.setattr(engine, "_push", stopped(engine._push))
         interrupted = 0
         while any(r.reason is None for r in requests):
             try:
                 engine.step()
             except KeyboardInterrupt:
                 interrupted += 1
-        monkeypatch.setattr("pyllm.ops.sample", sample)
+        monkeypatch.undo()
         assert interrupted == 1
         assert [(r.ids, r.logprobs, r.processed_logprobs, r.reason) for r in requests] == expected
 
