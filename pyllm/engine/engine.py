@@ -456,7 +456,7 @@ class Engine:
                     self._decode([row])
             return
         if drawn[0][0]:
-            self.pool.advance(rows, [ids for ids, *_ in drawn])
+            self.pool.advance(rows, [own[0] for own in drawn])
             for row, own in zip(rows, drawn, strict=True):
                 self._push(row, own)
         if logits is not None:

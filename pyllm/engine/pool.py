@@ -64,9 +64,9 @@ class AttentionPool:
         """Each has its last id written and, where `more` follow it, all of those but the last."""
         for row, ids in zip(rows, more, strict=False):
             holding = row.held
-            before = holding.length
-            holding.length += len(ids) or 1
-            if holding.length // PAGE_SIZE > before // PAGE_SIZE or self.window is not None:
+            count = len(ids) or 1
+            holding.length += count
+            if holding.length % PAGE_SIZE < count or self.window is not None:  # a page is full
                 self.note(holding, [*row.sequence, *ids] if ids else row.sequence, holding.length)
 
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:

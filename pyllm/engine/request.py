@@ -85,7 +85,9 @@ class Request:
     @property
     def decodes(self) -> bool:
         """Whether all but its last id is read, and that may be read in a row of a step."""
-        return self.held.length == len(self.sequence) - 1 and self.hooks is None and not self.encodes
+        if self.held.length != len(self.sequence) - 1 or self.hooks is not None:
+            return False
+        return not self.source or self.held.source.read
 
     @property
     def encodes(self) -> bool:

@@ -51,18 +51,23 @@ class Steps:
             self.asked = rows
         return self.rows
 
-    def program(self) -> tuple[Any, Tensor] | None:
-        """What is recorded of reading the last id of each that is seated, and its logits; None if that is not."""
+    def program(self, continues: bool = False) -> tuple[Any, Tensor] | None:
+        """What is recorded of reading the last id of each that is seated, and its logits; None if that is not. Where
+        this `continues` what a step drew, that is in its place already."""
         count = len(self.rows)
-        self.numbers[:count] = [row.sequence[-1] for row in self.rows]
-        if self.on_host is not self.ids:
-            self.ids[:count] = self.on_host[:count]
+        if not continues:
+            self.numbers[:count] = [row.sequence[-1] for row in self.rows]
+            if self.on_host is not self.ids:
+                self.ids[:count] = self.on_host[:count]
         return self.recorded.get(count) or self._record(count)
 
     def run(self) -> Tensor:
         """Reads the last id of each that is seated: logits (rows, vocabulary), until the next call."""
+        return self.replay(self.program())
+
+    def replay(self, found: tuple[Any, Tensor] | None) -> Tensor:
+        """The same by what `program` gave."""
         try:
-            found = self.program()
             if found is None:
                 return self._step(len(self.rows))
             found[0].run()
