@@ -39,8 +39,8 @@ class Engine:
     A step of the engine reads so many ids of prompts and draws the next id of each sequence whose prompt is read, so
     that long prompts do not hold up the others. A request is admitted, by priority and then in order, when there is
     room for all that it may come to need: what is admitted can always end, and memory never grows beyond what was set.
-    Prompts that begin as an earlier one did take over what is known of it: whole pages of 64 ids or, of a recurrent
-    model, what had been read at the end of a piece.
+    Prompts that begin as an earlier one did take over what is known of it: pages of 64 ids, the last of them as far as
+    it is the same, or, of a recurrent model, what had been read at the end of a piece.
 
     Whoever waits for a result makes the steps: `generate`, `stream` and `astream` may be called from several threads at
     once, and their requests run together. The model is put into evaluation mode.
@@ -272,7 +272,8 @@ class Engine:
                     self._read(batch)
                 if reading:
                     self._admit()  # samples of a prompt that has just been read
-                    self._decode([r for r in self._running if r.decodes])
+                    # Who has just drawn an id goes on in the next step, so that it can be heard of.
+                    self._decode([r for r in self._running if r.decodes and not (r.ids and r in reading)])
                 else:  # whoever waits does so until a sequence ends
                     self._decode(list(self._running), seconds)
             except BaseException:  # an interruption: whoever goes on does so from what is noted
@@ -299,7 +300,7 @@ class Engine:
                 self._speculation.proposer.end(request)
             if request.held is not None:
                 self._running.remove(request)
-                self.pool.give(request.held)
+                self.pool.give(request.held, request.sequence)
 
     def encode(self, text: str | Sequence[int], answer: bool = False) -> list[int]:
         """The ids of a prompt, or of an answer to one.

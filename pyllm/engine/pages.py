@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+LEAST = 8  # ids at the beginning of a page that are worth a copy of it: less is soon read again
+
 
 @dataclass(eq=False)
 class Holding:
@@ -21,6 +23,7 @@ class Holding:
     row: Any = None  # of a batch's page table, once there is one
     source: Any = None  # of an answer: what it answers
     private: bool = False  # what is in its pages is not what its ids say
+    copy: tuple[int, int] | None = None  # the page whose beginning it needs, and the one of its own that is to have it
 
 
 class Pages:
@@ -28,17 +31,21 @@ class Pages:
 
     A sequence takes all pages that it may need when it begins, so that it can always end, and full pages are shared
     between sequences that begin with the same ids, also after those that wrote them have ended, as long as nothing else
-    needs the room. Only the pages before a sequence's length are ever shared, and nobody writes there.
+    needs the room. Only the pages before a sequence's length are ever shared, and nobody writes there. A page of which
+    the beginning alone is the same is copied.
     """
 
-    def __init__(self, count: int, size: int, *, reuse: bool = True):
+    def __init__(self, count: int, size: int, *, reuse: bool = True, least: int = LEAST):
         if count < 1 or size < 1:
             raise ValueError(f"count and size must be at least 1, but got {count} and {size}")
-        self.count, self.size, self.reuse = count, size, reuse
+        self.count, self.size, self.reuse, self.least = count, size, reuse, least
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
         self._page_of: dict[bytes, int] = {}  # full pages by the digest of their ids and all before them
         self._digest_of: dict[int, bytes] = {}
+        # The ids of pages, also of some that are not full, by the digest of all before them and the first of them.
+        self._begun: dict[tuple[bytes, int], dict[int, tuple[int, ...]]] = {}
+        self._begun_of: dict[int, tuple[bytes, int]] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # that no sequence holds, but may yet: the oldest go first
 
     @property
@@ -52,7 +59,8 @@ class Pages:
     def take(self, ids: Sequence[int], positions: int) -> Holding | None:
         """Pages for a sequence that begins with `ids` and has at most `positions`; None if there are too few now.
 
-        Its `length` says how many ids have their keys and values already: whole pages of them, and never the last id.
+        Its `length` says how many ids have their keys and values already, never the last one: whole pages of them, and
+        what is to be copied as `copy` says, if it says so, before `copied` is called.
         """
         digests, shared = [], []
         if self.reuse:
@@ -67,20 +75,39 @@ class Pages:
             return None
         for page in shared:
             self._hold(page)
-        return Holding([*shared, *(self._fresh() for _ in range(fresh))], len(shared) * self.size, digests)
+        known = len(shared) * self.size
+        source, count = self._longest(digests[-1] if digests else b"", ids[known : len(ids) - 1])
+        if source is None or (source in self._idle and fresh == self.available):
+            return Holding([*shared, *(self._fresh() for _ in range(fresh))], known, digests)
+        self._hold(source)
+        pages = [*shared, *(self._fresh() for _ in range(fresh))]
+        return Holding(pages, known + count, digests, copy=(source, pages[len(shared)]))
+
+    def copied(self, holding: Holding) -> None:
+        """Says that what `copy` asks for is done."""
+        assert holding.copy is not None
+        self._let_go(holding.copy[0])
+        holding.copy = None
 
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         """Says that the sequence's first `length` positions are written, and are those of the first ids."""
         holding.length = length
-        known = len(holding.digests)
-        if not self.reuse or holding.private or length < (known + 1) * self.size:
+        if not self.reuse or holding.private:
             return
+        first = len(holding.digests) * self.size
         last = holding.digests[-1] if holding.digests else b""
-        for digest in self._digests(last, ids[known * self.size : length]):
+        for digest in self._digests(last, ids[first:length]):
             page = holding.pages[len(holding.digests)]
             holding.digests.append(digest)
-            if page is not None and digest not in self._page_of:
+            if page is not None and digest in self._page_of:
+                self._forget_beginning(page)  # there is another
+            elif page is not None:
                 self._page_of[digest], self._digest_of[page] = page, digest
+                self._note_beginning(page, last, ids[first : first + self.size])
+            last, first = digest, first + self.size
+        page = holding.pages[len(holding.digests)] if first < length else None
+        if page is not None and length - first >= self.least:
+            self._note_beginning(page, last, ids[first:length])
 
     def fork(self, holding: Holding, length: int | None = None) -> tuple[Holding, tuple[int, int] | None] | None:
         """(a second sequence that goes on from the first `length` positions of the first, or all of them, the page to
@@ -112,7 +139,7 @@ class Pages:
     def forget(self) -> None:
         """What is known of the ids of pages no longer holds; who has pages keeps them."""
         self._free.extend(self._idle)
-        for known in (self._page_of, self._digest_of, self._idle):
+        for known in (self._page_of, self._digest_of, self._begun, self._begun_of, self._idle):
             known.clear()
 
     def give(self, holding: Holding) -> None:
@@ -127,6 +154,28 @@ class Pages:
             digest = hashlib.sha256(digest + array("q", ids[first : first + self.size]).tobytes()).digest()
             yield digest
 
+    def _longest(self, before: bytes, ids: Sequence[int]) -> tuple[int | None, int]:
+        """(the page that begins with the most of some ids, how many)."""
+        best, count = None, self.least - 1
+        if len(ids) > count:
+            for page, known in self._begun.get((before, ids[0]), {}).items():
+                same = next((i for i, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), None)
+                same = min(len(ids), len(known)) if same is None else same
+                if same > count:
+                    best, count = page, same
+        return best, count
+
+    def _note_beginning(self, page: int, before: bytes, ids: Sequence[int]) -> None:
+        key = self._begun_of[page] = before, ids[0]
+        self._begun.setdefault(key, {})[page] = tuple(ids)
+
+    def _forget_beginning(self, page: int) -> None:
+        key = self._begun_of.pop(page, None)
+        if key is not None:
+            del self._begun[key][page]
+            if not self._begun[key]:
+                del self._begun[key]
+
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
         self._references[page] += 1
@@ -136,7 +185,9 @@ class Pages:
             page = self._free.pop()
         else:
             page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._digest_of.pop(page)]
+            if page in self._digest_of:
+                del self._page_of[self._digest_of.pop(page)]
+            self._forget_beginning(page)
         self._references[page] = 1
         return page
 
@@ -144,7 +195,7 @@ class Pages:
         self._references[page] -= 1
         if self._references[page]:
             return
-        if page in self._digest_of:
+        if page in self._digest_of or page in self._begun_of:
             self._idle[page] = None
         else:
             self._free.append(page)

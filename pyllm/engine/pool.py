@@ -39,7 +39,11 @@ class AttentionPool:
         self.window = None if None in windows else max(w for w in windows if w is not None)
 
     def admit(self, ids: Sequence[int], positions: int, source: Sequence[int] = ()) -> Holding | None:
-        return self.pages.take(ids, positions)
+        holding = self.pages.take(ids, positions)
+        if holding is not None and holding.copy is not None:
+            self._copy(*holding.copy)
+            self.pages.copied(holding)
+        return holding
 
     def room(self, positions: int, source_length: int = 0) -> int:
         """How many sequences of so many positions fit, with what all of them answer, if there are no others."""
@@ -66,8 +70,10 @@ class AttentionPool:
             holding = row.held
             count = len(ids) or 1
             holding.length += count
-            if holding.length % PAGE_SIZE < count or self.window is not None:  # a page is full
+            if holding.length % PAGE_SIZE < count:  # a page is full
                 self.note(holding, [*row.sequence, *ids] if ids else row.sequence, holding.length)
+            elif self.window is not None:
+                self.pages.slide(holding, holding.length - self.window)
 
     def note(self, holding: Holding, ids: Sequence[int], length: int) -> None:
         self.pages.note(holding, ids, length)
@@ -92,12 +98,18 @@ class AttentionPool:
             return None
         twin, copied = made
         if copied is not None:
-            for cache in self.caches:
-                for t in (cache.keys, cache.values):
-                    t[copied[1]] = t[copied[0]]
+            self._copy(*copied)
         return twin
 
-    def give(self, holding: Holding) -> None:
+    def _copy(self, source: int, target: int) -> None:
+        for cache in self.caches:
+            for t in (cache.keys, cache.values):
+                t[target] = t[source]
+
+    def give(self, holding: Holding, ids: Sequence[int] = ()) -> None:
+        """Takes back what a sequence held, of which the ids are known, if they are given."""
+        if ids:
+            self.pages.note(holding, ids, min(holding.length, len(ids)))
         self.pages.give(holding)
 
     def forget(self) -> None:
@@ -203,7 +215,7 @@ class RecurrentPool:
         twin.length = length
         return twin
 
-    def give(self, slot: Slot) -> None:
+    def give(self, slot: Slot, ids: Sequence[int] = ()) -> None:
         slot.ended = True
         self.free += 1
 

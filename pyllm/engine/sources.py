@@ -64,8 +64,8 @@ class SourcePool(AttentionPool):
         source.users += 1
         return held
 
-    def give(self, holding: Holding) -> None:
-        super().give(holding)
+    def give(self, holding: Holding, ids: Sequence[int] = ()) -> None:
+        super().give(holding, ids)
         holding.source.users -= 1
         if not holding.source.users:
             del self.live[holding.source.ids]

@@ -16,7 +16,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pages = Pages(COUNT, SIZE)
+        self.pages = Pages(COUNT, SIZE, least=1)
         self.memory = [[None] * SIZE for _ in range(COUNT)]
         self.sequences = []  # [holding, ids, positions, first that is read]
 
@@ -30,6 +30,10 @@ class Machine(RuleBasedStateMachine):
             assert before < self.pages.needed(positions) and self.pages.available == before
             return multiple()
         assert holding.length < len(prompt) and len(holding.pages) == self.pages.needed(positions)
+        assert (holding.copy is None) == (holding.length % SIZE == 0)
+        if holding.copy is not None:
+            self.memory[holding.copy[1]] = list(self.memory[holding.copy[0]])
+            self.pages.copied(holding)
         sequence = [holding, prompt[: holding.length], positions, 0]
         self.sequences.append(sequence)
         self.write(sequence, prompt)
@@ -107,6 +111,33 @@ def test_a_prefix_is_found_until_its_room_is_needed():
     pages.give(third)
     pages.give(pages.take([7], 16))  # all of the room
     assert pages.take(prompt, 9).length == 0
+
+
+def test_a_page_that_begins_the_same_is_copied():
+    pages, prompt = Pages(5, 4, least=2), list(range(8))
+    first = pages.take(prompt, 8)
+    pages.note(first, prompt[:7], 7)
+    assert pages.take([0, 1, 2, 3, 4, 9], 6).copy is None  # one id is not worth it
+    for _ in range(2):  # also after the sequence has ended
+        second = pages.take([0, 1, 2, 3, 4, 5, 9, 9], 8)
+        assert second.length == 6 and second.copy == (first.pages[1], second.pages[1])
+        source = second.copy[0]
+        pages.copied(second)
+        pages.give(second)
+        if first.pages:
+            pages.give(first)
+            first.pages = [None, source]
+    full = pages.take([7], 12)  # leaves room for what is held alone
+    second = pages.take([0, 1, 2, 3, 4, 5, 9, 9], 8)
+    assert full is not None and second is None
+
+
+def test_a_copy_is_made_only_where_there_is_room_for_both():
+    pages, prompt = Pages(3, 4, least=2), list(range(8))
+    pages.note(first := pages.take(prompt, 8), prompt[:7], 7)
+    pages.give(first)
+    second = pages.take([0, 1, 2, 3, 4, 5, 9, 9, 9], 12)  # takes all of the room, also where the copy's source is
+    assert second.length == 4 and second.copy is None and pages.available == 0
 
 
 def test_without_reuse_nothing_is_shared():
