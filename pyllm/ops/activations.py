@@ -101,7 +101,7 @@ class _Activation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = gate.new_empty(gate.shape)
-        dup = None if up is None else up.new_empty(up.shape)
+        dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        dup = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
         _C.activation_backward(_rows(dy), gate, up, dgate, dup, *ctx.names)
         return None, None, dgate, dup

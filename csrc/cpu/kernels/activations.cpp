@@ -1,9 +1,11 @@
 // Activations, plain and gated. Every element stands alone, so a call is one walk over memory, in pieces of a row that
-// threads take; its floor is the memory it reads and writes. Backward recomputes f and its slope from the input and
+// threads take; its floor is the memory it reads and writes or, with AVX-512, the 25 to 35 instructions that a vector
+// takes on two ports, which no division may hold up (`reciprocal`). Backward recomputes f and its slope from the input and
 // writes both gradients of a gated form in the same walk.
 //
 // gelu(x) = x times the normal distribution's mass below x, which is computed from its tail: exact to a few units in the
-// last place also where x is very negative and 1 + erf(x) would cancel. Likewise its tanh form is x sigmoid(2 u).
+// last place also where x is very negative and 1 + erf(x) would cancel. Likewise its tanh form is x sigmoid(2 u). What is
+// stored in bf16 is computed to 1e-4 of itself.
 #include "cpu/activations.h"
 
 #include <algorithm>
@@ -15,37 +17,39 @@ namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kPiece = 4096;
+constexpr int64_t kAhead = 1024;  // bytes; the processor's own prefetching begins anew at each page
 
 VEC V within(V x, float limit) {  // NaN stays NaN
   return max(set(-limit), min(set(limit), x));
 }
 
 // f(x), and its slope where it is asked for.
-template <Activation kKind>
+template <Activation kKind, Digits kDigits>
 VEC V activate(V x, V* slope) {
   if constexpr (kKind == Activation::gelu) {
     V bell;
-    const V a = min(set(14.0f), abs(x)), tail = normal_tail(a, bell);  // beyond, the tail is 0
+    const V a = abs_below(x, 14.5f), tail = normal_tail<kDigits>(a, bell);  // beyond, the tail is 0
     if (slope) *slope = fma(x * 0.39894228040143268f, bell, x < 0.0f ? tail : 1.0f - tail);
     return fma(-a, tail, max(V{}, x));
   } else if constexpr (kKind == Activation::gelu_tanh) {
     constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;  // 2 sqrt(2 / pi)
     const V c = within(x, 13.0f), z = c * c;                          // beyond, the sigmoid is 0 or 1
-    const V s = sigmoid(c * kTwice * fma(z, set(kCube), set(1.0f)));
-    if (slope) *slope = fma(c * s * (1.0f - s), kTwice * fma(z, set(3 * kCube), set(1.0f)), s);
+    V rest;
+    const V s = sigmoid<kDigits>(c * kTwice * fma(z, set(kCube), set(1.0f)), &rest);
+    if (slope) *slope = fma(c * s * rest, kTwice * fma(z, set(3 * kCube), set(1.0f)), s);
     return x * s;
   } else if constexpr (kKind == Activation::silu) {
-    const V s = sigmoid(x);
-    if (slope) *slope = s * fma(x, 1.0f - s, set(1.0f));
+    V rest;
+    const V s = sigmoid<kDigits>(x, &rest);
+    if (slope) *slope = s * fma(x, rest, set(1.0f));
     return x * s;
   } else if constexpr (kKind == Activation::sigmoid) {
-    const V s = sigmoid(x);
-    if (slope) *slope = s * (1.0f - s);
+    V rest;
+    const V s = sigmoid<kDigits>(x, &rest);
+    if (slope) *slope = s * rest;
     return s;
   } else if constexpr (kKind == Activation::tanh) {
-    const V y = tanh(x);
-    if (slope) *slope = fma(-y, y, set(1.0f));
-    return y;
+    return tanh<kDigits>(x, slope);
   } else {
     const V y = max(V{}, x);  // NaN stays NaN
     if (slope) *slope = y + y;
@@ -66,12 +70,40 @@ void each_piece(int64_t rows, int64_t cols, const F& body) {
   });
 }
 
-template <class F>
-VEC void each(int64_t n, const F& f) {
+// f(x, y) for n elements: a vector of each input to one of each output. Several at once, side by side: the chain of
+// operations from one input to its output is longer than what a core looks ahead.
+template <int kInputs, int kOutputs, class T, class F>
+VEC void each(int64_t n, const T* const (&in)[kInputs], T* const (&out)[kOutputs], const F& f) {
+  constexpr int kAtOnce = W == 16 ? 4 : 2;  // as registers allow
   int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
-  if (i < n) f(i, n - i);
+  for (; i + kAtOnce * W <= n; i += kAtOnce * W) {
+    V x[kInputs][kAtOnce], y[kOutputs][kAtOnce];
+    UNROLL for (int64_t line = kAhead; line < kAhead + kAtOnce * W * static_cast<int64_t>(sizeof(T)); line += 64) {
+      UNROLL for (int k = 0; k < kInputs; k++) __builtin_prefetch(reinterpret_cast<const char*>(in[k] + i) + line);
+      UNROLL for (int k = 0; k < kOutputs; k++) __builtin_prefetch(reinterpret_cast<char*>(out[k] + i) + line, 1);
+    }
+    UNROLL for (int k = 0; k < kInputs; k++) UNROLL for (int j = 0; j < kAtOnce; j += 2)
+        load_pair(in[k] + i + j * W, x[k][j], x[k][j + 1]);
+    UNROLL for (int j = 0; j < kAtOnce; j++) {
+      V from[kInputs], to[kOutputs];
+      UNROLL for (int k = 0; k < kInputs; k++) from[k] = x[k][j];
+      f(from, to);
+      UNROLL for (int k = 0; k < kOutputs; k++) y[k][j] = to[k];
+    }
+    UNROLL for (int k = 0; k < kOutputs; k++) UNROLL for (int j = 0; j < kAtOnce; j += 2)
+        store_pair(out[k] + i + j * W, y[k][j], y[k][j + 1]);
+  }
+  for (; i < n; i += W) {
+    const int64_t count = std::min<int64_t>(W, n - i);
+    V from[kInputs], to[kOutputs];
+    UNROLL for (int k = 0; k < kInputs; k++) from[k] = get(in[k] + i, count);
+    f(from, to);
+    UNROLL for (int k = 0; k < kOutputs; k++) write(out[k] + i, to[k], count);
+  }
 }
+
+template <class T>
+constexpr Digits kDigitsOf = std::is_same_v<T, bf16> ? Digits::rough : Digits::all;
 
 template <Activation kKind, class T>
 void forward(const ActivationArgs& a) {
@@ -79,11 +111,13 @@ void forward(const ActivationArgs& a) {
     const T* gate = reinterpret_cast<const T*>(a.gate) + a.gate_rows.offset(row) + first;
     T* out = reinterpret_cast<T*>(a.out) + row * a.cols + first;
     if (!a.up)
-      return each(last - first,
-                  [&](int64_t i, int64_t n) { write(out + i, activate<kKind>(get(gate + i, n), nullptr), n); });
+      return each<1, 1>(last - first, {gate}, {out}, [](const V* x, V* y) __attribute__((always_inline)) {
+        y[0] = activate<kKind, kDigitsOf<T>>(x[0], nullptr);
+      });
     const T* up = reinterpret_cast<const T*>(a.up) + a.up_rows.offset(row) + first;
-    each(last - first,
-         [&](int64_t i, int64_t n) { write(out + i, activate<kKind>(get(gate + i, n), nullptr) * get(up + i, n), n); });
+    each<2, 1>(last - first, {gate, up}, {out}, [](const V* x, V* y) __attribute__((always_inline)) {
+      y[0] = activate<kKind, kDigitsOf<T>>(x[0], nullptr) * x[1];
+    });
   });
 }
 
@@ -94,18 +128,18 @@ void backward(const ActivationBackwardArgs& a) {
     const T* gate = reinterpret_cast<const T*>(a.gate) + a.gate_rows.offset(row) + first;
     T* dgate = reinterpret_cast<T*>(a.dgate) + row * a.cols + first;
     if (!a.up)
-      return each(last - first, [&](int64_t i, int64_t n) {
+      return each<2, 1>(last - first, {gate, dy}, {dgate}, [](const V* x, V* y) __attribute__((always_inline)) {
         V slope;
-        activate<kKind>(get(gate + i, n), &slope);
-        write(dgate + i, get(dy + i, n) * slope, n);
+        activate<kKind, kDigitsOf<T>>(x[0], &slope);
+        y[0] = x[1] * slope;
       });
     const T* up = reinterpret_cast<const T*>(a.up) + a.up_rows.offset(row) + first;
     T* dup = reinterpret_cast<T*>(a.dup) + row * a.cols + first;
-    each(last - first, [&](int64_t i, int64_t n) {
+    each<3, 2>(last - first, {gate, dy, up}, {dgate, dup}, [](const V* x, V* y) __attribute__((always_inline)) {
       V slope;
-      const V y = activate<kKind>(get(gate + i, n), &slope), g = get(dy + i, n);
-      write(dup + i, g * y, n);
-      write(dgate + i, g * get(up + i, n) * slope, n);
+      const V f = activate<kKind, kDigitsOf<T>>(x[0], &slope);
+      y[0] = x[1] * x[2] * slope;
+      y[1] = x[1] * f;
     });
   });
 }

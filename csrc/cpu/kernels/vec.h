@@ -95,6 +95,13 @@ VEC V min(V a, V b) {
 #endif
 }
 VEC V abs(V x) { return as_float(as_int(x) & 0x7fffffff); }
+VEC V abs_below(V x, float limit) {  // min(|x|, limit), which NaN becomes as well
+#if __AVX512DQ__
+  return _mm512_range_ps(x, set(limit), 0b1010);  // the smaller magnitude, its sign cleared
+#else
+  return min(abs(x), set(limit));
+#endif
+}
 VEC V copysign(V x, V sign) { return as_float((as_int(x) & 0x7fffffff) | (as_int(sign) & INT32_MIN)); }
 VEC V sqrt(V x) {
 #if __AVX512F__
@@ -206,21 +213,23 @@ VEC V widen_bf16(VH h) {
   return as_float(__builtin_convertvector(h, VI) << 16);
 #endif
 }
+VEC VI round_bf16(V v) {  // the number's bits in the upper half of each lane; NaN stays NaN
+#if __AVX512F__
+  const __m512i bits = _mm512_castps_si512(v), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+  constexpr int kQuietNan = 0x22;  // of v, in place of what was rounded, where v is NaN
+  return reinterpret_cast<VI>(_mm512_fixupimm_ps(_mm512_castsi512_ps(rounded), v, _mm512_set1_epi32(kQuietNan), 0));
+#else
+  const VI bits = as_int(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? rounded : bits | 0x400000;
+#endif
+}
 VEC VH narrow_bf16(V v) {
 #if __AVX512F__
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  return reinterpret_cast<VH>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(reinterpret_cast<__m512i>(round_bf16(v)), 16)));
 #else
-  using VU = uint32_t __attribute__((vector_size(W * 4)));
-  const VU bits = reinterpret_cast<VU>(v);
-  const VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VU nan = (bits >> 16) | 0x40;
-  const VU kept = (reinterpret_cast<VU>(v == v) & rounded) | (reinterpret_cast<VU>(v != v) & nan);
-  return __builtin_convertvector(kept, VH);
+  return __builtin_convertvector(round_bf16(v) >> 16, VH);
 #endif
 }
 VEC V widen_f16(VH h) {
@@ -286,6 +295,32 @@ VEC void store(f16* p, V v) {
   std::memcpy(static_cast<void*>(p), &h, sizeof h);
 }
 
+// 2 W elements as two vectors, for work that does not care which lane an element is in: those of bf16, whose order takes
+// time to keep, are the even and the odd ones.
+template <class T>
+VEC void load_pair(const T* p, V& a, V& b) {
+  a = load(p), b = load(p + W);
+}
+VEC void load_pair(const bf16* p, V& a, V& b) {
+  VI both;
+  std::memcpy(&both, p, sizeof both);
+  a = as_float(both << 16), b = as_float(both & static_cast<int32_t>(0xffff0000));
+}
+template <class T>
+VEC void store_pair(T* p, V a, V b) {
+  store(p, a), store(p + W, b);
+}
+VEC void store_pair(bf16* p, V a, V b) {
+  const VI even = round_bf16(a), odd = round_bf16(b);
+#if __AVX512F__
+  const __m512i lower = _mm512_srli_epi32(reinterpret_cast<__m512i>(even), 16);
+  const VI both = reinterpret_cast<VI>(_mm512_mask_blend_epi16(0xaaaaaaaa, lower, reinterpret_cast<__m512i>(odd)));
+#else
+  const VI both = ((even >> 16) & 0xffff) | (odd & static_cast<int32_t>(0xffff0000));
+#endif
+  std::memcpy(static_cast<void*>(p), &both, sizeof both);
+}
+
 // The first n < W elements; the lanes beyond are `fill` and are not written.
 VEC V keep(V v, int64_t n, float fill) { return lane_index() < static_cast<int32_t>(n) ? v : set(fill); }
 VEC V load_n(const float* p, int64_t n, float fill = 0) {
@@ -344,39 +379,85 @@ VEC void put(T* p, float x) {
   store_n(p, set(x), 1);
 }
 
-// x less `power` times log(2), the nearest such multiple, for x in [-104, 89].
-VEC V less_powers(V x, VI& power) {
-  const V shifted = fma(x, set(1.44269504088896341f), set(12582912.0f));  // the nearest integer sits in the low bits
-  power = as_int(shifted) - as_int(set(12582912.0f));
-  const V k = shifted - 12582912.0f;
+// What is stored in bf16 needs less: `rough` functions are off by up to 1e-4 of themselves, a thirtieth of that rounding.
+enum class Digits { all, rough };
+
+// 1 / d for d in [1, 2^126), within 1 unit in the last place: a division takes as long as 16 other instructions.
+template <Digits kDigits = Digits::all>
+VEC V reciprocal(V d) {
+#if __AVX512F__
+  const V y = _mm512_rcp14_ps(d);
+  return kDigits == Digits::rough ? y : fma(y, fma(-d, y, set(1.0f)), y);
+#else
+  return 1.0f / d;
+#endif
+}
+
+constexpr float kShift = 12582912.0f;  // added to it, a number's nearest integer sits in the low bits
+
+// x less k times log(2), the nearest such multiple, for x in [-104, 89]; `shifted` = k + kShift.
+VEC V less_powers(V x, V& shifted) {
+  shifted = fma(x, set(1.44269504088896341f), set(kShift));
+  const V k = shifted - kShift;
   return fma(k, set(-1.42860682030941723212e-6f), fma(k, set(-0.693145751953125f), x));
 }
-VEC V exp_near_zero(V r) {  // |r| at most about log(2) / 2
-  V p = set(1.9875691500e-4f);
-  p = fma(p, r, set(1.3981999507e-3f));
-  p = fma(p, r, set(8.3334519073e-3f));
-  p = fma(p, r, set(4.1665795894e-2f));
-  p = fma(p, r, set(1.6666665459e-1f));
-  p = fma(p, r, set(5.0000001201e-1f));
-  return fma(p, r * r, r) + 1.0f;
+// exp(r / kScale), where |r / kScale| is at most about log(2) / 2.
+template <int kScale = 1>
+VEC V exp_near_zero(V r) {
+  constexpr float s = 1.0f / kScale;
+  V p = set(1.38145839e-3f * (s * s * s * s * s * s));
+  p = fma(p, r, set(8.36872403e-3f * (s * s * s * s * s)));
+  p = fma(p, r, set(4.16683887e-2f * (s * s * s * s)));
+  p = fma(p, r, set(1.66665205e-1f * (s * s * s)));
+  p = fma(p, r, set(4.99999934e-1f * (s * s)));
+  p = fma(p, r, set(s));
+  return fma(p, r, set(1.0f));
 }
-// exp(x) = p * 2^n: p, with n in `power`.
-VEC V exp_parts(V x, VI& power) { return exp_near_zero(less_powers(x, power)); }
+template <int kScale = 1>
+VEC V rough_exp_near_zero(V r) {
+  constexpr float s = 1.0f / kScale;
+  V p = set(4.15137826e-2f * (s * s * s * s));
+  p = fma(p, r, set(1.67875211e-1f * (s * s * s)));
+  p = fma(p, r, set(5.00030161e-1f * (s * s)));
+  p = fma(p, r, set(9.99966811e-1f * s));
+  return fma(p, r, set(1.0f));
+}
+// p 2^k, which may overflow or be denormal, for |k| <= 252.
+VEC V times_power(V p, V shifted) {
+#if __AVX512F__
+  return _mm512_scalef_ps(p, shifted - kShift);
+#else
+  const VI k = as_int(shifted) - as_int(set(kShift)), half = k >> 1;  // two steps, each with a factor that is normal
+  return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
+#endif
+}
+// The same where 2^k is a normal number.
+VEC V times_normal_power(V p, V shifted) {
+#if __AVX512F__
+  return times_power(p, shifted);
+#else
+  return p * as_float((as_int(shifted) << 23) + as_int(set(1.0f)));
+#endif
+}
 
 // exp: error below 1 unit in the last place; overflow to infinity, underflow to denormals and 0, NaN stays NaN.
 VEC V exp(V x) {
-  x = max(set(-104.0f), min(set(89.0f), x));
-  VI n;
-  const V p = exp_parts(x, n);
-  const VI half = n >> 1;  // two steps, so that 2^n may be denormal or overflow
-  return p * as_float((half + 127) << 23) * as_float((n - half + 127) << 23);
+  V shifted;
+  const V p = exp_near_zero(less_powers(max(set(-104.0f), min(set(89.0f), x)), shifted));
+  return times_power(p, shifted);
 }
 
 // The same where x <= 0, as in a softmax: cheaper, and 0 below exp(-87), so that no denormal slows what follows.
+template <Digits kDigits = Digits::all>
 VEC V exp_nonpositive(V x) {
-  VI n;
-  const V p = exp_parts(max(set(-87.0f), x), n);
-  return x < -87.0f ? V{} : p * as_float((n + 127) << 23);
+  V shifted, p;
+  if constexpr (kDigits == Digits::rough) {
+    shifted = fma(x, set(1.44269504088896341f), set(kShift));
+    p = rough_exp_near_zero(fma(shifted - kShift, set(-0.693147180559945309f), x));
+  } else {
+    p = exp_near_zero(less_powers(x, shifted));
+  }
+  return x < -87.0f ? V{} : times_normal_power(p, shifted);
 }
 
 // log: error below 1 unit in the last place; log(0) = -infinity, negative numbers and NaN give NaN.
@@ -409,17 +490,41 @@ VEC V log(V x) {
   return (x < 0.0f) | (x != x) ? set(__builtin_nanf("")) : y;
 }
 
-VEC V sigmoid(V x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / (1 + exp(-x)), and in `rest` what is left of 1, where it is asked for: both keep their digits. What is raised and
+// divided is on the safe side, exp(-|x|) and 1 to 2.
+template <Digits kDigits = Digits::all>
+VEC V sigmoid(V x, V* rest = nullptr) {
+  const V e = exp_nonpositive<kDigits>(-abs(x)), large = reciprocal<kDigits>(e + 1.0f), small = e * large;
+  if (rest) *rest = x > 0.0f ? small : large;
+  return x > 0.0f ? large : small;
+}
 
-VEC V tanh(V x) {
-  const V a = abs(x), z = x * x;
-  const V big = 1.0f - 2.0f / (exp(a + a) + 1.0f);
-  V p = set(-5.70498872745e-3f);
-  p = fma(p, z, set(2.06390887954e-2f));
-  p = fma(p, z, set(-5.37397155531e-2f));
-  p = fma(p, z, set(1.33314422036e-1f));
-  p = fma(p, z, set(-3.33332819422e-1f));
-  return select(a < 0.625f, fma(p * z, x, x), copysign(big, x));
+// Of u = -2 |x|: tanh(|x|) = -expm1(u) / (2 + expm1(u)), where expm1 = 2^k (exp(r) - 1) + (2^k - 1) keeps its digits near 0
+// since there k = 0. The polynomial is of r / 2. And its slope, 4 exp(u) / (1 + exp(u))^2, where it is asked for.
+template <Digits kDigits = Digits::all>
+VEC V tanh(V x, V* slope = nullptr) {
+  constexpr float kMost = 43.5f;  // beyond, u has no power that is a normal number: 1, and 0
+  V r = max(set(-kMost), -abs(x)), p;
+  const V shifted = fma(r, set(2.88539008177792681f), set(kShift)), k = shifted - kShift;
+  if constexpr (kDigits == Digits::rough) {
+    r = fma(k, set(-0.346573590279972655f), r);
+    p = set(4.16665855e-2f * 16);
+    p = fma(p, r, set(1.67667535e-1f * 8));
+    p = fma(p, r, set(5.00012529e-1f * 4));
+    p = fma(p, r, set(9.99985096e-1f * 2));
+  } else {
+    r = fma(k, set(-0.71430341015470861606e-6f), fma(k, set(-0.3465728759765625f), r));
+    p = set(1.38888726e-3f * 64);
+    p = fma(p, r, set(8.36908292e-3f * 32));
+    p = fma(p, r, set(4.16671366e-2f * 16));
+    p = fma(p, r, set(1.66665061e-1f * 8));
+    p = fma(p, r, set(4.99999981e-1f * 4));
+    p = fma(p, r, set(2.0f));
+  }
+  const V power = times_normal_power(set(1.0f), shifted), e = fma(power, p * r, power - 1.0f);
+  const V share = reciprocal<kDigits>(e + 2.0f);
+  if (slope) *slope = abs(x) >= kMost ? V{} : 4.0f * fma(power, p * r, power) * share * share;
+  return copysign(e * share, x);
 }
 
 // Sine and cosine of angles in double, error below 2 units in the last place of float: the angle is taken modulo pi / 2 in
@@ -444,25 +549,35 @@ VEC void sincos(VD angle, V& sine, V& cosine) {
   cosine = as_float(as_int(select(swapped, s, c)) ^ (((quarter + 1) & 2) << 30));
 }
 
-// The standard normal distribution's mass beyond a, 0 <= a <= 14, and bell = exp(-a^2 / 2). The tail is the bell times a
+// The standard normal distribution's mass beyond a, 0 <= a <= 14.5, and bell = exp(-a^2 / 2). The tail is the bell times a
 // polynomial in 1 / (1 + c a), fitted for the least largest relative error: it keeps its digits until it is 0.
+template <Digits kDigits = Digits::all>
 VEC V normal_tail(V a, V& bell) {
-  const V square = a * a, rest = fma(a, a, -square);  // what rounding the square lost would cost the bell digits
-  VI n;
-  bell = exp_near_zero(fma(rest, set(-0.5f), less_powers(-0.5f * square, n)));
-  n = n + 127;
-  bell = bell * as_float((n > 0 ? n : VI{}) << 23);
-  const V t = 1.0f / fma(a, set(0.35355339f), set(1.0f));
-  V p = set(-0.0295343697f);
-  p = fma(p, t, set(0.1422870177f));
-  p = fma(p, t, set(-0.2435991385f));
-  p = fma(p, t, set(0.1390328175f));
-  p = fma(p, t, set(-0.01331241641f));
-  p = fma(p, t, set(0.1013433019f));
-  p = fma(p, t, set(0.1215519046f));
-  p = fma(p, t, set(0.1411876524f));
-  p = fma(p, t, set(0.141043209f));
-  return p * t * bell;
+  // a^2 less a multiple of log(4), without rounding a^2, which would cost the bell digits.
+  const V shifted = fma(a * -0.72134752044448170f, a, set(kShift)), k = shifted - kShift;
+  if constexpr (kDigits == Digits::rough) {
+    bell = times_power(rough_exp_near_zero<-2>(fma(a, a, k * 1.38629436111989062f)), shifted);
+    const V t = reciprocal<kDigits>(fma(a, set(0.3775f), set(1.0f)));
+    V p = set(-0.09066522121429443f);
+    p = fma(p, t, set(0.1953372359275818f));
+    p = fma(p, t, set(0.0872533842921257f));
+    p = fma(p, t, set(0.1579306274652481f));
+    p = fma(p, t, set(0.15012887120246887f));
+    return p * (t * bell);
+  } else {
+    const V r = fma(k, set(2.85721364061883446e-6f), fma(a, a, k * 1.38629150390625f));
+    bell = times_power(exp_near_zero<-2>(r), shifted);
+    const V t = reciprocal(fma(a, set(0.34375f), set(1.0f))), z = t * t;
+    V even = set(-0.027809297665953636f), odd = set(0.1438489854335785f);  // powers: two chains of half the length
+    even = fma(even, z, set(-0.2717137336730957f));
+    odd = fma(odd, z, set(0.19092071056365967f));
+    even = fma(even, z, set(-0.039307013154029846f));
+    odd = fma(odd, z, set(0.11265793442726135f));
+    even = fma(even, z, set(0.11674046516418457f));
+    odd = fma(odd, z, set(0.13754227757453918f));
+    even = fma(even, z, set(0.13711966574192047f));
+    return fma(odd, t, even) * (t * bell);
+  }
 }
 
 // body(begin, end) over [0, n) on the team of threads; pieces come in any order and number.
