@@ -193,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_steps_backward", &ops::recurrent_steps_backward);
   def(m, "rope", &ops::rope);
   def(m, "route", &ops::route);
+  def(m, "route_backward", &ops::route_backward);
   def(m, "sample", &ops::sample);
   m.def("wkv_chunk", &ops::wkv_chunk);
   def(m, "wkv_forward", &ops::wkv_forward);

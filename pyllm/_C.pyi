@@ -327,6 +327,16 @@ def route(
     normalised: bool,
     /,
 ) -> None: ...
+def route_backward(
+    logits: Array,
+    weights: Array,
+    dweights: Array,
+    places: Array,
+    offsets: Array,
+    dlogits: Array,
+    normalised: bool,
+    /,
+) -> None: ...
 def rope(
     x: Array,
     positions: Array,

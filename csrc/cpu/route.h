@@ -17,6 +17,19 @@ struct RouteArgs {
   int64_t *order, *places, *offsets;  // (rows * active,) twice, (experts + 1,)
 };
 
+// The gradient of the logits, from that of the weights.
+struct RouteBackwardArgs {
+  int64_t rows, experts, active;
+  bool normalised;
+  DType dtype;
+  const char* logits;
+  int64_t row_step;
+  const float *weights, *dweights;  // (rows, active)
+  const int64_t *places, *offsets;
+  char* dlogits;  // (rows, experts)
+};
+
 PYLLM_KERNEL(route, RouteArgs)
+PYLLM_KERNEL(route_backward, RouteBackwardArgs)
 
 }  // namespace pyllm

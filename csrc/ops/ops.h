@@ -60,6 +60,8 @@ void pack_linear(const TensorView& weight, const TensorView& panels);
 // See RouteArgs.
 void route(const TensorView& logits, const TensorView& weights, const TensorView& order, const TensorView& places,
            const TensorView& offsets, int64_t active, bool normalised);
+void route_backward(const TensorView& logits, const TensorView& weights, const TensorView& dweights,
+                    const TensorView& places, const TensorView& offsets, const TensorView& dlogits, bool normalised);
 void matmul(const TensorView& a, const TensorView& b, const TensorView& bias_or_none, const TensorView& c);
 void column_sum(const TensorView& a, const TensorView& sums);
 int64_t quantized_panel_width(bool on_cuda);  // rows that a packed weight has together

@@ -42,8 +42,8 @@ def route(logits: Tensor, *, active: int, normalised: bool = True) -> Routes:
     if logits.is_cuda:
         return Routes(*_on_cuda(logits, active, normalised))
     if torch.is_grad_enabled() and logits.requires_grad:
-        return Routes(*_Route.apply(logits, active, normalised))
-    return Routes(*_forward(logits, active, normalised))
+        return Routes(*_Route.apply(_rows(logits), active, normalised))
+    return Routes(*_forward(_rows(logits), active, normalised))
 
 
 def through_experts(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, offsets: Tensor) -> Tensor:
@@ -64,14 +64,17 @@ def through_experts(experts: Iterable[Callable[[Tensor], Tensor]], x: Tensor, of
     return out
 
 
+def _rows(logits: Tensor) -> Tensor:
+    apart = not logits.is_contiguous() and logits.stride(-1) != 1
+    return logits.clone(memory_format=torch.contiguous_format) if apart else logits
+
+
 def _forward(logits: Tensor, active: int, normalised: bool) -> tuple[Tensor, ...]:
     rows, experts = logits.shape if logits.dim() == 2 else (0, 0)
     room = active if 1 <= active <= experts else 0
     order, places = (logits.new_empty(rows * room, dtype=torch.int64) for _ in range(2))
     weights = logits.new_empty(rows, room, dtype=torch.float32)
     offsets = logits.new_empty(experts + 1, dtype=torch.int64)
-    if logits.dim() and logits.stride(-1) != 1:
-        logits = logits.clone(memory_format=torch.contiguous_format)
     _C.route(logits, weights, order, places, offsets, active, normalised)
     return weights, order, places, offsets
 
@@ -97,18 +100,15 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, active, normalised):
         weights, order, places, offsets = _forward(logits, active, normalised)
-        ctx.save_for_backward(logits, places, offsets)
-        ctx.active, ctx.normalised = active, normalised
+        ctx.save_for_backward(logits, weights, places, offsets)
+        ctx.normalised = normalised
         ctx.mark_non_differentiable(order, places, offsets)
         return weights, order, places, offsets
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dweights, *_):
-        logits, places, offsets = ctx.saved_tensors
-        chosen = torch.searchsorted(offsets, places, right=True) - 1
-        with torch.enable_grad():
-            wide = logits.detach().float().requires_grad_()
-            weights = wide.softmax(-1).gather(1, chosen.view(-1, ctx.active))
-            (dlogits,) = torch.autograd.grad(_normalised(weights, ctx.normalised), wide, dweights)
-        return dlogits.to(logits.dtype), None, None
+        logits, weights, places, offsets = ctx.saved_tensors
+        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        _C.route_backward(logits, weights, dweights.contiguous(), places, offsets, dlogits, ctx.normalised)
+        return dlogits, None, None

@@ -1,8 +1,12 @@
 // Routing to experts. Threads take rows: a softmax over the experts, of which the largest are picked one by one, the first
 // of equals first. Then one thread sorts by experts, counting. Nothing but its logits enters what a row gets.
+//
+// Backward, with the gradients g of the weights w of a row: the logit of an expert that it goes to gets w (g - sum(g w));
+// where the weights are the probabilities p themselves, all get -p sum(g w), and those experts w g more.
 #include "cpu/route.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels/vec.h"
 
@@ -33,10 +37,18 @@ void probabilities(const T* logits, int64_t n, float* p) {
 
 void pick(const RouteArgs& a, float* p, float* weights, int64_t* experts) {
   float total = 0.0f;
+  for (int64_t e = a.experts; e % W != 0; e++) p[e] = -1.0f;
+  const bool numbers = p[0] == p[0];  // or all of them are not
   for (int64_t i = 0; i < a.active; i++) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < a.experts; e++)
-      if (p[e] != -1.0f && (best < 0 || p[e] > p[best])) best = e;
+    int64_t best = i;
+    if (numbers) {
+      V largest = load(p);
+      for (int64_t e = W; e < a.experts; e += W) largest = max(largest, load(p + e));
+      const float top = max(largest);
+      uint32_t found = 0;
+      for (best = -W; found == 0;) found = bits(load(p + (best += W)) == top);
+      best += __builtin_ctz(found);
+    }
     weights[i] = p[best];
     total += p[best];
     experts[i] = best;
@@ -45,11 +57,33 @@ void pick(const RouteArgs& a, float* p, float* weights, int64_t* experts) {
   for (int64_t i = 0; a.normalised && i < a.active; i++) weights[i] = weights[i] / total;
 }
 
+template <class T>
+void backward_row(const RouteBackwardArgs& a, int64_t row, float* d) {
+  const float *w = a.weights + row * a.active, *g = a.dweights + row * a.active;
+  float along = 0.0f;
+  for (int64_t i = 0; i < a.active; i++) along += g[i] * w[i];
+  if (a.normalised) {
+    std::fill(d, d + a.experts, 0.0f);
+  } else {
+    probabilities(reinterpret_cast<const T*>(a.logits) + row * a.row_step, a.experts, d);
+    for (int64_t e = 0; e < a.experts; e += W) store(d + e, -along * load(d + e));
+  }
+  for (int64_t i = 0; i < a.active; i++) {
+    const int64_t* next = std::upper_bound(a.offsets, a.offsets + a.experts + 1, a.places[row * a.active + i]);
+    d[next - a.offsets - 1] += w[i] * (a.normalised ? g[i] - along : g[i]);
+  }
+  T* out = reinterpret_cast<T*>(a.dlogits) + row * a.experts;
+  for (int64_t e = 0; e < a.experts; e += W) {
+    const int64_t n = std::min<int64_t>(W, a.experts - e);
+    write(out + e, load(d + e), n);
+  }
+}
+
 }  // namespace
 
 void route(const RouteArgs& a) {
   const int64_t padded = (a.experts + W - 1) / W * W;
-  parallel_for(a.rows, std::max<int64_t>(1, 8192 / (a.experts * (a.active + 8))), [&](int64_t begin, int64_t end) {
+  parallel_for(a.rows, std::max<int64_t>(1, 65536 / (a.experts * (a.active + 8))), [&](int64_t begin, int64_t end) {
     auto* p = static_cast<float*>(cpu::scratch(padded * sizeof(float), 7));
     for (int64_t row = begin; row < end; row++) {
       with_dtype(a.dtype, [&](auto* tag) {
@@ -69,6 +103,16 @@ void route(const RouteArgs& a) {
   }
   for (int64_t e = a.experts; e > 0; e--) a.offsets[e] = a.offsets[e - 1];
   a.offsets[0] = 0;
+}
+
+void route_backward(const RouteBackwardArgs& a) {
+  const int64_t padded = (a.experts + W - 1) / W * W;
+  parallel_for(a.rows, std::max<int64_t>(1, 16384 / (a.experts + 32 * a.active)), [&](int64_t begin, int64_t end) {
+    auto* d = static_cast<float*>(cpu::scratch(padded * sizeof(float), 7));
+    with_dtype(a.dtype, [&](auto* tag) {
+      for (int64_t row = begin; row < end; row++) backward_row<std::remove_pointer_t<decltype(tag)>>(a, row, d);
+    });
+  });
 }
 
 }  // namespace pyllm::ISA
