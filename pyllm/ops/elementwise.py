@@ -27,7 +27,10 @@ def elementwise(kind: str, a: Tensor, b: Tensor | None = None, *, out: Tensor | 
     if torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad)):
         raise ValueError("[elementwise] has no gradients: a and b must not require one")
     if out is None:
-        out = a.new_empty(a.shape if b is None else _common_shape(a, b))
+        if b is None or a.shape == b.shape:
+            out = torch.empty_like(a, memory_format=torch.contiguous_format)
+        else:
+            out = a.new_empty(_common_shape(a, b))
     _C.elementwise(kind, a, b, out)
     return out
 

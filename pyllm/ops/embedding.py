@@ -32,7 +32,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def _forward(ids: Tensor, weight: Tensor) -> Tensor:
-    if weight.dim() == 2 and weight.stride(1) != 1:
+    if not weight.is_contiguous() and weight.dim() == 2 and weight.stride(1) != 1:
         weight = weight.contiguous()
     out = weight.new_empty(*ids.shape, weight.shape[-1])
     _C.embedding_forward(ids, weight, out)

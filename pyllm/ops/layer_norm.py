@@ -60,11 +60,13 @@ def _norm(centred: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     ):
         y, h = _Norm.apply(centred, x, weight, bias, residual, eps)
     else:
-        y, h, *_ = _forward(centred, x, weight, bias, residual, eps, statistics=False)
+        y, h, _, _ = _forward(centred, x, weight, bias, residual, eps, False)
     return y if residual is None else (y, h)
 
 
 def _rows(t: Tensor) -> Tensor:
+    if t.dim() == 2 and t.is_contiguous():
+        return t
     rows = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
@@ -73,8 +75,8 @@ def _forward(centred, x, weight, bias, residual, eps, statistics):
     rows = _rows(x)
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
     h = None if residual is None else torch.empty_like(y)
-    rstd = rows.new_empty(len(rows), dtype=torch.float32) if statistics else None
-    mean = rows.new_empty(len(rows), dtype=torch.float32) if statistics and centred else None
+    rstd = rows.new_empty(rows.shape[0], dtype=torch.float32) if statistics else None
+    mean = torch.empty_like(rstd) if statistics and centred else None
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -88,7 +90,7 @@ def _forward(centred, x, weight, bias, residual, eps, statistics):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, centred, x, weight, bias, residual, eps):
-        y, h, mean, rstd = _forward(centred, x, weight, bias, residual, eps, statistics=True)
+        y, h, mean, rstd = _forward(centred, x, weight, bias, residual, eps, True)
         ctx.centred, ctx.has_residual, ctx.has_bias = centred, residual is not None, bias is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, mean, rstd)
@@ -101,9 +103,9 @@ class _Norm(torch.autograd.Function):
             return None, dsum, None, None, dsum, None
         h, weight, mean, rstd = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        dh = h.new_empty(h.shape) if needs_x or needs_residual else None
-        dweight = weight.new_empty(weight.shape) if needs_weight else None
-        dbias = weight.new_empty(weight.shape) if needs_bias else None
+        dh = torch.empty_like(h, memory_format=torch.contiguous_format) if needs_x or needs_residual else None
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        dbias = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_bias else None
         if weight is not None and not weight.is_contiguous():
             weight = weight.contiguous()
         rows = dh if dh is None or dh.dim() == 2 else dh.view(-1, h.shape[-1])

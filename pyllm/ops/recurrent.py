@@ -107,8 +107,8 @@ def _cell(op, kind, x, h, c, w_ih, w_hh, b_ih, b_hh):
         apply = _Layer.apply if differentiable else _forward
         _, h_n, c_n = apply(op, kind, 1, None, x[None], h[None], c, w_ih, w_hh, b_ih, b_hh)[:3]
         return h_n[0], None if c_n is None else c_n[0]
-    h_n = torch.empty(h.shape, dtype=x.dtype)
-    c_n = None if c is None else torch.empty(h.shape, dtype=x.dtype)
+    h_n = torch.empty_like(h, dtype=x.dtype, memory_format=torch.contiguous_format)
+    c_n = None if c is None else torch.empty_like(h_n)
     _C.recurrent_cell(op, kind, x, h, c, w_ih, w_hh, b_ih, b_hh, h_n, c_n)
     return h_n, c_n
 

@@ -11,7 +11,8 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+// Elements that are worth a thread, where they lie side by side and where each is fetched by itself.
+constexpr int64_t kGrain = 32768, kApartGrain = 8192;
 
 bool floating(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
 
@@ -130,10 +131,12 @@ void row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int6
 template <Elementwise kKind>
 void walk(const ElementwiseArgs& a) {
   const int last = a.ndim - 1;
-  const int64_t cols = a.shape[last], across = std::max<int64_t>(1, (cols + kGrain - 1) / kGrain);
+  const bool apart = a.a_step[last] > 1 || a.b_step[last] > 1 || a.out_step[last] > 1;
+  const int64_t grain = apart ? kApartGrain : kGrain;
+  const int64_t cols = a.shape[last], across = std::max<int64_t>(1, (cols + grain - 1) / grain);
   int64_t rows = 1;
   for (int d = 0; d < last; d++) rows *= a.shape[d];
-  parallel_for(rows * across, std::max<int64_t>(1, kGrain / (std::min(cols, kGrain) + 1)),
+  parallel_for(rows * across, std::max<int64_t>(1, grain / (std::min(cols, grain) + 1)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t piece = begin; piece < end; piece++) {
                    int64_t rest = piece / across, x = 0, y = 0, out = 0;
@@ -141,9 +144,9 @@ void walk(const ElementwiseArgs& a) {
                      const int64_t i = rest % a.shape[d];
                      x += i * a.a_step[d], y += i * a.b_step[d], out += i * a.out_step[d];
                    }
-                   const int64_t first = piece % across * kGrain;
+                   const int64_t first = piece % across * grain;
                    row<kKind>(a, a.a + x * size_of(a.a_dtype), a.b ? a.b + y * size_of(a.b_dtype) : nullptr,
-                              a.out + out * size_of(a.out_dtype), first, std::min(first + kGrain, cols));
+                              a.out + out * size_of(a.out_dtype), first, std::min(first + grain, cols));
                  }
                });
 }

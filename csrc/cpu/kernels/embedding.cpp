@@ -70,8 +70,17 @@ void sum_hits(const Hit* first, const Hit* last, const T* dy, int64_t dy_step, T
 void embedding_forward(const EmbeddingArgs& a) {
   const int64_t bytes = a.width * size_of(a.dtype), step = a.weight_step * size_of(a.dtype);
   constexpr int64_t kAhead = 8;
-  if (bytes == 0) return;  // null pointers then, which memcpy may not have
+  constexpr int64_t kNarrow = 512;  // a call for each row would take longer than its copy
+  if (bytes == 0) return;           // null pointers then, which memcpy may not have
   parallel_for(a.count, 65536 / (bytes + 64) + 1, [&](int64_t begin, int64_t end) {
+    if (bytes <= kNarrow && bytes % 64 == 0) {
+      for (int64_t i = begin; i < end; i++) {
+        if (i + kAhead < end) __builtin_prefetch(a.weight + id_at(a.ids, a.ids_dtype, i + kAhead) * step);
+        const char* from = a.weight + id_at(a.ids, a.ids_dtype, i) * step;
+        for (int64_t b = 0; b < bytes; b += 64) std::memcpy(a.out + i * bytes + b, from + b, 64);
+      }
+      return;
+    }
     for (int64_t i = begin; i < end; i++) {
       if (i + kAhead < end) {
         const char* next = a.weight + id_at(a.ids, a.ids_dtype, i + kAhead) * step;
