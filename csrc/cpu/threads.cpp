@@ -27,6 +27,13 @@ inline void pause() {
 #endif
 }
 
+// This thread's, the same for all jobs.
+int thread_number() {
+  static std::atomic<int> threads{0};
+  static thread_local const int number = threads.fetch_add(1, std::memory_order_relaxed);
+  return number;
+}
+
 // Each thread begins with a share of its own, the same for all jobs of a size, since what an earlier job left in its core's
 // caches lies there; then it takes what is left of the others'.
 struct Job {
@@ -46,10 +53,8 @@ struct Job {
   }
 
   void work() {
-    static std::atomic<int> threads{0};
-    static thread_local const int number = threads.fetch_add(1, std::memory_order_relaxed);
     for (int s = 0; s < shares_; s++) {
-      Share& share = share_[(number + s) % shares_];
+      Share& share = share_[(thread_number() + s) % shares_];
       for (;;) {
         const int64_t begin = share.next.fetch_add(grain_, std::memory_order_relaxed);
         if (begin >= share.end) break;
@@ -277,19 +282,30 @@ void run_parallel(int64_t n, int64_t grain, Task task, const void* context) {
   if (!run_on_all(work_on<Job>, &job, false)) task(context, 0, n);
 }
 
+constexpr int kMostThreads = 4096;  // that may be set
+
 struct TeamJob {
   int most;
   Member member;
   const void* context;
   Team team{};
-  std::atomic<int> next{0};
+  std::atomic<int> arrived{0};
+  std::atomic<uint64_t> taken[kMostThreads / 64] = {};
 
   void work() {
-    const int rank = next.fetch_add(1);
-    if (rank >= most) return;
+    if (arrived.fetch_add(1) >= most) return;
     const Gomp region = gomp();
-    team.size_ = std::min(most, region ? region.num_threads() : pool->size());  // the same from each
-    member(context, team, rank);
+    const int size = std::min(most, region ? region.num_threads() : pool->size());
+    team.size_ = size;  // the same from each
+    member(context, team, take_rank(size));
+  }
+
+  // The same one each time, whoever comes first, for the sake of what lies in this core's caches.
+  int take_rank(int size) {
+    for (int rank = thread_number() % size;; rank = (rank + 1) % size) {
+      const uint64_t bit = uint64_t{1} << rank % 64;
+      if (!(taken[rank / 64].fetch_or(bit) & bit)) return rank;
+    }
   }
 };
 
