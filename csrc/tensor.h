@@ -146,10 +146,12 @@ inline void check_ids(const char* op, const char* arg, const TensorView& ids, in
   check_contiguous(op, arg, ids);
   if (ids.device_type == kCuda || !reads_ids) return;
   const auto scan = [&](const auto* p, int64_t n) {
-    bool bad = false;  // without an early end, so that it is vectorised
-    for (int64_t i = 0; i < n; i++)
-      bad |= (static_cast<uint64_t>(p[i]) >= static_cast<uint64_t>(bound)) & ((p[i] != allowed) | (allowed == 0));
-    if (!bad) return;
+    uint64_t signs = 0;  // of ids and of what they lack to the last one; without an early end, so that it is vectorised
+    for (int64_t i = 0; i < n; i++) {
+      const auto id = static_cast<uint64_t>(p[i]);
+      signs |= id | (static_cast<uint64_t>(bound) - 1 - id);
+    }
+    if (static_cast<int64_t>(signs) >= 0) return;
     for (int64_t i = 0; i < n; i++) {
       if (static_cast<uint64_t>(p[i]) < static_cast<uint64_t>(bound) || (p[i] == allowed && allowed != 0)) continue;
       std::string position;
