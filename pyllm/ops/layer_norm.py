@@ -73,7 +73,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _forward(centred, x, weight, bias, residual, eps, statistics):
     rows = _rows(x)
-    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    y = torch.empty_like(rows)
     h = None if residual is None else torch.empty_like(y)
     rstd = rows.new_empty(rows.shape[0], dtype=torch.float32) if statistics else None
     mean = torch.empty_like(rstd) if statistics and centred else None

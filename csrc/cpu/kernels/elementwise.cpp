@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/each.h"
 
 namespace pyllm::ISA {
 namespace {
@@ -63,13 +63,15 @@ void float_row(const ElementwiseArgs& a, const char* x, const char* y, char* out
   const int64_t x_step = a.a_step[last], y_step = kBinary<kKind> ? a.b_step[last] : 1, out_step = a.out_step[last];
   if (x_step == 1 && y_step == 1 && out_step == 1 && a.a_dtype == a.b_dtype && a.a_dtype == a.out_dtype)
     return with_dtype(a.a_dtype, [&](auto* tag) {
-      const auto *p = reinterpret_cast<decltype(tag)>(const_cast<char*>(x)),
-                 *q = reinterpret_cast<decltype(tag)>(const_cast<char*>(y));
-      auto* to = reinterpret_cast<decltype(tag)>(out);
-      int64_t i = begin;
-      for (; i + W <= end; i += W) store(to + i, result<kKind>(load(p + i), kBinary<kKind> ? load(q + i) : V{}));
-      if (const int64_t n = end - i; n > 0)
-        store_n(to + i, result<kKind>(load_n(p + i, n), kBinary<kKind> ? load_n(q + i, n) : V{}), n);
+      using T = std::remove_pointer_t<decltype(tag)>;
+      const T* p = reinterpret_cast<const T*>(x) + begin;
+      T* to = reinterpret_cast<T*>(out) + begin;
+      if constexpr (kBinary<kKind>)
+        each<2, 1>(end - begin, {p, reinterpret_cast<const T*>(y) + begin}, {to},
+                   [](const V* v, V* r) __attribute__((always_inline)) { r[0] = result<kKind>(v[0], v[1]); });
+      else
+        each<1, 1>(end - begin, {p}, {to},
+                   [](const V* v, V* r) __attribute__((always_inline)) { r[0] = result<kKind>(v[0], V{}); });
     });
   for (int64_t i = begin; i < end; i += W) {
     const int64_t n = std::min<int64_t>(W, end - i);
