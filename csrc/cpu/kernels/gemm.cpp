@@ -1,6 +1,8 @@
 // The inner loop is a tile: kTile rows of A by one panel of kPanel columns of B, all of their sums in registers. A block
-// of B's panel, [k][kPanel], is packed into the first-level cache and every tile of A goes past it, from a copy that
-// sits in the second. So each thread packs what it reads once, and a piece of C is as large as the threads allow.
+// of B's panel, [k][kPanel], is packed into the first-level cache and every tile of A goes past it, from a copy,
+// [tile][k][kTile], that sits in the second. So each thread packs what it reads once, and a piece of C is as large as the
+// threads allow. A tile leaves the processor no slack to wait for memory: between a few k and the next few it fetches
+// some lines of what comes after, its own part of C and the block of B that is read next.
 // For one or two rows packing would cost more than the product: B is read in place, transposed in registers where its
 // columns lie along memory, and memory's speed is the limit.
 #include "cpu/kernels/gemm.h"
@@ -8,7 +10,8 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int64_t kGroup = 4;  // panels packed together
+constexpr int64_t kFew = 16;
+constexpr int64_t kGroup = 4;  // panels packed together, where B's rows lie along memory: more of a row at a time
 
 // A W x W block of a matrix whose columns lie along memory, `column_step` apart: rows[l] is its row l.
 template <class T>
@@ -52,9 +55,9 @@ void widen_pairs(const T* p, int64_t count, float* out) {  // `count` rows of a 
 template <>
 void widen_pairs(const float*, int64_t, float*) {}
 
-// `count` rows of a panel of columns that do not lie side by side; the columns `next` elements on are fetched meanwhile.
+// `count` rows of a panel of columns that do not lie side by side.
 template <class T>
-void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t next, int64_t count, float* out) {
+void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t count, float* out) {
   for (int64_t j = 0; j < kPanel; j += W) {
     const int64_t live = std::clamp<int64_t>(columns - j, 0, W);
     const T* corner = source + j * b.column_step;
@@ -65,8 +68,6 @@ void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t 
         V rows[W];
         if (live == W && height == W) {
           load_transposed(corner + k, b.column_step, rows);
-          if (k % (64 / sizeof(T)) == 0)
-            for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + l * b.column_step + next);
           UNROLL for (int l = 0; l < W; l++) store(out + (k + l) * kPanel + j, rows[l]);
         } else {
           load_transposed(corner + k, b.column_step, height, live, rows);
@@ -82,19 +83,16 @@ void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t 
 }
 
 // Rows k0..k0+count of the panels of columns column..end (those beyond n are zeros), each to [count][kPanel], panel_step
-// apart. Rows that lie along memory are read whole, a few of them ahead; of columns, the next panels' are fetched.
+// apart.
 template <class T>
 void pack_panels(const Matrix& b, int64_t n, int64_t column, int64_t end, int64_t k0, int64_t count, float* out,
                  int64_t panel_step) {
   const T* source = static_cast<const T*>(b.data) + k0 * b.row_step + column * b.column_step;
-  const int64_t next = (end - column) * b.column_step;
   if (b.column_step == 1) {
-    constexpr int64_t kAhead = 8;
     for (int64_t k = 0; k < count; k++, source += b.row_step, out += kPanel) {
       const T* from = source;
       float* to = out;
       for (int64_t left = n - column; left > n - end; left -= kPanel, from += kPanel, to += panel_step) {
-        __builtin_prefetch(from + kAhead * b.row_step);
         for (int64_t j = 0; j < kPanel; j += W)
           store(to + j, left - j >= W ? load(from + j) : left > j ? load_n(from + j, left - j) : V{});
       }
@@ -102,7 +100,7 @@ void pack_panels(const Matrix& b, int64_t n, int64_t column, int64_t end, int64_
     return;
   }
   for (; column < end; column += kPanel, source += kPanel * b.column_step, out += panel_step)
-    pack_panel_down(b, source, std::min(kPanel, n - column), next, count, out);
+    pack_panel_down(b, source, std::min(kPanel, n - column), count, out);
 }
 
 }  // namespace
@@ -138,9 +136,9 @@ void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
 
 namespace {
 
-// A's rows are copied tile by tile, a block of k at a time: row after row, kBlockK apart, or, where A's columns lie along
-// memory, [k][kTile]. Both are plain copies. The rows of a block are shared out evenly over its tiles.
-constexpr int64_t kTileFloats = kTile * kBlockK + 2 * W;
+// A's rows are copied tile by tile, a block of k at a time: [k][kTile]. The rows of a block are shared out evenly over its
+// tiles.
+constexpr int64_t kTileFloats = kTile * kBlockK + 2 * W;  // not a power of two: tiles are written side by side
 
 struct Tiles {
   int64_t count, least, taller;  // the first `taller` tiles have one row more than `least`
@@ -154,18 +152,23 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
   const T* source = static_cast<const T*>(p.a.data) + i0 * row_step + k0 * column_step;
   if (column_step == 1) {
     for (int64_t t = 0; t < tiles.count; t++, out += kTileFloats) {
-      for (int64_t r = 0; r < tiles.height(t); r++, source += row_step) {
-        const T* from = source;
-        float* to = out + r * kBlockK;
-        int64_t k = 0;
-        for (; k + W <= count; k += W) store(to + k, load(from + k));
-        if (k < count) store_n(to + k, load_n(from + k, count - k), count - k);
+      const int64_t height = tiles.height(t);
+      for (int64_t k = 0; k < count; k += W) {
+        const int64_t width = std::min<int64_t>(W, count - k);
+        for (int64_t r = 0; r < kTile; r += W) {
+          V rows[W];
+          UNROLL for (int l = 0; l < W; l++) rows[l] =
+              r + l < height ? get(source + (r + l) * row_step + k, width) : V{};
+          transpose(rows);
+          UNROLL for (int l = 0; l < W; l++) if (l < width)
+              write(out + (k + l) * kTile + r, rows[l], std::min<int64_t>(W, kTile - r));
+        }
       }
+      source += height * row_step;
     }
     return;
   }
   // A few k of one tile after another: written a k at a time, the tiles would be more pages than the processor keeps.
-  constexpr int64_t kFew = 8;
   for (int64_t k = 0; k < count; k += kFew, source += kFew * column_step, out += kFew * kTile) {
     const int64_t few = std::min(kFew, count - k);
     const T* from = source;
@@ -188,25 +191,51 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
   }
 }
 
-// R rows of A by P panels, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
-// keeps: it would put all of them in memory.
-template <int R, int P, bool kRowsApart>
-void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t panel_step, float* c, int64_t c_step,
-          int64_t columns, bool accumulate, const float* bias) {
-  constexpr int64_t kColumn = kRowsApart ? 1 : kTile;
-  if (!kRowsApart) a_row = 1;
-  V s[R][2 * P] = {};
-  UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(c + r * c_step, 1);
-  for (const float* end = a + count * kColumn; a < end; a += kColumn, b += kPanel) {
-    V v[2 * P];
-    UNROLL for (int j = 0; j < 2 * P; j++) v[j] = load(b + j / 2 * panel_step + j % 2 * W);
-    UNROLL for (int r = 0; r < R; r++) {
-      const V x = set(a[r * a_row]);
-      UNROLL for (int j = 0; j < 2 * P; j++) s[r][j] = fma(x, v[j], s[r][j]);
+// Memory that is read soon, fetched into the second-level cache: `rows` pieces of `width` bytes, `step` apart, in as many
+// parts as `times` says.
+class Ahead {
+ public:
+  Ahead(const void* corner, int64_t rows, int64_t step, int64_t width, int64_t times)
+      : at_(static_cast<const char*>(corner)),
+        end_(at_ + width),
+        rows_(rows),
+        step_(step),
+        width_(width),
+        lines_((rows * ((width + kLine - 1) / kLine) + times - 1) / std::max<int64_t>(times, 1)) {}
+  VEC void fetch() {
+    for (int64_t l = 0; l < lines_ && rows_ > 0; l++) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= end_) at_ = end_ - width_ + step_, end_ += step_, rows_--;
     }
   }
-  if (columns >= P * kPanel) {
-    UNROLL for (int r = 0; r < R; r++, c += c_step) UNROLL for (int j = 0; j < 2 * P; j++) {
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_, *end_;
+  int64_t rows_, step_, width_, lines_;
+};
+
+// R rows of A by a panel, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
+// keeps: it would put all of them in memory.
+template <int R>
+void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_step, int64_t columns, bool accumulate,
+          const float* bias, Ahead& ahead) {
+  V s[R][2] = {};
+  Ahead own(c, R, c_step * sizeof(float), kPanel * sizeof(float), (count + kFew - 1) / kFew);
+  for (; count > 0; count -= kFew) {
+    ahead.fetch();
+    own.fetch();
+    for (const float* end = a + std::min(kFew, count) * kTile; a < end; a += kTile, b += kPanel) {
+      const V v[2] = {load(b), load(b + W)};
+      UNROLL for (int r = 0; r < R; r++) {
+        const V x = set(a[r]);
+        UNROLL for (int j = 0; j < 2; j++) s[r][j] = fma(x, v[j], s[r][j]);
+      }
+    }
+  }
+  if (columns >= kPanel) {
+    UNROLL for (int r = 0; r < R; r++, c += c_step) UNROLL for (int j = 0; j < 2; j++) {
       V v = s[r][j];
       if (accumulate) v = load(c + j * W) + v;
       if (bias) v = v + load(bias + j * W);
@@ -214,8 +243,8 @@ void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t 
     }
     return;
   }
-  float edge[R][P * kPanel];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2 * P; j++) store(edge[r] + j * W, s[r][j]);
+  float edge[R][kPanel];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(edge[r] + j * W, s[r][j]);
   for (int r = 0; r < R; r++, c += c_step)
     for (int64_t j = 0; j < columns; j += W) {
       const int64_t n = std::min<int64_t>(W, columns - j);
@@ -226,22 +255,18 @@ void tile(const float* a, int64_t a_row, int64_t count, const float* b, int64_t 
     }
 }
 
-using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool,
-                      const float*);
+using Tile = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*, Ahead&);
 
-template <bool kRowsApart>
 Tile tile_of(int64_t rows) {  // one panel wide
-  static constexpr Tile tiles[] = {
-      tile<1, 1, kRowsApart>,  tile<2, 1, kRowsApart>, tile<3, 1, kRowsApart>, tile<4, 1, kRowsApart>,
-      tile<5, 1, kRowsApart>,  tile<6, 1, kRowsApart>,
+  static constexpr Tile tiles[] = {tile<1>,  tile<2>, tile<3>, tile<4>,
+                                   tile<5>,  tile<6>,
 #if ISA_AVX512
-      tile<7, 1, kRowsApart>,  tile<8, 1, kRowsApart>, tile<9, 1, kRowsApart>, tile<10, 1, kRowsApart>,
-      tile<11, 1, kRowsApart>, tile<12, 1, kRowsApart>
+                                   tile<7>,  tile<8>, tile<9>, tile<10>,
+                                   tile<11>, tile<12>
 #endif
   };
   return tiles[rows - 1];
 }
-Tile tile_of(int64_t rows, bool rows_apart) { return rows_apart ? tile_of<true>(rows) : tile_of<false>(rows); }
 
 // Starts, finishes and stores W columns of C held in a register.
 VEC V begin_c(const Product& p, int64_t i, int64_t j, int64_t n) {
@@ -364,11 +389,21 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   });
 }
 
-// Rows of A that are short enough are as good as a copy.
-bool reads_in_place(const Product& p) { return p.a.column_step == 1 && p.a.dtype == DType::f32 && p.a.row_step < 1000; }
+constexpr int64_t kRowFloats = 9 << 15;  // of A's copy: a share of the second-level cache
 
-constexpr int64_t kRowFloats = 3 << 16;                             // of A's copy: a share of the second-level cache
-constexpr int64_t kMaxRows = kRowFloats / kBlockK / kTile * kTile;  // rows of A that go past one panel
+// Rows of A that go past one panel: packing B is the cheaper the more there are, adding to C the deeper their blocks.
+int64_t max_rows(int64_t k) { return kRowFloats / std::clamp(k, kBlockK, 4 * kBlockK) / kTile * kTile; }
+
+// What is read for rows k0..k0+count of B's columns j0..j1.
+Ahead ahead_of(const Product& p, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t times) {
+  if (p.packed) return {p.packed + j0 * p.k + k0 * kPanel, 1, 0, count * kPanel * 4, times};
+  const int64_t size = size_of(p.b.dtype);
+  const char* corner = static_cast<const char*>(p.b.data) + (k0 * p.b.row_step + j0 * p.b.column_step) * size;
+  if (p.packed_narrow || j0 >= j1) return {corner, 0, 0, 0, times};
+  if (p.b.column_step == 1) return {corner, count, p.b.row_step * size, (j1 - j0) * size, times};
+  if (p.b.row_step == 1) return {corner, j1 - j0, p.b.column_step * size, count * size, times};
+  return {corner, 0, 0, 0, times};
+}
 
 }  // namespace
 
@@ -377,18 +412,17 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   if (on_tiles(p)) return tiles_block(p, i0, i1, j0, j1);
   const int64_t few = p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0;
   if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few) return few_rows(p, i0, i1, j0, j1);
-  const bool direct = p.c_dtype == DType::f32, rows_apart = p.a.column_step == 1;
-  const int64_t height = round_up((i1 - i0 + (i1 - i0 - 1) / kMaxRows) / ((i1 - i0 - 1) / kMaxRows + 1), kTile);
+  const bool direct = p.c_dtype == DType::f32;
+  const int64_t passes = (i1 - i0 - 1) / max_rows(p.k) + 1, height = round_up((i1 - i0 + passes - 1) / passes, kTile);
   const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);
-  const bool in_place = reads_in_place(p);
-  const int64_t a_row = in_place ? p.a.row_step : kBlockK;
-  const int64_t deep = in_place ? blocks : std::clamp<int64_t>(kRowFloats / (max_tiles * kTileFloats), 1, blocks);
-  const int64_t copied = in_place ? 0 : deep * max_tiles * kTileFloats;
+  const int64_t deep = std::clamp<int64_t>(kRowFloats / (height * kBlockK), 1, blocks);
+  const int64_t copied = deep * max_tiles * kTileFloats + W;
   // Sums of a 16-bit C are kept wide until the last block of k.
   const int64_t width = direct           ? j1 - j0
                         : deep == blocks ? kGroup * kPanel
                                          : std::max(kRowFloats / height / kPanel * kPanel, kGroup * kPanel);
-  const int64_t packed_here = p.packed ? 0 : kGroup * kPanel * kBlockK;
+  const int64_t group = !p.packed && p.b.column_step == 1 ? kGroup : 1;
+  const int64_t packed_here = p.packed ? 0 : group * kPanel * kBlockK;
   auto* copy =
       static_cast<float*>(cpu::scratch((copied + packed_here + (direct ? 0 : height * width)) * sizeof(float), 7));
   float *panels = copy + copied, *wide = panels + packed_here;
@@ -410,36 +444,40 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
       if (!direct && p.accumulate) each_of_c([](auto* c, float* w, int64_t n) { write(w, get(c, n), n); });
       for (int64_t block0 = 0; block0 < blocks; block0 += deep) {
         const int64_t block1 = std::min(block0 + deep, blocks);
-        if (!in_place && (deep < blocks || left == j0))
+        if (deep < blocks || left == j0)
           with_dtype(p.a.dtype, [&](auto* tag) {
             for (int64_t block = block0; block < block1; block++)
               pack_rows<std::remove_pointer_t<decltype(tag)>>(p, i, tiles, block * kBlockK,
                                                               std::min(kBlockK, p.k - block * kBlockK),
                                                               copy + (block - block0) * tiles.count * kTileFloats);
           });
-        for (int64_t group = left; group < right; group += kGroup * kPanel)
+        for (int64_t first = left; first < right; first += group * kPanel)
           for (int64_t block = block0; block < block1; block++) {
             const int64_t k0 = block * kBlockK, count = std::min(kBlockK, p.k - k0);
-            const int64_t end = std::min(group + kGroup * kPanel, right);
+            const int64_t end = std::min(first + group * kPanel, right);
             if (!p.packed)
               with_dtype(p.b.dtype, [&](auto* tag) {
                 using T = std::remove_pointer_t<decltype(tag)>;
                 const T* narrow = static_cast<const T*>(p.packed_narrow);
-                if (!narrow) pack_panels<T>(p.b, p.n, group, end, k0, count, panels, kPanel * kBlockK);
-                for (int64_t j = group; narrow && j < end; j += kPanel)
-                  widen_pairs(narrow + j * narrow_rows(p.k) + k0 * kPanel, count, panels + (j - group) * kBlockK);
+                if (!narrow) pack_panels<T>(p.b, p.n, first, end, k0, count, panels, kPanel * kBlockK);
+                for (int64_t j = first; narrow && j < end; j += kPanel)
+                  widen_pairs(narrow + j * narrow_rows(p.k) + k0 * kPanel, count, panels + (j - first) * kBlockK);
               });
-            for (int64_t j = group; j < end; j += kPanel) {
-              const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - group) * kBlockK;
+            const bool last = block + 1 == block1;
+            const int64_t next = last ? end : first, next_k = (last ? block0 : block + 1) * kBlockK;
+            Ahead ahead =
+                ahead_of(p, next, std::min(next + group * kPanel, right), next_k, std::min(kBlockK, p.k - next_k),
+                         (end - first + kPanel - 1) / kPanel * tiles.count * ((count + kFew - 1) / kFew));
+            for (int64_t j = first; j < end; j += kPanel) {
+              const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - first) * kBlockK;
               const float* bias = p.bias && block + 1 == blocks ? p.bias + j : nullptr;
-              const float* a = in_place ? static_cast<const float*>(p.a.data) + i * a_row + k0
-                                        : copy + (block - block0) * tiles.count * kTileFloats;
+              const float* a = copy + (block - block0) * tiles.count * kTileFloats;
               float* out = c + j - left;
               for (int64_t t = 0; t < tiles.count; t++) {
                 const int64_t height = tiles.height(t);
-                tile_of(height, rows_apart)(a, a_row, count, b, 0, out, c_step, std::min(kPanel, right - j),
-                                            p.accumulate || block > 0, bias);
-                a += in_place ? height * a_row : kTileFloats;
+                tile_of(height)(a, count, b, out, c_step, std::min(kPanel, right - j), p.accumulate || block > 0, bias,
+                                ahead);
+                a += kTileFloats;
                 out += height * c_step;
               }
             }
@@ -461,7 +499,7 @@ void product(const Product& p) {
       const int64_t across = count / down;
       const int64_t h = round_up((p.m + down - 1) / down, kTile), w = round_up((p.n + across - 1) / across, kPanel);
       const int64_t pieces = ((p.m + h - 1) / h) * ((p.n + w - 1) / w), rounds = (pieces + threads - 1) / threads;
-      const int64_t packed = 12 * w * ((h + kMaxRows - 1) / kMaxRows) + (reads_in_place(p) ? 4 : 12) * h;
+      const int64_t packed = 12 * w * ((h + max_rows(p.k) - 1) / max_rows(p.k)) + 12 * h;
       const int64_t cost = (32 * rounds + 1) * (std::min(h, p.m) * std::min(w, p.n) + packed + 512);
       if (cost < best) best = cost, height = h, width = w;
     }
