@@ -48,6 +48,7 @@ void pack_linear(const TensorView& weight, const TensorView& panels) {
   check_shape(op, "panels", panels, (n + width - 1) / width, panel_rows(k, weight.dtype), width);
   check_contiguous(op, "panels", panels);
   check_writable(op, "panels", panels);
+  cpu::prefer_large_pages(panels.data, panels.numel() * size_of(panels.dtype));
   pyllm::pack_weight({n, k, weight.data, panels.data, weight.dtype, weight.step(1), weight.step(0)});
 }
 

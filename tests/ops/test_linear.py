@@ -61,6 +61,7 @@ def test_a_packed_weight_gives_the_same_bits(rows, k, n, dtype, kernels):
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (k, n), (n,)))
     packed = ops.pack_linear(weight.T)
     assert packed.panels.dtype == dtype and packed.shape == (n, k)
+    assert torch.equal(packed.panels, ops.pack_linear(weight.T.contiguous()).panels)
     assert torch.equal(ops.linear(x, packed, bias), ops.linear(x, weight.T, bias))
     assert torch.equal(ops.linear(x, packed), ops.linear(x, weight.T.contiguous()))
 

@@ -3,7 +3,7 @@
 // [tile][k][kTile], that sits in the second. So each thread packs what it reads once, and a piece of C is as large as the
 // threads allow. A tile leaves the processor no slack to wait for memory: between a few k and the next few it fetches
 // some lines of what comes after, its own part of C and the block of B that is read next.
-// For one or two rows packing would cost more than the product: B is read in place, transposed in registers where its
+// For a few rows packing would cost more than the product: B is read in place, transposed in registers where its
 // columns lie along memory, and memory's speed is the limit.
 #include "cpu/kernels/gemm.h"
 
@@ -58,28 +58,25 @@ void widen_pairs(const float*, int64_t, float*) {}
 // `count` rows of a panel of columns that do not lie side by side.
 template <class T>
 void pack_panel_down(const Matrix& b, const T* source, int64_t columns, int64_t count, float* out) {
-  for (int64_t j = 0; j < kPanel; j += W) {
-    const int64_t live = std::clamp<int64_t>(columns - j, 0, W);
-    const T* corner = source + j * b.column_step;
-    int64_t k = 0;
-    if (b.row_step == 1) {
-      for (; k < count; k += W) {
-        const int64_t height = std::min<int64_t>(W, count - k);
+  if (b.row_step == 1) {
+    for (int64_t k = 0; k < count; k += W, source += W, out += W * kPanel) {
+      const int64_t height = std::min<int64_t>(W, count - k);
+      for (int64_t j = 0; j < kPanel; j += W) {
         V rows[W];
-        if (live == W && height == W) {
-          load_transposed(corner + k, b.column_step, rows);
-          UNROLL for (int l = 0; l < W; l++) store(out + (k + l) * kPanel + j, rows[l]);
+        const T* corner = source + j * b.column_step;
+        if (columns >= j + W && height == W) {
+          load_transposed(corner, b.column_step, rows);
+          UNROLL for (int l = 0; l < W; l++) store(out + l * kPanel + j, rows[l]);
         } else {
-          load_transposed(corner + k, b.column_step, height, live, rows);
-          for (int64_t l = 0; l < height; l++) store(out + (k + l) * kPanel + j, rows[l]);
+          load_transposed(corner, b.column_step, height, columns - j, rows);
+          for (int64_t l = 0; l < height; l++) store(out + l * kPanel + j, rows[l]);
         }
       }
-      continue;
     }
-    for (; k < count; k++)
-      for (int64_t l = 0; l < W; l++)
-        out[k * kPanel + j + l] = l < live ? to_float(corner[k * b.row_step + l * b.column_step]) : 0.0f;
+    return;
   }
+  for (int64_t k = 0; k < count; k++, source += b.row_step, out += kPanel)
+    for (int64_t j = 0; j < kPanel; j++) out[j] = j < columns ? to_float(source[j * b.column_step]) : 0.0f;
 }
 
 // Rows k0..k0+count of the panels of columns column..end (those beyond n are zeros), each to [count][kPanel], panel_step
@@ -117,6 +114,17 @@ void pack(const Matrix& b, int64_t n, int64_t k, float* out) {
 
 void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
   const int64_t rows = narrow_rows(k);
+  if (b.row_step == 1 && b.column_step % 2 == 0 && k % 2 == 0) {  // a pair is a word of memory, moved as a float is
+    const Matrix pairs = {b.data, DType::f32, 1, b.column_step / 2};
+    parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) {
+        float* panel = static_cast<float*>(out) + p * rows / 2 * kPanel;
+        pack_panels<float>(pairs, n, p * kPanel, (p + 1) * kPanel, 0, k / 2, panel, 0);
+        std::fill(panel + k / 2 * kPanel, panel + rows / 2 * kPanel, 0.0f);
+      }
+    });
+    return;
+  }
   parallel_for((n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     auto* wide = static_cast<float*>(cpu::scratch(kPanel * kBlockK * sizeof(float), 7));
     with_dtype(b.dtype, [&](auto* tag) {
@@ -280,10 +288,10 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
   with_dtype(p.c_dtype, [&](auto* tag) { write(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, v, n); });
 }
 
-// R rows by columns j0..j1, where B's columns lie along memory: two W x W blocks at a time, transposed in registers.
+// R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers.
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
-  const int64_t step = p.b.column_step, ahead = kPanel * step;
+  const int64_t step = p.b.column_step;
   for (int64_t j = j0; j < j1; j += kPanel) {
     const T* corner = static_cast<const T*>(p.b.data) + j * step;
     const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
@@ -295,22 +303,19 @@ void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int
       V s[R][2] = {};
       for (int64_t k = k0; k < end; k += W) {
         const int64_t height = std::min<int64_t>(W, end - k);
-        V rows[2][W];
-        if (columns[1] == W && height == W) {
-          if (k % (64 / sizeof(T)) == 0)
-            for (int l = 0; l < kPanel; l++) __builtin_prefetch(corner + k + l * step + ahead);
-          UNROLL for (int g = 0; g < 2; g++) load_transposed(corner + k + g * W * step, step, rows[g]);
-          UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) {
-            const V x = set(a[r * p.k + k + l]);
-            UNROLL for (int g = 0; g < 2; g++) s[r][g] = fma(x, rows[g][l], s[r][g]);
+        const float* x = a + k;
+        UNROLL for (int g = 0; g < 2; g++) {
+          V rows[W];
+          if (columns[1] == W && height == W) {
+            load_transposed(corner + k + g * W * step, step, rows);
+            UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) s[r][g] =
+                fma(set(x[r * p.k + l]), rows[l], s[r][g]);
+          } else {
+            load_transposed(corner + k + g * W * step, step, height, columns[g], rows);
+            for (int64_t l = 0; l < height; l++)
+              UNROLL for (int r = 0; r < R; r++) s[r][g] = fma(set(x[r * p.k + l]), rows[l], s[r][g]);
           }
-          continue;
         }
-        UNROLL for (int g = 0; g < 2; g++)
-            load_transposed(corner + k + g * W * step, step, height, columns[g], rows[g]);
-        for (int64_t l = 0; l < height; l++)
-          UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) s[r][g] =
-              fma(set(a[r * p.k + k + l]), rows[g][l], s[r][g]);
       }
       UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) total[r][g] =
           k0 || p.accumulate ? total[r][g] + s[r][g] : s[r][g];
@@ -365,7 +370,7 @@ void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, in
   }
 }
 
-constexpr int64_t kFewRowsDown = 2, kFewRowsAlong = 4;
+constexpr int64_t kFewRowsDown = 4, kFewRowsAlong = 4;
 
 void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0;
@@ -382,7 +387,7 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   with_dtype(p.b.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using Rows = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
-    static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>};
+    static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>, few_rows_down<3, T>, few_rows_down<4, T>};
     static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
                                      few_rows_along<4, T>};
     (p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
@@ -396,13 +401,13 @@ int64_t max_rows(int64_t k) { return kRowFloats / std::clamp(k, kBlockK, 4 * kBl
 
 // What is read for rows k0..k0+count of B's columns j0..j1.
 Ahead ahead_of(const Product& p, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t times) {
+  if (j0 >= j1 || p.packed_narrow) return {p.a.data, 0, 0, 0, times};
   if (p.packed) return {p.packed + j0 * p.k + k0 * kPanel, 1, 0, count * kPanel * 4, times};
   const int64_t size = size_of(p.b.dtype);
   const char* corner = static_cast<const char*>(p.b.data) + (k0 * p.b.row_step + j0 * p.b.column_step) * size;
-  if (p.packed_narrow || j0 >= j1) return {corner, 0, 0, 0, times};
   if (p.b.column_step == 1) return {corner, count, p.b.row_step * size, (j1 - j0) * size, times};
   if (p.b.row_step == 1) return {corner, j1 - j0, p.b.column_step * size, count * size, times};
-  return {corner, 0, 0, 0, times};
+  return {p.a.data, 0, 0, 0, times};
 }
 
 }  // namespace
@@ -463,11 +468,11 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
                 for (int64_t j = first; narrow && j < end; j += kPanel)
                   widen_pairs(narrow + j * narrow_rows(p.k) + k0 * kPanel, count, panels + (j - first) * kBlockK);
               });
-            const bool last = block + 1 == block1;
+            const bool last = block + 1 == block1, stream = p.packed && tiles.count == 1;  // which needs no help
             const int64_t next = last ? end : first, next_k = (last ? block0 : block + 1) * kBlockK;
-            Ahead ahead =
-                ahead_of(p, next, std::min(next + group * kPanel, right), next_k, std::min(kBlockK, p.k - next_k),
-                         (end - first + kPanel - 1) / kPanel * tiles.count * ((count + kFew - 1) / kFew));
+            Ahead ahead = ahead_of(p, next, stream ? next : std::min(next + group * kPanel, right), next_k,
+                                   std::min(kBlockK, p.k - next_k),
+                                   (end - first + kPanel - 1) / kPanel * tiles.count * ((count + kFew - 1) / kFew));
             for (int64_t j = first; j < end; j += kPanel) {
               const float* b = p.packed ? p.packed + j * p.k + k0 * kPanel : panels + (j - first) * kBlockK;
               const float* bias = p.bias && block + 1 == blocks ? p.bias + j : nullptr;
