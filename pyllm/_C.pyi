@@ -219,6 +219,8 @@ def recurrent_forward(
     x: Array,
     w_ih: Array,
     w_hh: Array,
+    ih_format: Sequence[int],
+    hh_format: Sequence[int],
     b_ih: Array | None,
     b_hh: Array | None,
     h0: Array | None,

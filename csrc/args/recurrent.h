@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "args/quantized_linear.h"
 #include "dtype.h"
 
 namespace pyllm {
@@ -36,8 +37,15 @@ struct RecurrentActivations {
   char* cell;         // (hidden), lstm
 };
 
+// A weight (n, k) in panels, in place of a matrix; panels are null where there is none.
+struct PackedMatrix {
+  QuantizedWeight weight;
+  const char* panels;
+};
+
 struct RecurrentArgs {
   RecurrentShape shape;
+  PackedMatrix packed_ih, packed_hh;
   StridedMatrix b_ih, b_hh;  // (1, gates * hidden), or null
   char* y;                   // rows y_step apart, or null
   int64_t y_step;

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -183,6 +184,7 @@ struct Vigil {
   void (*work)(void*) = nullptr;
   void* job = nullptr;
   std::atomic<bool> over{false};
+  std::exception_ptr error{};  // of the body, which must not pass through the team's own frames
   alignas(64) std::atomic<int> finished{0};
 
   void run(void (*w)(void*), void* j, bool everyone) {
@@ -225,7 +227,11 @@ void Vigil::enter(int threads) {
   while (members.load() + 1 < threads) pause();  // whoever joins later would miss a job
   inside = false;                                // the leader's calls are not nested ones
   vigil = this;
-  body(context);
+  try {
+    body(context);
+  } catch (...) {
+    error = std::current_exception();
+  }
   vigil = nullptr;
   over.store(true, std::memory_order_release);
 }
@@ -325,8 +331,8 @@ struct VigilJob {
 
 void keep_awake(void (*body)(void*), void* context) {
   VigilJob job{{body, context}};
-  if (num_threads() > 1 && !inside && !vigil && run_on_all(work_on<VigilJob>, &job, true)) return;
-  body(context);
+  if (num_threads() <= 1 || inside || vigil || !run_on_all(work_on<VigilJob>, &job, true)) return body(context);
+  if (job.vigil.error) std::rethrow_exception(job.vigil.error);
 }
 
 void Team::barrier() {

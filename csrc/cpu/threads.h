@@ -35,7 +35,7 @@ using Member = void (*)(const void* context, Team& team, int rank);
 void run_team(int most, Member member, const void* context);
 
 // Calls body(context) on the calling thread, whose calls of run_parallel and run_team until it returns find the team
-// spinning: for bodies that make many such calls within microseconds of each other. `body` must not throw.
+// spinning: for bodies that make many such calls within microseconds of each other. What `body` throws, this does.
 void keep_awake(void (*body)(void*), void* context);
 
 // A 64-byte aligned block that belongs to the calling thread and lives until its next call with the same slot.

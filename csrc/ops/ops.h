@@ -74,12 +74,15 @@ void quantized_linear_backward(const TensorView& dy, const TensorView& panels, c
 void quantized_embedding(const TensorView& ids, const TensorView& panels, const TensorView& out, int64_t vocabulary,
                          int64_t bits, int64_t group, bool half_scales, bool has_minimums);
 // One layer and direction; time comes first in x, y and dy. `kind`: a Recurrence.
+// A weight with a format (bits, group, half scales, minimums, n, k) is packed.
 void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
-                       const TensorView& w_hh, const TensorView& b_ih_or_none, const TensorView& b_hh_or_none,
-                       const TensorView& h0_or_none, const TensorView& c0_or_none, const TensorView& lengths_or_none,
-                       const TensorView& y, const TensorView& h_n, const TensorView& c_n_or_none,
-                       const TensorView& gates_or_none, const TensorView& new_hidden_or_none,
-                       const TensorView& tanh_cell_or_none, const TensorView& cell_or_none);
+                       const TensorView& w_hh, const std::vector<int64_t>& ih_format_or_empty,
+                       const std::vector<int64_t>& hh_format_or_empty, const TensorView& b_ih_or_none,
+                       const TensorView& b_hh_or_none, const TensorView& h0_or_none, const TensorView& c0_or_none,
+                       const TensorView& lengths_or_none, const TensorView& y, const TensorView& h_n,
+                       const TensorView& c_n_or_none, const TensorView& gates_or_none,
+                       const TensorView& new_hidden_or_none, const TensorView& tanh_cell_or_none,
+                       const TensorView& cell_or_none);
 void recurrent_cell(const char* op, int kind, const TensorView& x, const TensorView& h, const TensorView& c_or_none,
                     const TensorView& w_ih, const TensorView& w_hh, const TensorView& b_ih_or_none,
                     const TensorView& b_hh_or_none, const TensorView& h_n, const TensorView& c_n_or_none);

@@ -3,6 +3,7 @@
 #include "cpu/linear.h"
 #include "cuda/quantized_linear.h"
 #include "ops/ops.h"
+#include "ops/packed_weight.h"
 #include "ops/place.h"
 
 namespace pyllm::ops {
@@ -21,24 +22,23 @@ QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bit
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
-// The weight (n x k) that panels hold.
-QuantizedWeight packed_weight(const char* op, const Place& place, const TensorView& panels, int64_t n, int64_t k,
-                              int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
+}  // namespace
+
+QuantizedWeight packed_weight(const char* op, const char* name, bool on_cuda, const TensorView& panels, int64_t n,
+                              int64_t k, int64_t bits, int64_t group, bool half_scales, bool has_minimums) {
   QuantizedWeight weight = weight_of(op, n, 0, bits, group, half_scales ? DType::f16 : DType::f32, has_minimums);
   weight.groups = (k + weight.group - 1) / weight.group;
-  check_dtype(op, "weight", panels, DType::u8);
-  const int64_t width = quantized_panel_width(place.cuda());
-  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(width), "[", op, "] weight must be packed for ",
-        place.cuda() ? "CUDA" : cpu::isa_name(), ", in panels of ", width, " columns, but got shape ",
-        panels.shape_text(), ": pack it again");
-  check_shape(op, "weight", panels, panels_of(n, width), weight.groups, weight.group_bytes(width));
-  check_contiguous(op, "weight", panels);
-  check(!place.cuda() || panels.numel() == 0 || reinterpret_cast<uintptr_t>(panels.data) % 16 == 0, "[", op,
-        "] weight must begin at a multiple of 16 bytes in the device's memory, but got one that does not");
+  check_dtype(op, name, panels, DType::u8);
+  const int64_t width = quantized_panel_width(on_cuda);
+  check(panels.ndim == 3 && panels.size(2) == weight.group_bytes(width), "[", op, "] ", name, " must be packed for ",
+        on_cuda ? "CUDA" : cpu::isa_name(), ", in panels of ", width, " columns, but got shape ", panels.shape_text(),
+        ": pack it again");
+  check_shape(op, name, panels, panels_of(n, width), weight.groups, weight.group_bytes(width));
+  check_contiguous(op, name, panels);
+  check(!on_cuda || panels.numel() == 0 || reinterpret_cast<uintptr_t>(panels.data) % 16 == 0, "[", op, "] ", name,
+        " must begin at a multiple of 16 bytes in the device's memory, but got one that does not");
   return weight;
 }
-
-}  // namespace
 
 int64_t quantized_panel_width(bool on_cuda) { return on_cuda ? cuda::kQuantizedPanel : panel_width(); }
 
@@ -75,7 +75,8 @@ void quantized_linear(const TensorView& x, const TensorView& panels, const Tenso
   check_float(op, "x", x);
   check(x.ndim >= 1, "[quantized_linear] x must have at least 1 dimension, but got a scalar");
   const int64_t k = x.size(-1), n = y.ndim ? y.size(-1) : 0;
-  const QuantizedWeight weight = packed_weight(op, place, panels, n, k, bits, group, half_scales, has_minimums);
+  const QuantizedWeight weight =
+      packed_weight(op, "weight", place.cuda(), panels, n, k, bits, group, half_scales, has_minimums);
   if (bias.present()) {
     check_dtype(op, "bias", bias, x.dtype);
     check_shape(op, "bias", bias, n);
@@ -107,7 +108,7 @@ void quantized_linear_backward(const TensorView& dy, const TensorView& panels, c
   check_contiguous(op, "dx", dx);
   check_writable(op, "dx", dx);
   const QuantizedWeight weight =
-      packed_weight(op, place, panels, dy.size(1), dx.size(1), bits, group, half_scales, has_minimums);
+      packed_weight(op, "weight", place.cuda(), panels, dy.size(1), dx.size(1), bits, group, half_scales, has_minimums);
   const QuantizedLinearBackwardArgs args{weight,  dy.size(0),  dx.size(1),     dy.step(0),
                                          dy.data, panels.data, dx.as<float>(), dy.dtype};
   place.cuda() ? cuda::quantized_linear_backward(args, place.work()) : pyllm::quantized_linear_backward(args);
@@ -121,7 +122,7 @@ void quantized_embedding(const TensorView& ids, const TensorView& panels, const 
   check(out.ndim >= 1, "[quantized_embedding] out must have at least 1 dimension, but got a scalar");
   const int64_t k = out.size(-1);
   const QuantizedWeight weight =
-      packed_weight(op, place, panels, vocabulary, k, bits, group, half_scales, has_minimums);
+      packed_weight(op, "weight", place.cuda(), panels, vocabulary, k, bits, group, half_scales, has_minimums);
   check_ids(op, "ids", ids, vocabulary);
   check(out.numel() == ids.numel() * k, "[", op, "] out must have a row of weight for each id, but got shape ",
         out.shape_text());

@@ -6,6 +6,7 @@
 
 #include "cuda/recurrent.h"
 #include "ops/ops.h"
+#include "ops/packed_weight.h"
 #include "ops/place.h"
 
 namespace pyllm::ops {
@@ -51,27 +52,48 @@ void check_output(const char* op, const char* name, const TensorView& t, DType d
   check_writable(op, name, t);
 }
 
-// The last two of x's dimensions are batch and inputs; what is given of w_hh decides the hidden size.
-RecurrentShape shape_of(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
-                        const TensorView& w_hh) {
-  const Recurrence checked = check_kind(op, kind);
-  check_float(op, "x", x);
-  check_device(op, "w_ih", w_ih);
-  check_device(op, "w_hh", w_hh);
-  check_ndim(op, "w_hh", w_hh, 2);
+// The last two of x's dimensions are batch and inputs.
+RecurrentShape shape_of(const char* op, int kind, bool reverse, const TensorView& x, int64_t hidden) {
   RecurrentShape s{};
-  s.kind = checked;
+  s.kind = check_kind(op, kind);
+  check_float(op, "x", x);
   s.reverse = reverse;
   s.time = x.ndim == 3 ? x.size(0) : 1;
   s.batch = x.size(-2);
   s.inputs = x.size(-1);
-  s.hidden = w_hh.size(1);
+  s.hidden = hidden;
   s.dtype = x.dtype;
   s.x = {x.data, x.step(-2), x.step(-1)};
-  s.w_ih = {w_ih.data, w_ih.step(0), w_ih.step(1)};
-  s.w_hh = {w_hh.data, w_hh.step(0), w_hh.step(1)};
+  return s;
+}
+
+// What is given of w_hh decides the hidden size.
+RecurrentShape shape_of(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
+                        const TensorView& w_hh) {
+  check_device(op, "w_ih", w_ih);
+  check_device(op, "w_hh", w_hh);
+  check_ndim(op, "w_hh", w_hh, 2);
+  RecurrentShape s = shape_of(op, kind, reverse, x, w_hh.size(1));
+  s.w_ih = matrix(w_ih);
+  s.w_hh = matrix(w_hh);
   check_weights(op, s, w_ih, w_hh);
   return s;
+}
+
+// A weight, or, where there is a format (bits, group, half scales, minimums, n, k), one packed in panels.
+void take_weight(const char* op, const char* name, const RecurrentShape& s, const TensorView& w,
+                 const std::vector<int64_t>& format, int64_t k, StridedMatrix& dense, PackedMatrix& packed) {
+  const int64_t width = gates_of(s.kind) * s.hidden;
+  if (format.empty()) {
+    check_dtype(op, name, w, s.dtype);
+    check_shape(op, name, w, width, k);
+    dense = matrix(w);
+    return;
+  }
+  check(format.size() == 6, "[", op, "] ", name, " must have a format of 6 numbers, but got ", format.size());
+  check(format[4] == width && format[5] == k, "[", op, "] ", name, " must have shape (", width, ", ", k, "), but got (",
+        format[4], ", ", format[5], ")");
+  packed = {packed_weight(op, name, false, w, width, k, format[0], format[1], format[2], format[3]), w.data};
 }
 
 void take_states(const char* op, RecurrentShape& s, const TensorView& h0, const TensorView& c0) {
@@ -202,14 +224,19 @@ RecurrentShape shape_of_steps(const char* op, int kind, bool reverse, const Tens
 }  // namespace
 
 void recurrent_forward(const char* op, int kind, bool reverse, const TensorView& x, const TensorView& w_ih,
-                       const TensorView& w_hh, const TensorView& b_ih, const TensorView& b_hh, const TensorView& h0,
-                       const TensorView& c0, const TensorView& lengths, const TensorView& y, const TensorView& h_n,
-                       const TensorView& c_n, const TensorView& gates, const TensorView& new_hidden,
-                       const TensorView& tanh_cell, const TensorView& cell) {
+                       const TensorView& w_hh, const std::vector<int64_t>& ih_format,
+                       const std::vector<int64_t>& hh_format, const TensorView& b_ih, const TensorView& b_hh,
+                       const TensorView& h0, const TensorView& c0, const TensorView& lengths, const TensorView& y,
+                       const TensorView& h_n, const TensorView& c_n, const TensorView& gates,
+                       const TensorView& new_hidden, const TensorView& tanh_cell, const TensorView& cell) {
   check_device(op, "x", x);
   check_ndim(op, "x", x, 3);
+  check_device(op, "h_n", h_n);
+  check_ndim(op, "h_n", h_n, 2);
   RecurrentArgs a{};
-  a.shape = shape_of(op, kind, reverse, x, w_ih, w_hh);
+  a.shape = shape_of(op, kind, reverse, x, h_n.size(1));
+  take_weight(op, "w_ih", a.shape, w_ih, ih_format, a.shape.inputs, a.shape.w_ih, a.packed_ih);
+  take_weight(op, "w_hh", a.shape, w_hh, hh_format, a.shape.hidden, a.shape.w_hh, a.packed_hh);
   check_sequence(op, a.shape, x);
   take_states(op, a.shape, h0, c0);
   const std::vector<int64_t> order = take_order(op, a.shape, lengths);

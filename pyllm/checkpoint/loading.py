@@ -42,7 +42,7 @@ class _How(NamedTuple):
     progress: Progress | None
 
 
-_QUANTIZED = tuple(f".weight.{part}" for part in QUANTIZED)
+_QUANTIZED = tuple(f".{part}" for part in QUANTIZED)
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
 
@@ -102,9 +102,11 @@ def _ours(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
     if saved.model_type not in MODELS:
         raise CheckpointError(f"{path}: model_type must be one of {', '.join(MODELS)}, but got {saved.model_type!r}")
     model = _empty(path, saved.model_type, lambda: MODELS[saved.model_type](**saved.config))
-    quantized = dict.fromkeys(k.rpartition(".weight.")[0] for k in saved.weights if k.endswith(_QUANTIZED))
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.removesuffix(".weight") not in quantized}
-    found = {k: tuple(v.shape) for k, v in saved.weights.items() if k.rpartition(".weight.")[0] not in quantized}
+    own = model.state_dict()
+    parts = {k: k.rpartition(".")[0] for k in saved.weights if k.endswith(_QUANTIZED) and k not in own}
+    quantized = dict.fromkeys(parts.values())
+    expected = {k: tuple(v.shape) for k, v in own.items() if k not in quantized}
+    found = {k: tuple(v.shape) for k, v in saved.weights.items() if k not in parts}
     if expected != found:
         wrong = [f"{k} must be {expected.get(k, 'absent')}, but got {found.get(k, 'nothing')}"
                  for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]  # fmt: skip
@@ -120,29 +122,30 @@ def _ours(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:
             setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
     if quantized:
         for module in model.modules():
-            if isinstance(module, Embedding) and module.packed is not None:
+            if isinstance(module, Embedding) and module.quantized:
                 module.to(model.dtype)
     return model if how.dtype is None else model.to(how.dtype), saved.tokenizer
 
 
 def _quantize(path: Path, model: Model, weights: dict[str, Tensor], names: Iterable[str]) -> None:
     """Takes the quantised weights of layers out of `weights` and puts them into the layers."""
-    shared: dict[tuple | None, Quantizable] = {}
+    shared: dict[tuple | None, PackedQuantizedWeight] = {}
     for name in names:
-        panels, layout = parts = [weights.pop(f"{name}.weight.{k}", None) for k in QUANTIZED]
+        owner, _, attribute = name.rpartition(".")
+        panels, layout = [weights.pop(f"{name}.{k}", None) for k in QUANTIZED]
         same = None
         if panels is not None and layout is not None and panels.numel():
             same = panels.data_ptr(), layout.dtype, tuple(layout.flatten().tolist())
         try:
-            layer = cast(Quantizable, model.get_submodule(name))
+            layer = cast(Quantizable, model.get_submodule(owner))
             if same in shared:
-                layer.quantize_(cast(PackedQuantizedWeight, shared[same].packed))
+                layer.quantize_(shared[same], attribute)
             else:
-                layer.load_quantized_(*parts)
+                layer.load_quantized_(attribute, panels, layout)
                 if same is not None:
-                    shared[same] = layer
+                    shared[same] = layer.quantized[attribute]
         except (AttributeError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{path}: {name}.weight: {e}") from None
+            raise CheckpointError(f"{path}: {name}: {e}") from None
 
 
 def _folder(path: Path, how: _How) -> tuple[Model, Tokenizer | None]:

@@ -233,7 +233,7 @@ def export_weights(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
         WeightsError: a layer of the model is quantised.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Quantizable) and module.packed is not None:
+        if isinstance(module, nn.Quantizable) and module.quantized:
             raise WeightsError(f"{name} is quantised, which no checkpoint for others can hold: export the model that "
                                "was not, or keep this one with pyllm.save")  # fmt: skip
     for place in _places(model, family, model.head is None):

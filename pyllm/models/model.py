@@ -82,7 +82,7 @@ class Model(torch.nn.Module):
         self.exporter(path, tokenizer, gguf=gguf, **options)
 
     def quantize(self, weights: str, **options: Any) -> Any:
-        """Quantises the linear layers in place: `pyllm.quantize(model, weights, ...)`."""
+        """Quantises the linear and recurrent layers in place: `pyllm.quantize(model, weights, ...)`."""
         return self.quantizer(weights, **options)
 
     @property
@@ -108,7 +108,7 @@ class Model(torch.nn.Module):
 
     def quantized_weights(self) -> list[ops.PackedQuantizedWeight]:
         """Each once, though layers share it."""
-        found = (m.packed for m in self.modules() if isinstance(m, nn.Quantizable) and m.packed is not None)
+        found = (w for m in self.modules() if isinstance(m, nn.Quantizable) for w in m.quantized.values())
         return list({id(packed): packed for packed in found}.values())
 
 

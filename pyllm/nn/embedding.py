@@ -26,11 +26,11 @@ class Embedding(Quantizable, torch.nn.Embedding):
             return ops.quantized_embedding(ids, self.packed, self.like.dtype)
         return ops.embedding(ids, self.weight)
 
-    def size(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.num_embeddings, self.embedding_dim)}
 
-    def quantize_(self, weight: ops.QuantizedWeight | ops.PackedQuantizedWeight) -> None:
+    def quantize_(self, weight: ops.QuantizedWeight | ops.PackedQuantizedWeight, name: str = "weight") -> None:
         dtype = torch.float32 if self.weight is None else self.weight.dtype
-        super().quantize_(weight)
+        super().quantize_(weight, name)
         like = torch.empty(0, dtype=dtype, device=cast(ops.PackedQuantizedWeight, self.packed).device)
         self.register_buffer("like", like, persistent=False)  # conversions of the model change its dtype

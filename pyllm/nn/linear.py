@@ -20,8 +20,11 @@ class Linear(Quantizable, torch.nn.Linear):
             return ops.quantized_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
-    def size(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.out_features, self.in_features)}
+
+    def weight_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {"weight": x}
 
 
 class Head(Linear):

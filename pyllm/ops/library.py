@@ -35,7 +35,9 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
     tuple[Tensor, Tensor]: "Tensor[]",
     tuple[Tensor, Tensor] | None: "Tensor[]?",
     Tensor | tuple[Tensor, Tensor] | None: "Tensor[]? or one",
-    Tensor | PackedLinear: "Tensor",  # a packed weight is for eager calls
+    Tensor | PackedLinear: "Tensor packed",  # a packed weight in a tensor's place is for eager calls
+    Tensor | PackedQuantizedWeight: "Tensor packed",
+    Sequence[Tensor | PackedQuantizedWeight]: "Tensor[] packed",
     PackedQuantizedWeight: "packed",  # two arguments of a schema: its panels, and numbers
     torch.dtype: "ScalarType",
     float | Tensor: "Tensor or float",
@@ -49,6 +51,7 @@ _KINDS = {  # an annotation -> a schema's type, and what Python may give in its 
 }
 
 
+_PACKED = (PackedLinear, PackedQuantizedWeight)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)  # as in csrc/dtype.h
 
 
@@ -175,7 +178,7 @@ def _explain(name: str, kinds: dict[str, str], args: tuple, kwargs: dict, error:
             elif kind.startswith("Tensor or"):
                 if not isinstance(part, (int, float)):
                     raise TypeError(f"{where} must be a number or a tensor, but got {type(part).__name__}") from error
-            elif not (isinstance(part, PackedLinear) or (part is None and "?" in kind)):
+            elif not (("packed" in kind and isinstance(part, _PACKED)) or (part is None and "?" in kind)):
                 raise TypeError(f"{where} must be a torch.Tensor, but got {type(part).__name__}") from error
 
 
@@ -249,8 +252,12 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
     torch.library.register_fake(f"pyllm::{name}_backward", fake_backward, lib=_LIBRARY)
     torch.library.register_autograd(f"pyllm::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
 
+    untraced = _disable_dynamo(f)
+
     def traced(*args, **kwargs):
         values = defaults | dict(zip(kinds, args, strict=False)) | kwargs
+        if any(kind.endswith(" packed") and _holds_packed(values.get(key)) for key, kind in kinds.items()):
+            return untraced(*args, **kwargs)
         if values.keys() != kinds.keys() or len(args) > len(kinds):
             raise TypeError(f"[{name}] takes {', '.join(kinds)}, but got {len(args)} and {', '.join(kwargs)}")
         out = op(*[part for key, kind in kinds.items() for part in _spread(kind, values[key])])
@@ -259,6 +266,10 @@ def _register(name: str, f: Callable) -> tuple[Callable, dict[str, str]]:
         return named(out) if named else out[0] if len(out) == 1 else tuple(out)
 
     return traced, kinds
+
+
+def _holds_packed(value) -> bool:
+    return any(isinstance(part, _PACKED) for part in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _spread(kind: str, value) -> list:

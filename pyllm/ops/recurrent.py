@@ -8,13 +8,15 @@ from torch import Tensor
 from pyllm import _C
 from pyllm.ops import recurrent_cuda
 from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.quantized_linear import PackedQuantizedWeight
 
+Weight = Tensor | PackedQuantizedWeight
 _NONLINEARITIES = {"tanh": 0, "relu": 1}
 _GRU, _LSTM = 2, 3
 _GATES = (1, 1, 3, 4)  # of each kind: blocks of rows in a weight
 
 
-def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlinearity: str = "tanh",
+def rnn(x: Tensor, params: Sequence[Weight], h0: Tensor | None = None, *, nonlinearity: str = "tanh",
         num_layers: int = 1, bidirectional: bool = False, dropout: float = 0.0, training: bool = False,
         lengths: Tensor | None = None, batch_first: bool = True,
         seed: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -28,7 +30,9 @@ def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlin
     Args:
         x: (B, T, I), or (T, B, I) where `batch_first` is false; float32, bfloat16 or float16.
         params: for each layer, for each direction: w_ih (H, I or D * H), w_hh (H, H) and, or not, b_ih (H,), b_hh (H,).
-            This is the order of `torch.nn.RNN`'s parameters. x's dtype.
+            This is the order of `torch.nn.RNN`'s parameters. x's dtype. A weight may come from `pack_quantized`
+            instead: its products are those of `quantized_linear`, in float32, it has no gradient, and those of the rest
+            go through the dequantised weight. On the CPU only.
         h0: (num_layers * D, B, H), where D is 2 if bidirectional, else 1. Zeros if not given.
         dropout: the share of each layer's outputs, but the last's, that becomes zero in training.
         lengths: (B,) int64 of 0 to T. Outputs beyond a sequence's length are zeros, its last state is the one there.
@@ -46,7 +50,7 @@ def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlin
     return y, h
 
 
-def gru(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, num_layers: int = 1,
+def gru(x: Tensor, params: Sequence[Weight], h0: Tensor | None = None, *, num_layers: int = 1,
         bidirectional: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
         batch_first: bool = True, seed: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Layers of gated recurrent units (Cho et al., 2014, https://arxiv.org/abs/1406.1078), as `torch.nn.GRU` has them.
@@ -59,7 +63,7 @@ def gru(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, num_la
     return y, h
 
 
-def lstm(x: Tensor, params: Sequence[Tensor], state: tuple[Tensor, Tensor] | None = None, *, num_layers: int = 1,
+def lstm(x: Tensor, params: Sequence[Weight], state: tuple[Tensor, Tensor] | None = None, *, num_layers: int = 1,
          bidirectional: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
          batch_first: bool = True, seed: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """Layers of long short-term memory (Hochreiter and Schmidhuber, 1997; with forget gates, Gers et al., 2000).
@@ -72,19 +76,19 @@ def lstm(x: Tensor, params: Sequence[Tensor], state: tuple[Tensor, Tensor] | Non
     return y, (h, c)
 
 
-def rnn_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+def rnn_cell(x: Tensor, h: Tensor, w_ih: Weight, w_hh: Weight, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
              *, nonlinearity: str = "tanh") -> Tensor:  # fmt: skip
     """One step of `rnn`: x (B, I), h (B, H), of any strides; returns the next h, with the sequence's bits."""
     return _cell("rnn_cell", _nonlinearity("rnn_cell", nonlinearity), x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
-def gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+def gru_cell(x: Tensor, h: Tensor, w_ih: Weight, w_hh: Weight, b_ih: Tensor | None = None,
              b_hh: Tensor | None = None) -> Tensor:  # fmt: skip
     """One step of `gru`: x (B, I), h (B, H), of any strides; returns the next h, with the sequence's bits."""
     return _cell("gru_cell", _GRU, x, h, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
-def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], w_ih: Weight, w_hh: Weight, b_ih: Tensor | None = None,
               b_hh: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of `lstm`: x (B, I), state (h, c) of (B, H) each; returns the next state, with the sequence's bits."""
     return _cell("lstm_cell", _LSTM, x, state[0], state[1], w_ih, w_hh, b_ih, b_hh)
@@ -96,11 +100,13 @@ def _nonlinearity(op: str, name: str) -> int:
     return _NONLINEARITIES[name]
 
 
+def _differentiable(*given: Tensor | PackedQuantizedWeight | None) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
 def _cell(op, kind, x, h, c, w_ih, w_hh, b_ih, b_hh):
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    )
-    if differentiable or _on_cuda(x):
+    differentiable = _differentiable(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if differentiable or _on_cuda(x) or _is_packed(w_ih) or _is_packed(w_hh):
         if x.dim() != 2 or h.dim() != 2:
             raise ValueError(f"[{op}] x and h must have 2 dimensions, but got {tuple(x.shape)} and {tuple(h.shape)}")
         c = None if c is None else c[None]
@@ -134,7 +140,7 @@ def _run(op, kind, x, params, state, num_layers, bidirectional, dropout, trainin
     if lengths is not None:  # what the padding holds, perhaps NaN, must not reach the gradients of the weights
         y = y.masked_fill((torch.arange(y.shape[0], device=y.device)[:, None] >= lengths)[..., None], 0)
     y = y.contiguous()
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params, *state))
+    differentiable = _differentiable(x, *params, *state)
     apply = _Layer.apply if differentiable else _forward
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     per = len(params) // num_layers
@@ -152,6 +158,15 @@ def _run(op, kind, x, params, state, num_layers, bidirectional, dropout, trainin
     return y.transpose(0, 1).contiguous() if batch_first else y, last
 
 
+def _is_packed(weight) -> bool:
+    return isinstance(weight, PackedQuantizedWeight)
+
+
+def _parts(weight):
+    """What the kernel takes of a weight: a tensor and, where it is packed, how."""
+    return (weight.panels, (*weight.layout, *weight.shape)) if _is_packed(weight) else (weight, ())
+
+
 def _sides(params, directions):
     """For each direction: w_ih, w_hh, b_ih, b_hh."""
     per = len(params) // directions
@@ -160,10 +175,12 @@ def _sides(params, directions):
 
 def _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=False):
     """One layer, time first; returns y, h_n, c_n and what each direction keeps for the backward pass."""
-    if params[1].dim() != 2:
+    if len(params[1].shape) != 2:
         raise ValueError(f"[{op}] w_hh must have 2 dimensions, but got {tuple(params[1].shape)}")
     (time, batch, _), hidden = x.shape, params[1].shape[1]
     on_cuda = _on_cuda(x)
+    if on_cuda and any(map(_is_packed, params)):
+        raise NotImplementedError(f"[{op}] x must be on the CPU where weights are quantised, but is on {x.device}")
     y = x.new_empty(time, batch, directions * hidden)
     h_n = x.new_empty(directions, batch, hidden)
     c_n = torch.empty_like(h_n) if kind == _LSTM else None
@@ -183,7 +200,8 @@ def _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=False):
             _C.recurrent_steps(op, kind, d == 1, gates, w_hh, b_ih, b_hh, *initial, lengths, columns, *last, keep,
                                *activations[1:])  # fmt: skip
         else:
-            _C.recurrent_forward(op, kind, d == 1, x, w_ih, w_hh, b_ih, b_hh, *initial, lengths, columns, *last,
+            weights, formats = zip(*(_parts(w) for w in (w_ih, w_hh)), strict=True)
+            _C.recurrent_forward(op, kind, d == 1, x, *weights, *formats, b_ih, b_hh, *initial, lengths, columns, *last,
                                  *activations)  # fmt: skip
         kept += activations
     return y, h_n, c_n, kept
@@ -199,6 +217,8 @@ class _Layer(torch.autograd.Function):
         y, h_n, c_n, kept = _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=True)
         ctx.op, ctx.kind, ctx.directions, ctx.on_cuda = op, kind, directions, _on_cuda(x)
         ctx.set_materialize_grads(False)
+        ctx.packed = [p if _is_packed(p) else None for p in params]
+        params = [None if _is_packed(p) else p for p in params]
         ctx.save_for_backward(lengths, x, h0, c0, y, *params, *kept)
         return y, h_n, c_n
 
@@ -208,6 +228,10 @@ class _Layer(torch.autograd.Function):
         lengths, x, h0, c0, y, *rest = ctx.saved_tensors
         op, kind, directions = ctx.op, ctx.kind, ctx.directions
         params, kept = rest[: -4 * directions], rest[-4 * directions :]
+        params = [
+            p if packed is None else packed.unpack().dequantize().to(x.dtype)
+            for p, packed in zip(params, ctx.packed, strict=True)
+        ]
         _, _, _, _, needs_x, needs_h0, needs_c0, *needs = ctx.needs_input_grad
         hidden, per = params[1].shape[1], len(params) // directions
         # Two directions add up in float32.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm.reference.linear import linear
+from pyllm.reference.quantized_linear import quantized_linear
 
 State = tuple[Tensor, ...]
 
@@ -33,9 +34,13 @@ def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], w_ih: Tensor, w_hh: Tenso
     return (o.sigmoid() * c.to(o.dtype).tanh()).to(x.dtype), c
 
 
-def _sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _sums(x: Tensor, weight, bias: Tensor | None) -> Tensor:
+    """`weight`: a tensor, or an unpacked `QuantizedWeight`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    bias = None if bias is None else bias.to(wide)
+    if isinstance(weight, Tensor):
+        return linear(x.to(wide), weight.to(wide), bias)
+    return quantized_linear(x.to(wide), weight, bias)
 
 
 def rnn(x: Tensor, params: Sequence[Tensor], h0: Tensor | None = None, *, nonlinearity: str = "tanh",

@@ -35,6 +35,29 @@ SPOILT = {
 }
 
 
+RECURRENT = {
+    "panels cut": lambda w: w.update({"rnn.weight_hh_l0.panels": w["rnn.weight_hh_l0.panels"][1:].clone()}),
+    "panels missing": lambda w: w.pop("rnn.weight_ih_l1.panels"),
+    "layout missing": lambda w: w.pop("rnn.weight_hh_l1.layout"),
+    "another layout": lambda w: w.update({"rnn.weight_ih_l0.layout": torch.tensor([4, 32, 1, 0])}),
+    "a weight that is not there": lambda w: w.update({"rnn.weight_hh_l2.panels": w["rnn.weight_hh_l0.panels"]}),
+    "a bias": lambda w: w.update({f"rnn.bias_hh_l0.{k}": w[f"rnn.weight_hh_l0.{k}"] for k in ("panels", "layout")}),
+    "a weight twice": lambda w: w.update({"rnn.weight_hh_l0": torch.zeros(160, 40)}),
+    "no weight": lambda w: [w.pop(f"rnn.weight_hh_l0.{k}") for k in ("panels", "layout")],
+}
+
+
+@pytest.mark.parametrize("spoil", RECURRENT)
+def test_spoilt_weights_of_recurrent_layers_are_refused(spoil, tmp_path):
+    model = pyllm.LanguageModel(50, 40, 2, cell="lstm")
+    model.quantize("int8")
+    weights = dict(model.state_dict())
+    RECURRENT[spoil](weights)
+    pyllm.checkpoint.save_checkpoint(tmp_path, model_type="recurrent", config=model.config, weights=weights)
+    with pytest.raises(CheckpointError, match=r"rnn\."):
+        pyllm.load(tmp_path)
+
+
 @pytest.mark.parametrize("spoil", SPOILT)
 def test_spoilt_quantised_weights_are_refused(spoil, tmp_path):
     config, weights = quantised("int8")

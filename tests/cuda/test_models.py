@@ -108,8 +108,8 @@ def test_a_quantised_model(weights, device, on_cpu):
         moved = model.to(device)
         for layer in moved.modules() if device.type == "cpu" else ():
             if isinstance(layer, pyllm.nn.Quantizable) and layer.packed is not None:  # as the kernels read it
-                panels = layer.packed._panels_of(8)
-                layer.packed = ops.PackedQuantizedWeight(panels, *layer.packed.layout, layer.packed.shape)
+                panels, packed = layer.packed._panels_of(8), layer.packed
+                layer.quantized = {"weight": ops.PackedQuantizedWeight(panels, *packed.layout, packed.shape)}
         torch.testing.assert_close(moved(ids.to(device)).cpu(), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -164,8 +164,13 @@ MODELS = {
     "lstm": lambda: pyllm.LanguageModel(40, 16, 2, cell="lstm"),
     "llama": decoder,
     "llama in bfloat16": lambda: decoder().bfloat16(),
-    "llama in 8 bits": lambda: quantised("int8"),
-    "llama in 4 bits": lambda: quantised("int4"),
+    "llama in 8 bits": lambda: quantised(decoder(), "int8"),
+    "llama in 4 bits": lambda: quantised(decoder(), "int4"),
+    "lstm in 8 bits": lambda: quantised(pyllm.LanguageModel(40, 16, 2, cell="lstm"), "int8"),
+    "gru in 4 bits": lambda: quantised(pyllm.LanguageModel(40, 40, 2, cell="gru"), "int4"),
+    "rnn in bfloat16 and 4 bits": lambda: quantised(pyllm.LanguageModel(40, 40, cell="rnn").bfloat16(), "int4-min"),
+    "rwkv in 4 bits": lambda: quantised(pyllm.RWKV(40, 32, 2, head_dim=16), "int4"),
+    "t5 in 8 bits": lambda: quantised(encoder_decoder(), "int8"),
     "gpt2": lambda: decoder(**GPT2),
     "gemma2": lambda: decoder(**GEMMA),
     "qwen3": lambda: decoder(head_norm=True),
@@ -178,8 +183,7 @@ MODELS = {
 }
 
 
-def quantised(weights):
-    model = decoder()
+def quantised(model, weights):
     model.quantize(weights)
     return model
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pyllm
 from pyllm import _C, nn
+from pyllm.data import SequenceLoader, embedded_corpus, split
 from pyllm.quantization import FORMATS, quantize_weight
 from pyllm.quantization.compensation import quantize_compensated
 
@@ -21,7 +22,9 @@ MODELS = {
     "decoder": decoder,
     "untied": lambda: decoder(tie_embeddings=False, bias=True, qkv_bias=True),
     "softcap": lambda: decoder(logit_softcap=20.0),
-    "lstm": lambda: pyllm.LanguageModel(50, 40, 1, 0.0, cell="lstm").eval(),
+    "rnn": lambda: pyllm.LanguageModel(50, 40, 2, 0.0, cell="rnn").eval(),
+    "gru": lambda: pyllm.LanguageModel(50, 40, 2, 0.0, cell="gru").eval(),
+    "lstm": lambda: pyllm.LanguageModel(50, 40, 2, 0.0, cell="lstm").eval(),
     "rwkv": lambda: pyllm.RWKV(50, 64, 2).eval(),
     "encoder": lambda: pyllm.Encoder(50, 64, 2, 4, head="masked_lm", context_length=64).eval(),
     "encoder-decoder": lambda: pyllm.EncoderDecoder(50, 64, 2, 4, context_length=64).eval(),
@@ -90,7 +93,9 @@ def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind,
     steps = []
     report = model.quantize(weights, progress=lambda *step: steps.append(step))
     assert model.num_parameters() == count and report.bytes_after < report.bytes_before
-    assert [name for name, m in model.named_modules() if isinstance(m, nn.Linear)] == list(report.layers)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Quantizable)}
+    quantised = [name for name, m in layers.items() if not isinstance(m, nn.Embedding)]
+    assert quantised == list(dict.fromkeys(name.partition(".weight_")[0] for name in report.layers))
     assert steps == [(n + 1, len(report.layers)) for n in range(len(report.layers))]
     after = model(given)
     assert 0 < (after - before).norm() < (0.05 if weights == "int8" else 0.3) * before.norm()
@@ -121,10 +126,11 @@ def test_larger_groups_are_coarser_and_come_back(tmp_path):
         pyllm.quantize(decoder(), "int4", group=64)
 
 
+@pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_quantised_models_keep_the_contract(kind):
+def test_quantised_models_keep_the_contract(kind, weights):
     model = MODELS[kind]()
-    pyllm.quantize(model, "int4")
+    pyllm.quantize(model, weights)
     assert not pyllm.check(model)
 
 
@@ -140,8 +146,49 @@ def test_layers_can_be_left_alone():
         pyllm.quantize(decoder(), "int8", skip=("lm_head",))
     with pytest.raises(ValueError, match="must be one of int8, int4, int4-min, but got 'int3'"):
         pyllm.quantize(decoder(), "int3")
-    with pytest.raises(ValueError, match=r"model must have layers of pyllm\.nn\.Linear"):
+    with pytest.raises(ValueError, match=r"model must have linear or recurrent layers"):
         pyllm.quantize(model, "int8")
+
+
+def test_weights_of_recurrent_layers_can_be_left_alone():
+    model = MODELS["gru"]()
+    report = pyllm.quantize(model, "int4", skip=("rnn.weight_hh*", "head"))
+    assert report.layers == ("rnn.weight_ih_l0", "rnn.weight_ih_l1")
+    assert model.rnn.weight_ih_l0 is None and model.rnn.weight_hh_l0 is not None and model.head.packed is None
+    assert not pyllm.check(model)
+    assert pyllm.quantize(model, "int8", skip=("rnn",)).layers == ("head",)
+
+
+class Stepped(torch.nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, state=None) -> Tensor:
+        for row in x.unbind(1):
+            state = self.cell(row, state)
+        return state
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_a_quantised_cell_is_a_step_of_its_layer_and_comes_back(kind):
+    cell, layer = getattr(nn, f"{kind}Cell")(10, 20), getattr(nn, kind)(10, 20, batch_first=True)
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    for name in cell.sizes():
+        cell.quantize_(quantize_weight(getattr(cell, name), 8), name)
+        layer.quantize_(cell.quantized[name], f"{name}_l0")
+    assert cell.weight_hh is None and layer.weight_ih_l0 is None and layer._flat_weights[0] is None
+    x = torch.randn(3, 6, 10)
+    last, (_, expected) = Stepped(cell)(x), layer(x)
+    last, expected = (last[0], expected[0]) if kind == "LSTM" else (last, expected)
+    assert torch.equal(last, expected[0])
+    again = getattr(nn, f"{kind}Cell")(10, 20)
+    again.load_state_dict(cell.state_dict())
+    assert torch.equal(flat(again(x[:, 0]))[0], flat(cell(x[:, 0]))[0])
+
+
+def flat(out):
+    return out if isinstance(out, tuple) else (out,)
 
 
 def test_the_head_gets_eight_bits():
@@ -150,11 +197,19 @@ def test_the_head_gets_eight_bits():
     assert model.head.packed.bits == 8 and model.blocks[0].attention.qkv.packed.bits == 4
 
 
-@pytest.mark.parametrize("portion", [1 << 27, 1])
-def test_calibration_keeps_the_loss_lower(portion, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "portion"),
+    [
+        (lambda: pyllm.Decoder(20, 32, 2, 2, context_length=40), 1 << 27),
+        (lambda: pyllm.Decoder(20, 32, 2, 2, context_length=40), 1),
+        (lambda: pyllm.LanguageModel(20, 48, 2, cell="lstm"), 1 << 27),
+        (lambda: pyllm.LanguageModel(20, 48, 2, cell="gru"), 1),
+    ],
+)
+def test_calibration_keeps_the_loss_lower(make, portion, monkeypatch):
     monkeypatch.setattr("pyllm.quantization.model._MOMENTS", portion)
     torch.manual_seed(3)
-    model = pyllm.Decoder(20, 32, 2, 2, context_length=40)
+    model = make()
     text = torch.arange(4 * 33).view(4, 33) * 7 % 20
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(60):
@@ -172,6 +227,30 @@ def test_calibration_keeps_the_loss_lower(portion, monkeypatch):
     assert away([text[:2], text[2:]]) < 0.9 * away(None)
 
 
+def test_a_trained_lstm_keeps_its_perplexity(tmp_path):
+    """The README's classic program."""
+    text = embedded_corpus()[:80_000]
+    tokenizer = pyllm.Tokenizer.train("char", [text])
+    training, validation = (tokenizer.encode(part) for part in split(text, 0.1))
+    torch.manual_seed(5)
+    model = pyllm.LanguageModel(tokenizer.vocab_size, hidden_size=64, num_layers=2, cell="lstm")
+    pyllm.train(model, SequenceLoader(training, 16, 32), torch.optim.Adam(model.parameters(), 1e-2), epochs=1,
+                progress=False)  # fmt: skip
+    held_out = SequenceLoader(validation, 4, 32)
+    before = pyllm.test(model.eval(), held_out).perplexity
+    assert before < 0.3 * tokenizer.vocab_size
+    for weights, bound, bits in (("int8", 0.002, 9), ("int4", 0.03, 5.7), ("int4-min", 0.03, 6.1)):
+        other = copy.deepcopy(model)
+        other.quantize(weights)
+        after = pyllm.test(other, held_out).perplexity
+        assert abs(after - before) < bound * before
+        assert sum(8 * w.nbytes for w in other.quantized_weights()) < bits * sum(
+            math.prod(w.shape) for w in other.quantized_weights()
+        )
+        pyllm.save(other, tmp_path / weights, tokenizer)
+        assert pyllm.test(pyllm.load(tmp_path / weights)[0], held_out).perplexity == after
+
+
 def test_gradients_pass_through_to_what_comes_before():
     model = decoder(tie_embeddings=False)
     pyllm.quantize(model, "int8")
@@ -182,7 +261,7 @@ def test_gradients_pass_through_to_what_comes_before():
 class Adapter(torch.nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        self.layer, (n, k) = layer, layer.size()
+        self.layer, (n, k) = layer, layer.sizes()["weight"]
         self.down = torch.nn.Parameter(torch.randn(8, k) / k**0.5)
         self.up = torch.nn.Parameter(torch.zeros(n, 8))
 

@@ -3,8 +3,12 @@
 // step is shared out is told in recurrent.h. States are rounded to the storage type at each step, so that feeding a
 // sequence in pieces, or cell by cell, carries what is carried here.
 //
-// A call of one step, as of a cell, packs nothing: both products go straight through gemm.h.
+// A call of one step, as of a cell, packs nothing: both products go straight through gemm.h. Weights that are quantised
+// are packed already: their products are those of quantized_linear, of a step's live rows with w_hh, and then threads
+// share out the units for the gates.
 #include "cpu/kernels/recurrent.h"
+
+#include "cpu/quantized_linear.h"
 
 namespace pyllm::ISA {
 namespace {
@@ -13,6 +17,8 @@ template <Recurrence kKind, class T>
 class Forward {
   static constexpr int64_t kGates = gates_of(kKind);
   static constexpr bool kGru = kKind == Recurrence::gru, kLstm = kKind == Recurrence::lstm;
+  static constexpr int64_t kUnitRows = 64;  // rows of units whose gates are worth a thread
+  static constexpr int kSlot = 4;           // of scratch memory that quantized_linear leaves alone
 
  public:
   explicit Forward(const RecurrentArgs& args)
@@ -25,19 +31,17 @@ class Forward {
         units_((hidden_ + kPanel - 1) / kPanel),
         chunk_(std::clamp<int64_t>(512 / std::max<int64_t>(1, batch_), 1, std::max<int64_t>(1, s_.time))),
         alone_(s_.time == 1),
-        memory_(static_cast<float*>(cpu::scratch(floats() * sizeof(float), 0))) {
+        memory_(static_cast<float*>(cpu::scratch(floats() * sizeof(float), kSlot))) {
     h_[0] = take(batch_ * step_);
     h_[1] = take(batch_ * step_);
     c_ = take(kLstm ? batch_ * step_ : 0);
     bias_ = take(width_ + W);
     new_bias_ = take(kGru ? hidden_ + W : 0);
     gates_ = take(a_.keep.gates ? 0 : chunk_ * batch_ * width_);
-    if (alone_) {
-      sums_ = take(batch_ * width_);
-    } else {
-      w_ih_ = take(packed_size(width_, s_.inputs));
-      w_hh_ = take(units_ * kGates * kPanel * hidden_);
-    }
+    sums_ = take(alone_ || quantized(a_.packed_hh) ? batch_ * width_ : 0);
+    x_ = take(quantized(a_.packed_ih) ? chunk_ * batch_ * s_.inputs : 0);
+    w_ih_ = take(packs(a_.packed_ih) ? packed_size(width_, s_.inputs) : 0);
+    w_hh_ = take(packs(a_.packed_hh) ? units_ * kGates * kPanel * hidden_ : 0);
   }
 
   void run() {
@@ -46,17 +50,24 @@ class Forward {
     if (kLstm) load_state<T>(s_, s_.c0, c_, step_);
     load_bias();
     for (int64_t r = live_rows(s_, 0); r < batch_; r++) keep_initial_state(r);
-    if (alone_) return run_alone();
+    if (alone_ && !quantized(a_.packed_ih) && !quantized(a_.packed_hh)) return run_alone();
     const Matrix input = {s_.w_ih.data, s_.dtype, s_.w_ih.column, s_.w_ih.row};  // transposed
-    pack(input, width_, s_.inputs, w_ih_);
-    pack_recurrent();
+    if (packs(a_.packed_ih)) pack(input, width_, s_.inputs, w_ih_);
+    if (packs(a_.packed_hh)) pack_recurrent();
     for (int64_t done = 0; done < s_.time; done += chunk_) {
       const int64_t count = std::min(chunk_, s_.time - done);
       const int64_t first = s_.reverse ? s_.time - done - count : done;
       project(input, first, count);
+      const auto time_of = [&](int64_t i) { return s_.reverse ? first + count - 1 - i : first + i; };
+      if (!packs(a_.packed_hh)) {
+        awake([&] {
+          for (int64_t i = 0; i < count; i++) step_from_sums(time_of(i), first, done + i);
+        });
+        continue;
+      }
       together(team_for(batch_, kGates * hidden_ * hidden_), [&](cpu::Team& team, int rank) {
         for (int64_t i = 0; i < count; i++) {
-          step(s_.reverse ? first + count - 1 - i : first + i, first, done + i, team, rank);
+          step(time_of(i), first, done + i, team, rank);
           if (!splits_rows(batch_, kGates * hidden_ * hidden_, team.size())) team.barrier();
         }
       });
@@ -69,9 +80,11 @@ class Forward {
     taken_ += round_up(floats, 16);
     return block;
   }
+  static bool quantized(const PackedMatrix& w) { return w.weight.bits > 0; }
+  bool packs(const PackedMatrix& w) const { return !alone_ && !quantized(w); }
   int64_t floats() const {
-    const int64_t weights =
-        alone_ ? batch_ * width_ : packed_size(width_, s_.inputs) + units_ * kGates * kPanel * hidden_;
+    const int64_t weights = (packs(a_.packed_ih) ? packed_size(width_, s_.inputs) : chunk_ * batch_ * s_.inputs) +
+                            (packs(a_.packed_hh) ? units_ * kGates * kPanel * hidden_ : batch_ * width_);
     return 3 * batch_ * step_ + (a_.keep.gates ? 0 : chunk_ * batch_ * width_) + width_ + hidden_ + weights + 16 * 16;
   }
 
@@ -111,9 +124,52 @@ class Forward {
   }
 
   void project(const Matrix& input, int64_t first, int64_t count) {
-    const Matrix x = {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column};
-    product(
-        {count * batch_, width_, s_.inputs, x, input, w_ih_, bias_, gates_at(first, first), DType::f32, width_, false});
+    const T* source = at<T>(s_.x.data, first * batch_ * s_.x.row);
+    float* gates = gates_at(first, first);
+    if (!quantized(a_.packed_ih)) {
+      const Matrix x = {source, s_.dtype, s_.x.row, s_.x.column};
+      return product({count * batch_, width_, s_.inputs, x, input, alone_ ? nullptr : w_ih_, bias_, gates, DType::f32,
+                      width_, false, nullptr, alone_});
+    }
+    const int64_t rows = count * batch_;
+    if constexpr (std::is_same_v<T, float>)
+      if (s_.x.column == 1) return quantized_product(a_.packed_ih, rows, s_.inputs, source, s_.x.row, bias_, gates);
+    parallel_for(rows, std::max<int64_t>(1, 8192 / (s_.inputs + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const T* row = source + r * s_.x.row;
+        float* to = x_ + r * s_.inputs;
+        int64_t j = 0;
+        if (s_.x.column == 1)
+          for (; j + W <= s_.inputs; j += W) store(to + j, load(row + j));
+        for (; j < s_.inputs; j++) to[j] = to_float(row[j * s_.x.column]);
+      }
+    });
+    quantized_product(a_.packed_ih, rows, s_.inputs, x_, s_.inputs, bias_, gates);
+  }
+
+  // rows of a, a_row floats apart, by a weight, to c (rows x width).
+  void quantized_product(const PackedMatrix& w, int64_t rows, int64_t k, const float* a, int64_t a_row,
+                         const float* bias, float* c) const {
+    const auto bytes = [](const float* p) { return reinterpret_cast<const char*>(p); };
+    quantized_linear(
+        {w.weight, rows, k, a_row, bytes(a), w.panels, bytes(bias), reinterpret_cast<char*>(c), DType::f32});
+  }
+
+  // A step whose products with w_hh need no team that stays together: those of its live rows, then its units.
+  void step_from_sums(int64_t t, int64_t chunk_first, int64_t index) {
+    const int64_t live = live_rows(s_, t);
+    const float* h = h_[index % 2];
+    if (quantized(a_.packed_hh)) {
+      quantized_product(a_.packed_hh, live, hidden_, h, step_, nullptr, sums_);
+    } else {
+      const Matrix states = {h, DType::f32, step_, 1}, w_hh = {s_.w_hh.data, s_.dtype, s_.w_hh.column, s_.w_hh.row};
+      product({live, width_, hidden_, states, w_hh, nullptr, nullptr, sums_, DType::f32, width_, false});
+    }
+    parallel_for(
+        units_, std::max<int64_t>(1, kUnitRows / std::max<int64_t>(1, batch_)), [&](int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; unit++)
+            advance(t, gates_at(t, chunk_first), index, 0, batch_, live, unit, sums_ + unit * kPanel, hidden_, width_);
+        });
   }
 
   // One step: a thread needs no other's columns.
@@ -224,7 +280,7 @@ class Forward {
   const bool alone_;
   float* memory_;
   int64_t taken_ = 0;
-  float *h_[2], *c_, *bias_, *new_bias_, *gates_, *sums_, *w_ih_, *w_hh_;
+  float *h_[2], *c_, *bias_, *new_bias_, *gates_, *sums_, *x_, *w_ih_, *w_hh_;
 };
 
 }  // namespace

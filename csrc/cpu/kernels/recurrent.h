@@ -155,5 +155,11 @@ template <class F>
       most, [](const void* f, cpu::Team& team, int rank) { (*static_cast<const F*>(f))(team, rank); }, &member);
 }
 
+// body() while the team stays awake between the parallel loops that it makes.
+template <class F>
+[[maybe_unused]] void awake(const F& body) {
+  cpu::keep_awake([](void* p) { (*static_cast<const F*>(p))(); }, const_cast<F*>(&body));
+}
+
 }  // namespace
 }  // namespace pyllm::ISA
