@@ -34,6 +34,11 @@ class Recording(TorchDispatchMode):
     only one runs at a time, and whose results are read before another does.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing that is compiled runs in here; to be skipped would load the compiler at once, 50 MB of it."""
+        return False
+
     def __init__(self, memory: list[torch.UntypedStorage] | None = None) -> None:
         super().__init__()
         self.program, self.memory, self.allocated = _C.Program(), memory, 0

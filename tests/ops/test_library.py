@@ -238,8 +238,16 @@ def test_a_traced_call_refuses_wrong_arguments(monkeypatch):
         ops.linear(randn(2, 8), randn(5, 8), sidewise=1)
 
 
-def test_importing_loads_no_more_of_torch_than_torch_does(tmp_path):
-    code = "import sys, torch; had = {'torch._dynamo', 'sympy'} & {*sys.modules}; import pyllm; print(sorted("
-    code += "{'torch._dynamo', 'sympy'} & {*sys.modules} - had))"
+def test_importing_and_generating_load_no_more_of_torch_than_torch_does(tmp_path):
+    code = """
+import sys, torch
+had = {"torch._dynamo", "sympy"} & {*sys.modules}
+import pyllm
+from pyllm.engine import generate_ids
+model = pyllm.LanguageModel(9, 8, 1)
+assert len(list(generate_ids(model, [[1, 2]], max_tokens=4))) == 4
+assert pyllm.Engine(model).generate([[1, 2]], max_tokens=4)[0].reason
+print(sorted({"torch._dynamo", "sympy"} & {*sys.modules} - had))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
     assert done.stdout.split() == [b"[]"], done.stderr
