@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyllm import ops
 from pyllm.checkpoint.files import CheckpointError, short
 
 _PIECE = 1 << 20  # values converted at a time
@@ -59,7 +60,8 @@ class FileReader:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """Reads a weight into `out`, which is contiguous and of its shape, or into a new tensor.
 
-        An `out` of another float dtype gets the values rounded to it.
+        An `out` of another float dtype gets the values rounded to it. One that is a contiguous tensor transposed gets
+        those of a weight that can be mapped.
 
         Raises:
             KeyError: there is no such weight.
@@ -69,7 +71,8 @@ class FileReader:
         extent = self._extents[name]
         if out is None:
             out = torch.empty(extent.shape, dtype=extent.dtype)
-        check_out(name, Entry(extent.dtype, extent.shape), out)
+        turned = out.dim() == 2 and self.map([name]) is not None
+        check_out(name, Entry(extent.dtype, extent.shape), out, turned)
         with torch.no_grad():
             stored = out
             if extent.change is not None and out.dtype != extent.dtype:
@@ -110,7 +113,10 @@ class FileReader:
     def _fill(self, name: str, extent: Extent, out: Tensor) -> None:
         mapped = self.map([name])
         if mapped is not None:  # threads copy and convert it
-            out.copy_(mapped)
+            if out.is_contiguous() or out.dtype != mapped.dtype:
+                out.copy_(mapped)
+            else:
+                ops.elementwise("copy", mapped.T, out=out.T)
             begin, end = -(-extent.begin // mmap.PAGESIZE), (extent.begin + mapped.nbytes) // mmap.PAGESIZE
             if end > begin:
                 self._maps[extent.file].madvise(mmap.MADV_DONTNEED, begin * mmap.PAGESIZE,
@@ -196,8 +202,9 @@ def fill(file: FileIO, out: Tensor, name: str) -> None:
         done += read
 
 
-def check_out(name: str, entry: Entry, out: Tensor) -> None:
-    if tuple(out.shape) != entry.shape or not out.is_contiguous():
+def check_out(name: str, entry: Entry, out: Tensor, turned: bool = False) -> None:
+    """`turned`: whether out may be a contiguous tensor transposed."""
+    if tuple(out.shape) != entry.shape or not (out.is_contiguous() or (turned and out.T.is_contiguous())):
         raise ValueError(f"[read] out must be contiguous and of {name}'s shape {entry.shape}, but got one of shape "
                          f"{tuple(out.shape)} and strides {out.stride()}")  # fmt: skip
     if out.dtype != entry.dtype and not (out.is_floating_point() and entry.dtype.is_floating_point):

@@ -81,8 +81,9 @@ class Entry(Protocol):
 
 
 class WeightReader(Protocol):
-    """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor;
-    `map` gives weights, joined along their first dimension, where they lie in a file, or None."""
+    """Weights of a checkpoint: `entries` needs no data to be read; `read` fills `out`, converting, or a new tensor, and
+    of a weight that can be mapped also a contiguous tensor transposed; `map` gives weights, joined along their first
+    dimension, where they lie in a file, or None."""
 
     def entries(self) -> Mapping[str, Entry]: ...
 
@@ -293,7 +294,10 @@ def _read(reader: WeightReader, place: _Place, out: Tensor, space: Tensor) -> No
     space = space.view(out.dtype)
     if place.weight.transposed:
         [(name, shape)] = place.parts.items()
-        out.copy_(reader.read(name, space[: out.numel()].view(shape)).t())
+        if reader.map([name]) is not None:
+            reader.read(name, out.t())
+        else:
+            out.copy_(reader.read(name, space[: out.numel()].view(shape)).t())
         return
     at = 0
     for name, shape in place.parts.items():

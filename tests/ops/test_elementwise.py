@@ -56,6 +56,19 @@ def test_any_dtype_is_copied_to_its_own(dtype, isa):
     assert torch.equal(out, x.permute(2, 1, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("shape", [(1, 16), (70, 130), (64, 300), (129, 1), (3, 2, 65, 17)])
+def test_a_transposed_copy(shape, dtype, isa, threads):
+    base = torch.randint(0, 200, (*shape[:-1], shape[-1] + 3)).to(dtype)[..., :-3]
+    wide = torch.zeros(*shape[:-2], shape[-1], shape[-2] + 5, dtype=dtype)
+    for n in (1, 5):
+        threads(n)
+        out = wide.zero_()[..., :-5]
+        ops.elementwise("copy", base.mT, out=out)
+        assert torch.equal(out, base.mT) and not wide[..., -5:].any()
+        assert torch.equal(ops.elementwise("copy", base.mT), base.mT)
+
+
 @pytest.mark.parametrize("kind", [*BINARY[:3], "minimum", "maximum"])
 def test_integers(kind, isa):
     a, b = torch.randint(-(2**62), 2**62, (5, 1)), torch.randint(-9, 9, (3,))

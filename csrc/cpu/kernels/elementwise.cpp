@@ -130,6 +130,44 @@ void row(const ElementwiseArgs& a, const char* x, const char* y, char* out, int6
   float_row<kKind>(a, x, y, out, begin, end);
 }
 
+// A copy whose source runs along the second innermost dimension: blocks are read by lines, and written by lines from
+// where they are then. Lines of a source whose rows are a power of two apart would crowd each other out of the cache.
+template <class T>
+void copy_transposed(const ElementwiseArgs& a) {
+  constexpr int64_t kSide = 64, kStep = kSide + 64 / sizeof(T);
+  const int last = a.ndim - 1;
+  const int64_t rows = a.shape[last - 1], cols = a.shape[last], strips = (rows + kSide - 1) / kSide;
+  int64_t planes = 1;
+  for (int d = 0; d < last - 1; d++) planes *= a.shape[d];
+  parallel_for(planes * strips, std::max<int64_t>(1, kGrain / (kSide * cols)), [&](int64_t begin, int64_t end) {
+    alignas(64) T block[kSide * kStep];
+    for (int64_t piece = begin; piece < end; piece++) {
+      const int64_t row = piece % strips * kSide, height = std::min(kSide, rows - row);
+      const T* x = reinterpret_cast<const T*>(a.a) + row;
+      T* out = reinterpret_cast<T*>(a.out) + row * a.out_step[last - 1];
+      int64_t rest = piece / strips;
+      for (int d = last - 2; d >= 0; rest /= a.shape[d--]) {
+        x += rest % a.shape[d] * a.a_step[d];
+        out += rest % a.shape[d] * a.out_step[d];
+      }
+      for (int64_t col = 0; col < cols; col += kSide) {
+        const int64_t width = std::min(kSide, cols - col);
+        for (int64_t j = 0; j < width; j++)
+          std::memcpy(block + j * kStep, x + (col + j) * a.a_step[last], height * sizeof(T));
+        for (int64_t i = 0; i < height; i++)
+          for (int64_t j = 0; j < width; j++) out[i * a.out_step[last - 1] + col + j] = block[j * kStep + i];
+      }
+    }
+  });
+}
+
+bool transposes(const ElementwiseArgs& a) {
+  const int last = a.ndim - 1;
+  constexpr int64_t kLeast = 16;  // rows, of which fewer are not worth the detour
+  return a.a_dtype == a.out_dtype && a.ndim >= 2 && a.shape[last - 1] >= kLeast && a.a_step[last - 1] == 1 &&
+         a.a_step[last] > 1 && a.out_step[last] == 1;
+}
+
 template <Elementwise kKind>
 void walk(const ElementwiseArgs& a) {
   const int last = a.ndim - 1;
@@ -158,6 +196,16 @@ void walk(const ElementwiseArgs& a) {
 void elementwise(const ElementwiseArgs& a) {
   switch (a.kind) {
     case Elementwise::copy:
+      if (transposes(a)) switch (size_of(a.a_dtype)) {
+          case 8:
+            return copy_transposed<uint64_t>(a);
+          case 4:
+            return copy_transposed<uint32_t>(a);
+          case 2:
+            return copy_transposed<uint16_t>(a);
+          default:
+            return copy_transposed<uint8_t>(a);
+        }
       return walk<Elementwise::copy>(a);
     case Elementwise::add:
       return walk<Elementwise::add>(a);
