@@ -191,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "recurrent_backward", &ops::recurrent_backward);
   def(m, "recurrent_steps", &ops::recurrent_steps);
   def(m, "recurrent_steps_backward", &ops::recurrent_steps_backward);
+  m.def("unpack_blocks", &ops::unpack_blocks, py::call_guard<py::gil_scoped_release>());
   def(m, "rope", &ops::rope);
   def(m, "route", &ops::route);
   def(m, "route_backward", &ops::route_backward);

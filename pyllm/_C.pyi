@@ -339,6 +339,16 @@ def route_backward(
     normalised: bool,
     /,
 ) -> None: ...
+def unpack_blocks(
+    kind: str,
+    raw: Array,
+    values: Array,
+    scales: Array,
+    minimums: Array | None,
+    bits: int,
+    group: int,
+    /,
+) -> bool: ...
 def rope(
     x: Array,
     positions: Array,

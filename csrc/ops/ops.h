@@ -115,6 +115,9 @@ void next_positions(const TensorView& lengths, const TensorView& positions, cons
 int64_t page_tile();  // a page holds a multiple of so many positions
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
                  const TensorView& positions);
+// GGML's blocks (rows, blocks, bytes) as parts of a quantised weight; whether all scales and minimums are finite.
+bool unpack_blocks(const std::string& kind, const TensorView& raw, const TensorView& values, const TensorView& scales,
+                   const TensorView& minimums_or_none, int64_t bits, int64_t group);
 void rope(const TensorView& x, const TensorView& positions, const TensorView& inv_freq, const TensorView& out,
           int64_t rotary_dim, bool interleaved, double scale, bool inverse);
 void sample(const TensorView& logits, const Setting& seeds, const Setting& positions, const Setting& temperature,

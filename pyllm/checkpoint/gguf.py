@@ -28,6 +28,8 @@ from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fi
 from pyllm.ops import QuantizedWeight
 
 _PIECE = 1 << 17  # values widened at a time
+_UNPACKED = 1 << 20  # values that stay packed in another order, at a time
+_PANEL = 32  # rows that any instruction set packs together, or a multiple of them
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
 _MOST_EXPERTS = 1024
 
@@ -126,7 +128,7 @@ class GGUFReader(FileReader):
         kind = _PACKINGS[self._packings[name]].name if name in self._packings else ""
         change = self._extents[name].change
         ordered = change is None or getattr(change, "func", None) is halves
-        return KINDS[kind][0] if kind in KINDS and ordered and len(self._extents[name].shape) == 2 else None
+        return KINDS[kind] if kind in KINDS and ordered and len(self._extents[name].shape) == 2 else None
 
     def read_packed(self, name: str, layout: tuple[int, int, bool, bool]) -> Iterator[QuantizedWeight]:
         """A packed weight, some rows after the other.
@@ -139,8 +141,9 @@ class GGUFReader(FileReader):
         blocks = k // packing.values
         heads = change.keywords["heads"] if isinstance(change, functools.partial) else rows
         unit = rows // max(heads, 1)  # rows that are put in order together
-        step = max(1, _PIECE // max(k * unit, 1)) * unit
-        for begin in range(0, rows, max(step, 1)):
+        whole = math.lcm(max(unit, 1), _PANEL)  # rows after which a piece can end
+        step = max(1, _UNPACKED // max(k * whole, 1)) * whole
+        for begin in range(0, rows, step):
             count = min(step, rows - begin)
             raw = torch.empty(count, blocks, packing.bytes, dtype=torch.uint8)
             extent.file.seek(extent.begin + begin * blocks * packing.bytes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyllm
-from pyllm import ops
+from pyllm import _C, ops
 from pyllm.checkpoint import CheckpointError
 from pyllm.checkpoint.gguf_packed import KINDS, Layout, unpacked
 from pyllm.engine import describe
@@ -27,14 +27,41 @@ def blocks(kind, rows, k, generator):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_the_same_values_in_every_layout_that_holds_it(kind):
+def test_every_kind_has_the_same_values_in_every_layout_that_holds_it(kind, isa):
     raw, wide = blocks(kind, 9, 512, torch.Generator().manual_seed(1))
-    own = KINDS[kind][0]
+    own = KINDS[kind]
     for wanted in (own, Layout(8, 16, False, own.has_minimums), Layout(8, 16, False, True)):
         weight = unpacked(kind, raw, wanted, None)
         assert (weight.bits, weight.group, weight.minimums is not None) == (wanted[0], wanted[1], wanted[3])
         assert torch.equal(weight.dequantize(), wide)
         assert torch.equal(ops.pack_quantized(weight).unpack().dequantize(), wide)
+
+
+def test_unpacking_refuses_what_does_not_fit():
+    raw, _ = blocks("Q4_1", 3, 64, torch.Generator().manual_seed(1))
+
+    def unpack(
+        kind="Q4_1", raw=raw, values=(3, 64), scales=(3, 2), dtype=torch.float16, minimums=True, bits=8, group=32
+    ):
+        scales = torch.empty(scales, dtype=dtype)
+        return _C.unpack_blocks(kind, raw, torch.empty(values, dtype=torch.uint8), scales,
+                                torch.empty_like(scales) if minimums else None, bits, group)  # fmt: skip
+
+    assert unpack() and unpack(values=(3, 32), bits=4) and unpack(scales=(3, 4), group=16, dtype=torch.float32)
+    for wrong, message in (
+        ({"kind": "Q9_1"}, "kind must be Q4_0, .* but got Q9_1"),
+        ({"raw": raw[:, :, 1:].contiguous()}, r"raw must have shape \(3, 2, 20\), but got \(3, 2, 19\)"),
+        ({"raw": raw[:, ::2]}, "raw must be contiguous"),
+        ({"values": (3, 32)}, r"values must have shape \(3, 64\)"),
+        ({"scales": (2, 2)}, r"scales must have shape \(3, 2\)"),
+        ({"dtype": torch.bfloat16}, "scales must be float32, but got bfloat16"),
+        ({"minimums": False}, "minimums must be given for Q4_1, but got none"),
+        ({"bits": 5}, "bits must be 8 or 4, but got 5"),
+        ({"group": 8}, "groups must be of 32 values or, of 8 bits, of 16, but got 8"),
+        ({"kind": "Q5_1", "bits": 4}, "bits must be 8, but got 4"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"\[unpack_blocks\] {message}"):
+            unpack(**wrong)
 
 
 MIXED = ["Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_K", "Q5_0", "Q5_1"]
