@@ -34,9 +34,9 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
           progress: Callable[[int], Any] | None = None) -> list[Difference]:  # fmt: skip
     """Runs a model on random ids in every way that must give the same bits, and compares them module by module.
 
-    The whole sequence at once is compared with: the same in pieces of 1, of 7 and of growing size (unless the model
-    sees whole texts only), each row alone, and another number of threads; rows padded to different lengths with each
-    alone. An encoder-decoder gets random sources too, and rows whose sources are padded.
+    The whole sequence at once is compared with: the same in pieces of 1, of 7, of 64 where it is longer, and of growing
+    size (unless the model sees whole texts only), each row alone, and another number of threads; rows padded to
+    different lengths with each alone. An encoder-decoder gets random sources too, and rows whose sources are padded.
 
     If all that is the same, a request in an `Engine` is tried, if one takes the model, with what it draws and the
     log-probabilities: among others that come and go, read in pieces or from a beginning that is known, recorded or not,
@@ -73,8 +73,8 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
     try:
         whole = _outputs(model, [given()], None)
         found = []
-        ways = (("1", [1] * length), ("7", [7] * (length // 7)), ("growing size", [1, 2, 4, 8]))
-        for name, sizes in ways if model.causal else ():
+        ways = {str(size): [size] * (length // size) for size in (1, 7, 64) if size == 1 or size < length}
+        for name, sizes in (ways | {"growing size": [1, 2, 4, 8]}).items() if model.causal else ():
             sizes = [*sizes, length - sum(sizes)] if sum(sizes) < length else sizes
             sizes = sizes if sum(sizes) == length else [length]
             pieces = _outputs(model, list(ids.split(sizes, 1)), state())

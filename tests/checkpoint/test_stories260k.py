@@ -1,10 +1,13 @@
 """A trained Llama in every format that it comes in: the tokens and logits that other programs get from it."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 import pyllm
+from pyllm.data import SequenceLoader
 from pyllm.engine.generation import generate_ids
 from pyllm.engine.sampling import SamplingParams
 
@@ -58,6 +61,24 @@ def test_packed_weights_give_nearly_the_recorded_logits(stories, kind):
     expected = torch.from_numpy(np.load(stories / "gguf" / f"logits_first32_{kind}.npy"))
     found = logits(model, np.load(stories / "expected_token_ids_n200.npy"))
     assert (found - expected).norm() < 0.015 * (expected - expected.mean()).norm()
+
+
+def test_eight_and_four_bits_keep_the_perplexity_at_least_as_well_as_ggmls_formats(stories, shared_data):
+    whole, tokenizer = pyllm.load(stories / "hf")
+    text = (shared_data / "tinystories" / "minigpt_tinystories.txt").read_text(encoding="utf-8")
+    held_out = SequenceLoader(tokenizer.encode(text[:30_000]), 4, 256)
+    calibration = [torch.tensor(tokenizer.encode(text[-30_000:])[:8192]).view(32, 256)]
+    exact = pyllm.test(whole, held_out).perplexity
+
+    def worse(weights, **options):
+        model = copy.deepcopy(whole)
+        model.quantize(weights, **options)
+        return pyllm.test(model, held_out).perplexity / exact - 1
+
+    q8_0, q4_0 = (pyllm.test(pyllm.load(stories / "gguf" / f"stories260K-{kind}.gguf")[0], held_out).perplexity
+                  / exact - 1 for kind in ("q8_0", "q4_0"))  # fmt: skip
+    assert worse("int8") < max(q8_0, 0.002) and abs(worse("int8", calibration=calibration)) < 0.001
+    assert worse("int4") < q4_0 and worse("int4", calibration=calibration) < 0.06
 
 
 def test_every_format_brings_its_tokenizer(stories, tmp_path):

@@ -6,10 +6,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import pyllm
 from pyllm.checkpoint import CheckpointError, saving
+from pyllm.cli.info import _description
 from pyllm.engine import describe
 
 ALLOWED = 2 << 20  # bytes beyond 5 %, for what is held whatever the size
@@ -90,6 +92,20 @@ def test_a_checkpoint_of_our_own_is_described(tmp_path):
 def test_the_step_of_a_mixture_of_experts_is_recorded(tmp_path):
     pyllm.save(pyllm.Decoder(20, 16, 1, 2, num_experts=2), tmp_path)
     assert describe(tmp_path)["unrecorded"] is None
+
+
+def test_a_quantised_recurrent_model_is_described_and_why_a_step_runs_in_python_is_said(tmp_path):
+    model = pyllm.LanguageModel(50, 64, 2, cell="gru")
+    model.quantize("int4")
+    pyllm.save(model, tmp_path)
+    facts = describe(tmp_path)
+    weights = 2 * 2 * 3 * 64 * 64
+    assert facts["dtypes"] == {"float32": 50 * 64 + 4 * 3 * 64 + 50, "int4": weights, "int8": 50 * 64}
+    assert facts["unrecorded"] is None and facts["memory"] == model.num_bytes()
+    said = Console(width=200)
+    with said.capture() as shown:
+        said.print(_description(facts), _description(facts | {"unrecorded": "torch's erf cannot be recorded"}))
+    assert shown.get().count("each step") == 1 and "runs in Python: torch's erf cannot be recorded" in shown.get()
 
 
 def test_what_cannot_be_loaded_is_the_error_that_loading_gives(tmp_path):
