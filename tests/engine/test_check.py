@@ -3,6 +3,7 @@ import torch
 
 import pyllm
 from pyllm import nn
+from pyllm.engine import why_unrecorded
 from pyllm.models import Model
 
 
@@ -64,7 +65,7 @@ class OwnModel(Model):
         return y + self.feed_forward(self.mixing(y))
 
     def new_state(self, batch_size, max_length=None):
-        return nn.RecurrentState(torch.zeros(1, batch_size, self.gru.hidden_size, dtype=self.head.weight.dtype))
+        return nn.RecurrentState(torch.zeros(1, batch_size, self.gru.hidden_size, dtype=self.dtype))
 
 
 def test_a_model_of_the_users_own_trains_generates_and_is_checked():
@@ -77,6 +78,14 @@ def test_a_model_of_the_users_own_trains_generates_and_is_checked():
     history = pyllm.train(model, loader, torch.optim.Adam(model.parameters(), 0.02), epochs=6, progress=False)
     assert history.losses[-1] < 0.3
     assert pyllm.generate(model, tokenizer, "the fox ", max_tokens=17, temperature=0) == "lives by the sea."
+
+
+def test_a_model_of_the_users_own_is_quantised_and_recorded():
+    model = OwnModel(40, 32)
+    assert why_unrecorded(model) is None
+    report = model.quantize("int4")
+    assert report.layers[:2] == ("gru.weight_ih_l0", "gru.weight_hh_l0") and len(report.layers) == 5
+    assert why_unrecorded(model) is None and pyllm.check(model, length=70) == []
 
 
 def test_what_breaks_the_contract_is_named():
