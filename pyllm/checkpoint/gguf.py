@@ -28,7 +28,7 @@ from pyllm.checkpoint.reader import Entry, Extent, FileReader, check_extents, fi
 from pyllm.ops import QuantizedWeight
 
 _PIECE = 1 << 17  # values widened at a time
-_UNPACKED = 1 << 20  # values that stay packed in another order, at a time
+_UNPACKED = 1 << 18  # values that stay packed in another order, at a time
 _PANEL = 32  # rows that any instruction set packs together, or a multiple of them
 _MOST_DIMENSIONS, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 65535, 1 << 16
 _MOST_EXPERTS = 1024
