@@ -167,6 +167,8 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
           V rows[W];
           UNROLL for (int l = 0; l < W; l++) rows[l] =
               r + l < height ? get(source + (r + l) * row_step + k, width) : V{};
+          for (int l = 0; l < W && r + l < kTile; l++)  // the next tile's
+            __builtin_prefetch(source + (height + r + l) * row_step + k);
           transpose(rows);
           UNROLL for (int l = 0; l < W; l++) if (l < width)
               write(out + (k + l) * kTile + r, rows[l], std::min<int64_t>(W, kTile - r));
@@ -200,28 +202,26 @@ void pack_rows(const Product& p, int64_t i0, const Tiles& tiles, int64_t k0, int
 }
 
 // Memory that is read soon, fetched into the second-level cache: `rows` pieces of `width` bytes, `step` apart, in as many
-// parts as `times` says.
+// parts as `times` says. Where many lines are due at a time, every other one, for fewer wait: their neighbours come along.
 class Ahead {
  public:
   Ahead(const void* corner, int64_t rows, int64_t step, int64_t width, int64_t times)
-      : at_(static_cast<const char*>(corner)),
-        end_(at_ + width),
-        rows_(rows),
-        step_(step),
-        width_(width),
-        lines_((rows * ((width + kLine - 1) / kLine) + times - 1) / std::max<int64_t>(times, 1)) {}
+      : at_(static_cast<const char*>(corner)), end_(at_ + width), rows_(rows), step_(step), width_(width) {
+    const auto parts = [&] { return (rows * ((width + line_ - 1) / line_) + times - 1) / std::max<int64_t>(times, 1); };
+    if (parts() > 4) line_ *= 2;
+    lines_ = parts();
+  }
   VEC void fetch() {
     for (int64_t l = 0; l < lines_ && rows_ > 0; l++) {
       __builtin_prefetch(at_, 0, 2);
-      at_ += kLine;
+      at_ += line_;
       if (at_ >= end_) at_ = end_ - width_ + step_, end_ += step_, rows_--;
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   const char *at_, *end_;
-  int64_t rows_, step_, width_, lines_;
+  int64_t rows_, step_, width_, lines_, line_ = 64;
 };
 
 // R rows of A by a panel, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
@@ -291,7 +291,7 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
 // R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers.
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
-  const int64_t step = p.b.column_step;
+  const int64_t step = p.b.column_step, ahead = kPanel * step;
   for (int64_t j = j0; j < j1; j += kPanel) {
     const T* corner = static_cast<const T*>(p.b.data) + j * step;
     const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
@@ -307,6 +307,8 @@ void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int
         UNROLL for (int g = 0; g < 2; g++) {
           V rows[W];
           if (columns[1] == W && height == W) {
+            if (k % (64 / sizeof(T)) == 0)
+              for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + (g * W + l) * step + ahead);
             load_transposed(corner + k + g * W * step, step, rows);
             UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) s[r][g] =
                 fma(set(x[r * p.k + l]), rows[l], s[r][g]);
