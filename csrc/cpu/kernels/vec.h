@@ -321,6 +321,34 @@ VEC void store_pair(bf16* p, V a, V b) {
   std::memcpy(static_cast<void*>(p), &both, sizeof both);
 }
 
+// A W x W block whose columns begin at p and lie along memory, `column_step` apart: rows[l] is its row l. AVX-512 loads
+// quarters of columns into the lanes where they belong: half of a transposition is left to the port that shuffles.
+VEC void load_transposed(const float* p, int64_t column_step, V* rows) {
+#if __AVX512F__
+  UNROLL for (int k = 0; k < W; k += 4) {
+    __m512 x[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+      const float* quarter = p + i * column_step + k;
+      x[i] = _mm512_castps128_ps512(_mm_loadu_ps(quarter));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(quarter + 4 * column_step));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(quarter + 8 * column_step));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(quarter + 12 * column_step));
+    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+    rows[k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    rows[k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    rows[k + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    rows[k + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#else
+  UNROLL for (int l = 0; l < W; l++) rows[l] = load(p + l * column_step);
+  transpose(rows);
+#endif
+}
+
 // The first n < W elements; the lanes beyond are `fill` and are not written.
 VEC V keep(V v, int64_t n, float fill) { return lane_index() < static_cast<int32_t>(n) ? v : set(fill); }
 VEC V load_n(const float* p, int64_t n, float fill = 0) {
@@ -567,15 +595,14 @@ VEC V normal_tail(V a, V& bell) {
   } else {
     const V r = fma(k, set(2.85721364061883446e-6f), fma(a, a, k * 1.38629150390625f));
     bell = times_power(exp_near_zero<-2>(r), shifted);
-    const V t = reciprocal(fma(a, set(0.34375f), set(1.0f))), z = t * t;
-    V even = set(-0.027809297665953636f), odd = set(0.1438489854335785f);  // powers: two chains of half the length
-    even = fma(even, z, set(-0.2717137336730957f));
-    odd = fma(odd, z, set(0.19092071056365967f));
-    even = fma(even, z, set(-0.039307013154029846f));
-    odd = fma(odd, z, set(0.11265793442726135f));
-    even = fma(even, z, set(0.11674046516418457f));
-    odd = fma(odd, z, set(0.13754227757453918f));
-    even = fma(even, z, set(0.13711966574192047f));
+    const V t = reciprocal(fma(a, set(0.305f), set(1.0f))), z = t * t;
+    V even = set(-0.1529877632856369f), odd = set(0.03669905290007591f);  // powers: two chains of half the length
+    even = fma(even, z, set(-0.037976015359163284f));
+    odd = fma(odd, z, set(0.18571598827838898f));
+    even = fma(even, z, set(0.10342098772525787f));
+    odd = fma(odd, z, set(0.12102126330137253f));
+    even = fma(even, z, set(0.12163973599672318f));
+    odd = fma(odd, z, set(0.1224667951464653f));
     return fma(odd, t, even) * (t * bell);
   }
 }
