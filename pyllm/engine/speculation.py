@@ -88,16 +88,16 @@ class Speculation:
         self.proposer, self.rows = proposer, rows
         self.row_cost = QUANTIZED_ROW_COST if model.quantized_weights() else ROW_COST
         self.fixed, self.failed = OWN_BYTES / model.num_bytes(), False
-        self.waited = 0  # how many times nothing has been proposed
+        self.waited = 0  # how many steps have been made, about, since something was proposed
 
     @property
     def steps(self) -> int:
         """How many may be made before it is asked again."""
-        return max(1, min(self.waited, WAIT))
+        return max(1, self.waited)
 
     def propose(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
         found = {} if self.failed else self._proposed(requests)
-        self.waited = 0 if found else self.waited + 1
+        self.waited = 0 if found else min(2 * self.waited + 1, WAIT)
         return found
 
     def _proposed(self, requests: Sequence[Request]) -> dict[Request, list[int]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyllm import nn
 from pyllm.models import Model
 
 
@@ -16,8 +17,17 @@ class Watch:
     def changed(self) -> bool:
         before, self.known = self.known, self._made_of()
         return len(before) != len(self.known) or any(
-            a[0] is not b[0] or a[1] != b[1] for a, b in zip(before, self.known, strict=True))  # fmt: skip
+            a is not b or v != w for (a, v), (b, w) in zip(before, self.known, strict=True))  # fmt: skip
 
     def _made_of(self) -> list[tuple[Any, int]]:
-        parts = [*self.model.modules(), *self.model.quantized_weights()]
-        return [*((part, 0) for part in parts), *((p, p._version) for p in self.model.parameters())]
+        """Modules, parameters and quantised weights, in one walk: it is made before each step of an idle engine."""
+        parts: list[tuple[Any, int]] = []
+        left: list[Any] = [self.model]
+        while left:
+            module = left.pop()
+            parts.append((module, 0))
+            parts += [(p, p._version) for p in module._parameters.values() if p is not None]
+            if isinstance(module, nn.Quantizable) and module.packed is not None:
+                parts.append((module.packed, 0))
+            left += [m for m in module._modules.values() if m is not None]
+        return parts
