@@ -1,5 +1,7 @@
 """What is streamed adds up, byte for byte, to what is not."""
 
+import asyncio
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,3 +56,28 @@ def test_streamed_or_not_with_stops_and_characters_in_pieces(made, data, prompt,
     else:
         assert text == whole and together.ids == plain.ids
     assert plain.ids[: len(together.ids)] == together.ids
+
+
+def test_a_cancelled_task_ends_its_request_alone():
+    torch.manual_seed(3)
+    tokenizer = pyllm.Tokenizer.train("char", [TEXT])
+    engine = pyllm.Engine(pyllm.LanguageModel(tokenizer.vocab_size, 16, 1), tokenizer, max_sequences=3)
+    params, heard = [pyllm.SamplingParams(seed=s) for s in range(3)], []
+    (expected,) = engine.generate(["the "], params[0], max_tokens=400)
+
+    async def listen(own, most):
+        async for piece in engine.astream("the ", own, max_tokens=most):
+            heard.append(piece)
+
+    async def run():
+        texts = []
+        left = [asyncio.create_task(listen(own, 100_000)) for own in params[1:]]
+        async for piece in engine.astream("the ", params[0], max_tokens=400):
+            texts.append(piece)
+            if heard and left:
+                left.pop().cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        return "".join(texts)
+
+    assert asyncio.run(run()) == expected.text
+    assert engine.pool.free == 3 and not engine._running and not engine._waiting
