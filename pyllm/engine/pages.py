@@ -80,8 +80,8 @@ class Pages:
         if source is None or (source in self._idle and fresh == self.available):
             return Holding([*shared, *(self._fresh() for _ in range(fresh))], known, digests)
         self._hold(source)
-        pages = [*shared, *(self._fresh() for _ in range(fresh))]
-        return Holding(pages, known + count, digests, copy=(source, pages[len(shared)]))
+        own = [self._fresh() for _ in range(fresh)]
+        return Holding([*shared, *own], known + count, digests, copy=(source, own[0]))
 
     def copied(self, holding: Holding) -> None:
         """Says that what `copy` asks for is done."""
