@@ -20,7 +20,7 @@ class Bursts:
 
     def __init__(self, steps: Steps, count: int):
         self.steps, self.rows, self.fit = steps, list[Any](), False
-        self.plain = type(steps.model).constrain is Model.constrain and steps.ids.device.type == "cpu"  # no graph draws
+        self.plain = type(steps.model).constrain is Model.constrain
         self.settings = {name: torch.zeros(count, dtype=dtype) for name, dtype in SETTINGS.items()}
         self.settings["seeds"] = torch.zeros(count, dtype=torch.int64)
         self.positions = torch.zeros(count, dtype=torch.int64)
@@ -75,7 +75,8 @@ class Bursts:
         return list(zip(*drawn, strict=True)), logits if program.steps_run > done else None
 
     def _gather(self, rows: list[Any]) -> None:
-        self.fit = self.plain and not any(row.params.looks_back or row.bias is not None for row in rows)
+        here = self.steps.ids.device.type == "cpu"  # no graph draws
+        self.fit = self.plain and here and not any(row.params.looks_back or row.bias is not None for row in rows)
         self.rows, self.count = list(rows), 1
         if not self.fit:
             return
