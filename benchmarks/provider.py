@@ -27,8 +27,8 @@ from pyllm.engine import generate_ids
 THREADS = 2
 CONVERSIONS = {
     "16": ("bf16", "model.bfloat16()"),
-    "8": ("int8-128", "model.quantize('int8', group=128)"),
-    "4": ("int4", "model.quantize('int4')"),
+    "8": ("bf16-int8-128", "model.bfloat16(); model.quantize('int8', group=128)"),
+    "4": ("bf16-int4", "model.bfloat16(); model.quantize('int4')"),
 }
 GREEDY = pyllm.SamplingParams(temperature=0)
 SEEDS = itertools.count()
