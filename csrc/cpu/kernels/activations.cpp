@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/each.h"
+#include "cpu/kernels/functions.h"
 
 namespace pyllm::ISA {
 namespace {

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/functions.h"
 
 namespace pyllm::ISA {
 namespace {

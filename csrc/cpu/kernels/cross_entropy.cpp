@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/amx.h"
+#include "cpu/kernels/functions.h"
 #include "cpu/kernels/gemm.h"
 
 namespace pyllm::ISA {

@@ -67,11 +67,6 @@ void quantize_row(const T* x, int64_t k, int64_t span, Dot dot, int offset, cons
   }
 }
 
-VEC V load_scale(const char* p, DType dtype, int64_t at) {
-  return dtype == DType::f16 ? load(reinterpret_cast<const f16*>(p) + at)
-                             : load(reinterpret_cast<const float*>(p) + at);
-}
-
 // R rows from `row` on by one panel, to out (R x kPanel).
 template <int R, int kBits, int kGroup, Dot kDot>
 void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {

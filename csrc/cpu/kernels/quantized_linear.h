@@ -6,6 +6,15 @@ namespace pyllm::ISA {
 
 constexpr int64_t kTileRows = 16;
 
+namespace {
+
+VEC V load_scale(const char* p, DType dtype, int64_t at) {
+  return dtype == DType::f16 ? load(reinterpret_cast<const f16*>(p) + at)
+                             : load(reinterpret_cast<const float*>(p) + at);
+}
+
+}  // namespace
+
 // Rows of x, quantised, as the tiles read them.
 struct QuantizedRows {
   int64_t spans, bytes;  // `bytes` a row

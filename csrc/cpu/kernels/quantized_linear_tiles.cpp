@@ -20,11 +20,6 @@ namespace {
 
 int64_t value_bytes(const QuantizedWeight& w) { return round_up(w.groups, w.span > 1 ? 2 : 1) * w.group * kPanel; }
 
-V load_scale(const char* p, DType dtype, int64_t at) {
-  return dtype == DType::f16 ? load(reinterpret_cast<const f16*>(p) + at)
-                             : load(reinterpret_cast<const float*>(p) + at);
-}
-
 constexpr int64_t kUnderWay = 4;  // groups: what tiles store is late for a load that follows at once
 
 // 16 rows by 16 columns of one group, in whole numbers.

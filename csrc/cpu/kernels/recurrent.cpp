@@ -8,6 +8,7 @@
 // share out the units for the gates.
 #include "cpu/kernels/recurrent.h"
 
+#include "cpu/kernels/functions.h"
 #include "cpu/quantized_linear.h"
 
 namespace pyllm::ISA {

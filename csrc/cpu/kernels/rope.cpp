@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/functions.h"
 
 namespace pyllm::ISA {
 namespace {

@@ -16,7 +16,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/border.h"
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/functions.h"
 #include "philox.h"
 
 namespace pyllm::ISA {

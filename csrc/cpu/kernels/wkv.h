@@ -10,7 +10,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/functions.h"
 #include "cpu/wkv.h"
 
 namespace pyllm::ISA {
