@@ -235,6 +235,21 @@ def test_later_keys_are_nothing_to_earlier_queries_even_if_not_finite(dim, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_no_query_of_a_call_sees_is_nothing_to_it_even_if_not_finite(bad, dtype, kernels):
+    q, k, v = qkv(1, 3, 90, 64, 1, 32, dtype).values()  # the rows of a query fill whole panels
+    for heads in (1, 4, 64):
+        for window in (9, 20, 40):
+            spoilt = [t.index_fill(1, torch.arange(90 - window), bad) for t in (k, v)]
+            last = q[:, 2:, :heads]
+            clean = ops.attention(last, k, v, causal=True, window=window)
+            assert torch.equal(ops.attention(last, *spoilt, causal=True, window=window), clean)
+        spoilt = [t.index_fill(1, torch.tensor([88, 89]), bad) for t in (k, v)]
+        clean = ops.attention(q[:, :, :heads], k, v, causal=True)[:, 0]
+        assert torch.equal(ops.attention(q[:, :, :heads], *spoilt, causal=True)[:, 0], clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 150, 150, 4, 2, 24), (1, 1, 1100, 2, 1, 32), (1, 600, 600, 1, 1, 16)], ids=str)
 def test_same_bits_alone_in_a_batch_and_for_any_threads(shape, dtype, kernels, threads):
     inputs = qkv(*shape, dtype)

@@ -137,11 +137,11 @@ void pack_values(const AttentionArgs& a, const bf16* v, int64_t count, Range hal
 
 // The sums of `rows` rows with values that are not all finite: those of a key that a negative weight marks stay out.
 template <class Weight, class Sum>
-void add_marked_tiles(int64_t rows, const bf16* v, int64_t v_step, int64_t count, int64_t dim, const Weight& weight,
-                      const Sum& sum) {
+void add_marked_tiles(int64_t rows, const bf16* v, int64_t v_step, Range halves, int64_t count, int64_t dim,
+                      const Weight& weight, const Sum& sum) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t d = 0; d <= dim; d++)
-      for (int64_t half = 0; half < kHalves; half++) {
+      for (int64_t half = halves.lo; half < halves.hi; half++) {
         float chain[2] = {0, 0};
         for (int64_t j = half * kHalf; j < std::min(count, (half + 1) * kHalf); j++) {
           const float w = to_float(weight(r, j));
@@ -153,6 +153,11 @@ void add_marked_tiles(int64_t rows, const bf16* v, int64_t v_step, int64_t count
 }
 
 Range halves_of(Range live) { return {live.lo / kHalf, (live.hi + kHalf - 1) / kHalf}; }
+
+// Whole halves take in keys of the block that no row sees: their weights are 0, but their values may not be finite.
+bool takes_unseen(Range live, const Block& b) {
+  return live.lo % kHalf != 0 || (live.hi % kHalf != 0 && live.hi < b.count);
+}
 
 // ---- Many rows.
 
@@ -269,7 +274,8 @@ void walk_tile_panels(const AttentionArgs& a, const Rows& rows, const Panel* pan
       if (scale.before != 1)
         for (float* at = w.scores + live.lo * kLanes; at < w.scores + live.hi * kLanes; at += W)
           store(at, load(at) * scale.before);
-      const bool masked = finish_scores(a, rows, p, block, live, w.scores, kLanes, nullptr);
+      const bool masked =
+          finish_scores(a, rows, p, block, live, w.scores, kLanes, nullptr) || takes_unseen(live, block);
       std::fill(w.scores + halves.lo * kHalf * kLanes, w.scores + live.lo * kLanes, -kInfinity);
       std::fill(w.scores + live.hi * kLanes, w.scores + halves.hi * kHalf * kLanes, -kInfinity);
       if (masked && !checked) {
@@ -286,10 +292,8 @@ void walk_tile_panels(const AttentionArgs& a, const Rows& rows, const Panel* pan
             store(sums + d * kLanes + side * W, load(sums + d * kLanes + side * W) * factor[side]);
       if (mark)
         add_marked_tiles(
-            p.vectors * W, v, a.v_step[1], live.hi, a.value_dim,
-            [&](int64_t lane, int64_t j) {
-              return j < halves.lo * kHalf ? bf16{} : w.weights[j / 2 * 2 * kLanes + lane * 2 + j % 2];
-            },
+            p.vectors * W, v, a.v_step[1], halves, live.hi, a.value_dim,
+            [&](int64_t lane, int64_t j) { return w.weights[j / 2 * 2 * kLanes + lane * 2 + j % 2]; },
             [&](int64_t lane, int64_t d) { return sums + d * kLanes + lane; });
       else
         (p.vectors == 1 ? add_values<1> : add_values<2>)(w.values, value_tiles(a), halves, w.weights, sums);
@@ -440,7 +444,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
     score_rows_half<N>(a, rows.count, k, block.count, half, w, &x[0][0]);
   }
   const bool masks = may_mask(a, p, block, live);
-  const bool mark = masks && !all_finite(v, a.v_step[1], block.count, a.value_dim);
+  const bool mark = (masks || takes_unseen(live, block)) && !all_finite(v, a.v_step[1], block.count, a.value_dim);
   for (int64_t r = 0; r < rows.count; r++) {
     const float factor = weigh_row(a, rows, p, r, block, live, masks, mark, x[r], s.max[r], w.weights + r * kKeys);
     float* sums = s.sums + r * sums_step;
@@ -449,8 +453,8 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
   }
   if (mark)
     return add_marked_tiles(
-        rows.count, v, a.v_step[1], live.hi, a.value_dim,
-        [&](int64_t r, int64_t j) { return j < halves.lo * kHalf ? bf16{} : w.weights[r * kKeys + j]; },
+        rows.count, v, a.v_step[1], halves, live.hi, a.value_dim,
+        [&](int64_t r, int64_t j) { return w.weights[r * kKeys + j]; },
         [&](int64_t r, int64_t d) {
           return s.sums + r * sums_step + (by_fours(a) && d < a.value_dim ? place_by_fours(d) : d);
         });
