@@ -16,7 +16,7 @@ def parameters(name, inputs, hidden, num_layers=1, directions=1, bias=True):
             width = GATES[name] * hidden
             params += [torch.randn(width, directions * hidden if layer else inputs), torch.randn(width, hidden)]
             params += [torch.randn(width), torch.randn(width)] if bias else []
-    return [p / hidden**0.5 for p in params]
+    return [p / max(hidden, 1) ** 0.5 for p in params]
 
 
 def to(dtype, *tensors):
@@ -84,6 +84,14 @@ def test_empty(name, options):
     p, h = parameters(name, 4, 5), torch.randn(1, 2, 5)
     y, *last = flat(getattr(ops, name)(torch.ones(2, 0, 4), p, (h, h) if name == "lstm" else h, **options))
     assert y.shape == (2, 0, 5) and all(torch.equal(t, h) for t in last)
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize(("name", "options"), KINDS)
+def test_no_hidden_units(name, options, batch, isa, threads):
+    for n in (1, 2):
+        threads(n)
+        check(name, (batch, 3, 4), 0, torch.float32, num_layers=2, bidirectional=True, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

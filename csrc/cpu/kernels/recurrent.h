@@ -44,7 +44,7 @@ bool splits_rows(int64_t batch, int64_t weight, int threads) {
 
 Share share_of(int64_t batch, int64_t hidden, int64_t weight, int threads, int rank) {
   const int64_t units = (hidden + kPanel - 1) / kPanel;
-  const int64_t across = splits_rows(batch, weight, threads) ? 1 : std::min<int64_t>(threads, units);
+  const int64_t across = splits_rows(batch, weight, threads) ? 1 : std::clamp<int64_t>(units, 1, threads);
   const int64_t down = std::min<int64_t>(threads / across, std::max<int64_t>(1, batch));
   const int64_t i = rank / across, j = rank % across;
   if (i >= down) return {0, 0, 0, 0};
