@@ -1,6 +1,9 @@
 #include "cpu/elementwise.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <iterator>
+#include <string>
 
 #include "cuda/elementwise.h"
 #include "ops/ops.h"
@@ -33,6 +36,70 @@ void steps_over(const char* name, const TensorView& t, const TensorView& out, in
   check(fits, "[elementwise] ", name, " must broadcast to ", out.shape_text(), ", but got ", t.shape_text());
 }
 
+// Where a tensor's elements lie: the bytes that they span, and the dimensions along which they are apart.
+struct Layout {
+  uintptr_t first;
+  int64_t size, span;
+  int ndim = 0;
+  int64_t count[kMaxDims], step[kMaxDims];  // of bytes, and forwards
+
+  explicit Layout(const TensorView& t) : first(reinterpret_cast<uintptr_t>(t.data)), size(size_of(t.dtype)) {
+    span = size;
+    for (int d = 0; d < t.ndim; d++) {
+      if (t.size(d) == 1) continue;
+      const int64_t bytes = t.step(d) * size;
+      if (bytes < 0) first += bytes * (t.size(d) - 1);
+      count[ndim] = t.size(d);
+      step[ndim++] = std::abs(bytes);
+      span += std::abs(bytes) * (t.size(d) - 1);
+    }
+  }
+  // The same of what is left of each element's place when it is divided by `modulus`, if that is a step.
+  int64_t span_within(int64_t modulus) const {
+    int64_t within = size;
+    for (int d = 0; d < ndim; d++)
+      if (step[d] % modulus != 0) within += step[d] * (count[d] - 1);
+    return within;
+  }
+};
+
+// Each element has a place of its own.
+bool lies_apart(const TensorView& t) {
+  if (t.contiguous()) return true;
+  Layout l(t);
+  int64_t span = l.size;
+  for (; l.ndim > 0; l.ndim--) {  // the smallest step of those left must be beyond what lies within it
+    const auto least = std::min_element(l.step, l.step + l.ndim) - l.step;
+    if (l.step[least] < span) return false;
+    span += l.step[least] * (l.count[least] - 1);
+    l.step[least] = l.step[l.ndim - 1], l.count[least] = l.count[l.ndim - 1];
+  }
+  return true;
+}
+
+// No element of one lies where the other has one: they are apart as a whole, or by columns of some width that both have.
+bool lie_apart(const TensorView& s, const TensorView& t) {
+  const Layout a(s), b(t);
+  if (a.first + a.span <= b.first || b.first + b.span <= a.first) return true;
+  for (const Layout* l : {&a, &b})
+    for (int d = 0; d < l->ndim; d++) {
+      const int64_t width = l->step[d];
+      if (width == 0) continue;
+      int64_t between = static_cast<int64_t>(b.first - a.first) % width;
+      if (between < 0) between += width;
+      if (between >= a.span_within(width) && between + b.span_within(width) <= width) return true;
+    }
+  return false;
+}
+
+// What is written must be read by none, or by its own element alone.
+void check_overlap(const char* name, const TensorView& t, const int64_t* steps, const TensorView& out) {
+  bool same = t.data == out.data && size_of(t.dtype) == size_of(out.dtype);
+  for (int d = 0; d < out.ndim; d++) same = same && (out.size(d) == 1 || steps[d] == out.step(d));
+  check(same || lie_apart(t, out), "[elementwise] out must be ", name,
+        " itself or lie apart from it, but they overlap");
+}
+
 }  // namespace
 
 void elementwise(const std::string& kind_name, const TensorView& a, const TensorView& b, const TensorView& out) {
@@ -63,6 +130,10 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
   steps_over("a", a, out, a_step);
   if (binary) steps_over("b", b, out, b_step);
   if (out.numel() == 0) return;
+  check(lies_apart(out), "[elementwise] out must have a place for each element, but some of shape ", out.shape_text(),
+        " share one");
+  check_overlap("a", a, a_step, out);
+  if (binary) check_overlap("b", b, b_step, out);
   // Neighbouring dimensions that all three walk as one become one.
   for (int d = 0; d < out.ndim; d++) {
     const int64_t n = out.size(d);

@@ -93,6 +93,26 @@ def test_layouts_and_in_place(kind, isa):
         assert same(ops.elementwise(kind, mine, b, out=mine), expected)
 
 
+def test_out_shares_memory_with_nothing_but_its_own_elements(isa):
+    x = torch.arange(48.0).view(4, 12)
+    square = x.view(-1)[:16].view(4, 4)
+    for a, out in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1]), (x[0], x), (square.T, square),
+                   (x[:, :6], x[:, 3:9]), (x[:, :4], x.view(-1)[2:18].view(4, 4)),
+                   (x, x.view(torch.bfloat16)[:, ::2])):  # fmt: skip
+        before = x.clone()
+        for kind, *given in (("copy", a), ("add", a, torch.ones(1)), ("add", torch.ones(1), a)):
+            with pytest.raises(ValueError, match=r"^\[elementwise\] out must be [ab] itself or lie apart from it"):
+                ops.elementwise(kind, *given, out=out)
+        assert torch.equal(x, before)
+    for out in (torch.zeros(1).expand(4), torch.zeros(3).expand(2, 3), torch.zeros(5).unfold(0, 3, 1)):
+        with pytest.raises(ValueError, match=r"^\[elementwise\] out must have a place for each element"):
+            ops.elementwise("copy", torch.ones(()), out=out)
+    for a, out in ((x[:, :4], x[:, 4:8]), (x[:, ::2], x[:, 1::2]), (x[::2], x[1::2]), (x[:, :4].T, x[:, 8:].T),
+                   (x[:2], x[2:]), (x[0], x[1]), (x[:, 3:4], x[:, :3]), (x[:, :0], x[:, :0])):  # fmt: skip
+        expected = a.clone().expand(out.shape)
+        assert torch.equal(ops.elementwise("copy", a, out=out), expected)
+
+
 def test_any_number_of_threads_gives_the_same_bits(threads):
     a, b = torch.randn(37, 1001), torch.randn(37, 1)
     results = []
