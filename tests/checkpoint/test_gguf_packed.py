@@ -37,6 +37,15 @@ def test_every_kind_has_the_same_values_in_every_layout_that_holds_it(kind, isa)
         assert torch.equal(ops.pack_quantized(weight).unpack().dequantize(), wide)
 
 
+def test_a_minimum_beyond_a_half_is_not_finite(isa):
+    raw = torch.zeros(1, 1, 18, dtype=torch.uint8)
+    raw[..., :2] = torch.tensor([9000.0]).half().view(torch.uint8)
+    assert unpacked("Q4_0", raw, KINDS["Q4_0"], None).dequantize().eq(-8 * 9000).all()
+    assert unpacked("Q4_0", raw, Layout(4, 32, False, True), None).dequantize().eq(-8 * 9000).all()
+    with pytest.raises(ValueError, match="Q4_0 must have scales that are finite"):
+        unpacked("Q4_0", raw, Layout(4, 32, True, True), None)
+
+
 def test_unpacking_refuses_what_does_not_fit():
     raw, _ = blocks("Q4_1", 3, 64, torch.Generator().manual_seed(1))
 

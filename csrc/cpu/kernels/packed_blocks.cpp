@@ -104,11 +104,13 @@ void unpack(const UnpackBlocksArgs& a) {
         for (int64_t j = 0; j < width; j++)
           out[j] = static_cast<uint8_t>(block.whole[2 * j] | block.whole[2 * j + 1] << 4);
       const auto put_at = [&](char* to, int64_t at, float value) {
-        bad += value * 0.0f;
-        if (a.scale_dtype == DType::f16)
+        if (a.scale_dtype == DType::f16) {
           put(reinterpret_cast<f16*>(to) + at, value);
-        else
+          value = to_float(reinterpret_cast<f16*>(to)[at]);  // a minimum made here may be beyond a half
+        } else {
           reinterpret_cast<float*>(to)[at] = value;
+        }
+        bad += value * 0.0f;
       };
       for (int64_t part = 0; part < parts; part++) {
         const int64_t group = part * a.group / own.group;
