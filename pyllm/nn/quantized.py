@@ -17,8 +17,8 @@ class Quantizable(nn.Module):
     """A layer with weights (N, K) that can be quantised: they are then in `quantized`, by name, and the layer's own are
     None.
 
-    Its state dict has weight.panels and weight.layout in place of weight, as `ops.PackedQuantizedWeight` has them, and
-    loading such a one, made for any instruction set, quantises it.
+    Its state dict has weight.panels and weight.layout in place of weight, as `ops.PackedQuantizedWeight` has them, the
+    layout with the shape behind it, and loading such a one, made for any instruction set, quantises it.
     """
 
     quantized: Mapping[str, ops.PackedQuantizedWeight] = _NONE
@@ -52,7 +52,11 @@ class Quantizable(nn.Module):
             raise ValueError(f"there must be no quantised weight of this name, but only of {', '.join(self.sizes())}")
         if panels is None or layout is None or layout.dtype != torch.int64 or layout.dim() != 1:
             raise ValueError("a quantised weight must have panels, and a layout of whole numbers")
-        packed = ops.PackedQuantizedWeight.of_panels(panels, tuple(layout.tolist()), self.sizes()[name])
+        numbers, expected = tuple(layout.tolist()), self.sizes()[name]
+        shape = numbers[4:] or expected  # panels alone do not tell how many of their last rows and columns count
+        if shape != expected:
+            raise ValueError(f"the quantised weight must have shape {expected}, but got {shape}")
+        packed = ops.PackedQuantizedWeight.of_panels(panels, numbers[:4], expected)
         self.quantize_(packed.unpack() if ops.REFERENCE else packed, name)
 
     def _apply(self, fn, recurse=True):  # what `to`, `cuda` and `cpu` do
@@ -67,7 +71,7 @@ class Quantizable(nn.Module):
             raise NotImplementedError("quantised weights are saved as the compiled kernels pack them, and with "
                                       "PYLLM_REFERENCE nothing packs them: save without it")  # fmt: skip
         for name, packed in self.quantized.items():
-            layout = torch.tensor(packed.layout, dtype=torch.int64)
+            layout = torch.tensor((*packed.layout, *packed.shape), dtype=torch.int64)
             destination |= {f"{prefix}{name}.panels": packed.panels, f"{prefix}{name}.layout": layout}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

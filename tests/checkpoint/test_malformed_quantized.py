@@ -30,6 +30,9 @@ SPOILT = {
     "groups that there are not": lambda w: w.update({"head.weight.layout": torch.tensor([4, 16, 1, 0])}),
     "a flag that is none": lambda w: w.update({"head.weight.layout": torch.tensor([8, 32, 2, 0])}),
     "a layout of three": lambda w: w.update({"head.weight.layout": torch.tensor([8, 32, 1])}),
+    "a layout of five": lambda w: w.update({"head.weight.layout": torch.tensor([8, 32, 1, 0, 50])}),
+    "another number of rows": lambda w: w["head.weight.layout"][4].add_(1),
+    "another number of columns": lambda w: w["head.weight.layout"][5].sub_(1),
     "a layout of another type": lambda w: w.update({"head.weight.layout": torch.tensor([8.0, 32.0, 1.0, 0.0])}),
     "a layer that is not there": lambda w: w.update({"tail.weight.panels": w["head.weight.panels"]}),
 }

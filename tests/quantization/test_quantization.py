@@ -294,6 +294,19 @@ def test_an_adapter_trains_on_top():
     assert torch.equal(before["head.weight.panels"], after["head.weight.panels"])
 
 
+@pytest.mark.parametrize("shape", [(49, 32), (50, 31)])
+def test_a_table_of_another_size_is_refused_though_its_panels_would_fit(shape):
+    layers = [pyllm.nn.Linear(k, n, bias=False) for n, k in (shape, (50, 32))]
+    for layer in layers:
+        layer.quantize_(quantize_weight(layer.weight, 8))
+    before, state = layers[1].packed, layers[0].state_dict()
+    with pytest.raises(ValueError, match=rf"must have shape \(50, 32\), but got \({shape[0]}, {shape[1]}\)"):
+        layers[1].load_state_dict(state)
+    assert layers[1].packed is before
+    state["weight.layout"] = state["weight.layout"][:4]  # as they were saved before they said their shape
+    layers[0].load_state_dict(state)
+
+
 def test_a_tied_table_is_held_and_saved_once(tmp_path):
     model = decoder()
     count = model.num_parameters()
