@@ -19,15 +19,16 @@ class Watch:
         return len(before) != len(self.known) or any(
             a is not b or v != w for (a, v), (b, w) in zip(before, self.known, strict=True))  # fmt: skip
 
-    def _made_of(self) -> list[tuple[Any, int]]:
-        """Modules, parameters and quantised weights, in one walk: it is made before each step of an idle engine."""
-        parts: list[tuple[Any, int]] = []
+    def _made_of(self) -> list[tuple[Any, Any]]:
+        """Modules, parameters and quantised weights, in one walk: it is made before each step of an idle engine. What
+        is assigned to a parameter's `data` leaves its version as it was, but lies elsewhere."""
+        parts: list[tuple[Any, Any]] = []
         left: list[Any] = [self.model]
         while left:
             module = left.pop()
-            parts.append((module, 0))
-            parts += [(p, p._version) for p in module._parameters.values() if p is not None]
-            if isinstance(module, nn.Quantizable) and module.packed is not None:
-                parts.append((module.packed, 0))
+            parts.append((module, None))
+            parts += [(p, (p._version, p.data_ptr())) for p in module._parameters.values() if p is not None]
+            if isinstance(module, nn.Quantizable):
+                parts += [(weight, None) for weight in module.quantized.values()]
             left += [m for m in module._modules.values() if m is not None]
         return parts

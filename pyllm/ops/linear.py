@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ def _on_cuda(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None) -> T
 
 
 _ROOM = 64 << 20  # bytes that the copies may take together
-_copies: Any = WeakIdKeyDictionary()  # weight -> (its version, the copy)
+_copies: Any = WeakIdKeyDictionary()  # weight -> (its version and where it lay, the copy)
+_copying = threading.Lock()  # models are recorded by several threads
 
 
 def _for_replays(weight: Tensor) -> PackedLinear | None:
@@ -96,16 +98,18 @@ def _for_replays(weight: Tensor) -> PackedLinear | None:
     constant = isinstance(weight, torch.nn.Parameter) and weight.device.type == "cpu"
     if not constant or weight.dtype != torch.float32 or weight.dim() != 2:
         return None
-    known = _copies.pop(weight, None)
-    if known is not None and known[0] == weight._version and known[1].panels.shape[2] == _C.panel_width():
-        _copies[weight] = known
-        return known[1]
-    if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
-        return None
-    with _disable_current_modes():  # it outlives the recording, and is not of the step
-        copy = pack_linear(weight)
-    _copies[weight] = (weight._version, copy)
-    return copy
+    state = weight._version, weight.data_ptr()  # what is assigned to its `data` leaves the version as it was
+    with _copying:
+        known = _copies.pop(weight, None)
+        if known is not None and known[0] == state and known[1].panels.shape[2] == _C.panel_width():
+            _copies[weight] = known
+            return known[1]
+        if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
+            return None
+        with _disable_current_modes():  # it outlives the recording, and is not of the step
+            copy = pack_linear(weight)
+        _copies[weight] = (state, copy)
+        return copy
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:

@@ -63,9 +63,13 @@ def test_recordings_with_the_same_memory_share_it():
 
 
 @pytest.mark.parametrize("kind", ["llama", "lstm"])
-@pytest.mark.parametrize("change", ["trained", "quantised"])
+@pytest.mark.parametrize("change", ["trained", "quantised", "put elsewhere", "quantised otherwise"])
 def test_nothing_known_of_a_model_outlives_a_change_of_it(kind, change):
     model, prompt = new(kind), [i % 40 for i in range(70)]
+    if change == "quantised otherwise":
+        other = new(kind)
+        torch.nn.utils.vector_to_parameters(torch.randn(model.num_parameters()) * 0.1, other.parameters())
+        model.quantize("int8"), other.quantize("int8")
     engine = pyllm.Engine(model, max_length=128)
     params = pyllm.SamplingParams(seed=1)
     for _ in range(2):
@@ -74,12 +78,20 @@ def test_nothing_known_of_a_model_outlives_a_change_of_it(kind, change):
     before = found.logprobs
     if change == "quantised":
         model.quantize("int8")
+    elif change == "quantised otherwise":
+        layers = {k: v for k, v in other.state_dict().items() if k.startswith(("blocks", "rnn"))}
+        quantised = {k: v for k, v in layers.items() if k.endswith((".panels", ".layout"))}
+        model.load_state_dict(quantised, strict=False)
+    elif change == "put elsewhere":
+        vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(vector + 0.3 * torch.randn_like(vector), model.parameters())
     else:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     (found,) = engine.generate([prompt], params, max_tokens=20)
-    assert found.ids == alone(model, prompt, 1, 20) and found.logprobs != before
+    (fresh,) = pyllm.Engine(model, max_length=128).generate([prompt], params, max_tokens=20)
+    assert found.ids == alone(model, prompt, 1, 20) and found.logprobs == fresh.logprobs != before
 
 
 def test_a_model_that_cannot_be_recorded_runs_as_it_is():
