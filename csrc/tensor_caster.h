@@ -3,6 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+
 #include "dlpack.h"
 #include "program/program.h"
 #include "tensor.h"
@@ -133,7 +135,7 @@ struct type_caster<pyllm::Setting> {
     if (PyLong_Check(source.ptr())) {
       int overflow = 0;
       value.integer = PyLong_AsLongLongAndOverflow(source.ptr(), &overflow);
-      value.number = static_cast<double>(value.integer);
+      value.number = overflow ? std::copysign(HUGE_VAL, overflow) : static_cast<double>(value.integer);
       value.is_integer = true;
       value.too_large = overflow != 0;
       return true;

@@ -328,6 +328,9 @@ def test_settings_out_of_range(name):
         ops.sample(logits, **options, **{name: torch.tensor([good, good])})
     with pytest.raises(TypeError, match=f"{name} must be"):
         ops.sample(logits, **options, **{name: torch.tensor([1, 1, 1], dtype=torch.int32)})
+    for bad in (2**64, -(2**64)):
+        with pytest.raises(ValueError, match=rf"\[sample\] {name} must "):
+            ops.sample(logits, **options, **{name: bad})
 
 
 def test_errors_name_the_argument():
