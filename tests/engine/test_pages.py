@@ -1,14 +1,26 @@
 """The allocator of pages against a model of it that keeps what each page holds."""
 
+from collections import Counter
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pyllm.engine.pages import Pages
 
 SIZE, COUNT = 4, 12
+OPERATIONS = 10_000
 ids = st.lists(st.integers(0, 1), min_size=1, max_size=22)  # few different ids, so that prefixes are shared
+done: Counter[str] = Counter()  # operations of all machines, but for those that did nothing
 
 
 class Machine(RuleBasedStateMachine):
@@ -28,7 +40,9 @@ class Machine(RuleBasedStateMachine):
         holding = self.pages.take(prompt, positions)
         if holding is None:
             assert before < self.pages.needed(positions) and self.pages.available == before
+            done["refused"] += 1
             return multiple()
+        done["submitted"] += 1
         assert holding.length < len(prompt) and len(holding.pages) == self.pages.needed(positions)
         assert (holding.copy is None) == (holding.length % SIZE == 0)
         if holding.copy is not None:
@@ -42,6 +56,7 @@ class Machine(RuleBasedStateMachine):
     @rule(sequence=sequences, i=st.integers(0, 1))
     def draw(self, sequence, i):
         if len(sequence[1]) < sequence[2]:
+            done["drawn"] += 1
             self.write(sequence, [*sequence[1], i])
 
     @rule(target=sequences, sequence=sequences, back=st.integers(0, 6))
@@ -54,23 +69,28 @@ class Machine(RuleBasedStateMachine):
         if made is None:
             assert self.pages.available < len(holding.pages) - length // SIZE
             return multiple()
+        done["forked"] += 1
         twin, copy = made
         if copy is not None:
             self.memory[copy[1]] = list(self.memory[copy[0]])
         self.sequences.append([twin, written[:length], positions, first])
         return self.sequences[-1]
 
-    @rule()
-    def forget(self):
-        self.pages.forget()
+    @rule(rarely=st.integers(0, 19))  # what is known would never be used
+    def forget(self, rarely):
+        if rarely == 7:
+            done["forgotten"] += 1
+            self.pages.forget()
 
     @rule(sequence=sequences, window=st.integers(1, 9))
     def slide(self, sequence, window):
+        done["slid"] += 1
         sequence[3] = max(sequence[3], len(sequence[1]) - window)
         self.pages.slide(sequence[0], sequence[3])
 
     @rule(sequence=consumes(sequences))
     def finish(self, sequence):
+        done["finished"] += 1
         self.pages.give(sequence[0])
         self.sequences = [s for s in self.sequences if s is not sequence]
 
@@ -93,8 +113,11 @@ class Machine(RuleBasedStateMachine):
         assert self.pages.available == COUNT - len(held)
 
 
-Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
-TestPages = Machine.TestCase
+def test_ten_thousand_operations():
+    done.clear()
+    while done.total() < OPERATIONS:  # an example may have fewer steps than it could
+        run_state_machine_as_test(Machine, settings=settings(max_examples=100, stateful_step_count=50))
+    assert len(done) == 7 and min(done.values()) > OPERATIONS // 500
 
 
 def test_a_prefix_is_found_until_its_room_is_needed():
