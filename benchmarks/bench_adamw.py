@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyllm.benchmarks.timing import Case, Providers
-from pyllm.training.optimizer import AdamW, clip_scale
+from pyllm.training.optimizer import AdamW, clip_scale, gradient_norm
 
 OPS = ("adamw",)
 SIZES = {  # (layers, width, vocabulary): of a decoder's shapes
@@ -57,7 +57,7 @@ def _ours(leaves: list[Tensor], clip: float | None) -> Callable[[], list[Tensor]
     optimizer = AdamW(leaves)
 
     def step() -> list[Tensor]:
-        optimizer.step(scale=1.0 if clip is None else clip_scale(leaves, clip))
+        optimizer.step(scale=1.0 if clip is None else clip_scale(gradient_norm(leaves), clip))
         return leaves
 
     return step

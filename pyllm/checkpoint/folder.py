@@ -88,20 +88,9 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
         OSError: the disk is full, or the like; the old checkpoint stays.
     """
     folder = Path(folder)
-    _check_type("model_type", model_type, str)
-    _check_type("config", config, dict)
-    if training is not None:
-        _check_type("training", training, dict)
-    check_plain(config, "config")
-    check_tensors(weights, "weights")
+    plain, optimizer = check_savable(folder, model_type=model_type, config=config, weights=weights, training=training)
     kept, tied = _tied(weights)
-    optimizer: dict[str, Tensor] = {}
-    plain = None if training is None else pack(training, "training", optimizer)
-    check_tensors(optimizer, "training")
-
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} must be a folder for checkpoints, but is one itself: it has a config.json")
     for partial in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
     writing = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
@@ -130,6 +119,27 @@ def save_checkpoint(folder: str | os.PathLike, *, model_type: str, config: dict[
             # Renamed first, so that a number never stands on half a checkpoint.
             shutil.rmtree(old.rename(folder / f"{_PARTIAL}{old.name}"))
     return new
+
+
+def check_savable(folder: Path, *, model_type: str, config: dict[str, Any], weights: dict[str, Tensor],
+                  training: dict[str, Any] | None = None) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
+    """What is plain in `training`, and its tensors.
+
+    Raises:
+        TypeError, ValueError, FileExistsError: what `save_checkpoint` raises of these, before anything is written.
+    """
+    _check_type("model_type", model_type, str)
+    _check_type("config", config, dict)
+    if training is not None:
+        _check_type("training", training, dict)
+    check_plain(config, "config")
+    check_tensors(weights, "weights")
+    tensors: dict[str, Tensor] = {}
+    plain = None if training is None else pack(training, "training", tensors)
+    check_tensors(tensors, "training")
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} must be a folder for checkpoints, but is one itself: it has a config.json")
+    return plain, tensors
 
 
 def load_checkpoint(folder: str | os.PathLike, *, training: bool = True, tokenizer: bool = True,

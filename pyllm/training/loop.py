@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyllm.checkpoint import (
+    check_savable,
     load_checkpoint,
     optimizer_tensors,
     random_state,
@@ -35,7 +37,7 @@ from pyllm.training.metrics import (
     state_to_carry,
     test,
 )
-from pyllm.training.optimizer import AdamW, clip_scale
+from pyllm.training.optimizer import AdamW, clip_scale, gradient_norm
 from pyllm.training.progress import Progress
 
 
@@ -76,8 +78,10 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the step under way was finished and the checkpoint saved. A second one stops at
             once.
-        FloatingPointError: the loss is no longer finite; nothing of that step is kept.
-        ValueError: the checkpoint's batches are not this loader's, or an argument does not fit another.
+        FloatingPointError: the loss, or the norm that gradients are clipped by, is no longer finite; nothing of that
+            step is kept.
+        ValueError, TypeError, FileExistsError: the checkpoint's batches or dtypes are not these, the folder cannot take
+            a checkpoint, or an argument does not fit another; before the first step.
     """
     where = None if folder is None else Path(folder)
     if resume and where is None:
@@ -85,6 +89,8 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
     if where is not None and not isinstance(model, Model):
         raise TypeError(f"only a pyllm.models.Model can be saved, but got {type(model).__name__}: leave out folder")
     per_epoch = len(loader) if isinstance(loader, Sized) else None
+    if per_epoch == 0:
+        raise ValueError("the loader must have a batch, but has none")
     if per_epoch is not None:
         total = epochs * per_epoch if steps is None else steps
     elif steps is None:
@@ -98,6 +104,8 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
     run = _Run(model, optimizer, loader, make_state, tokenizer, settings)
     if resume and where is not None:
         run.restore(where)
+    if where is not None:
+        check_savable(where, **run.contents())
     model.train()
     with _stop_signals() as stopped, Progress(total, len(run.history.losses), enabled=progress) as bar:
         for inputs, targets in run.batches(total):
@@ -113,7 +121,7 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
                 raise_found(loss)  # a wrong id says more
                 raise FloatingPointError(f"the loss is {value} at step {step + 1}: try a smaller learning rate")
             loss.backward()
-            _update(model, optimizer, clip_norm)
+            _update(model, optimizer, clip_norm, step + 1)
             if run.state is not None:
                 run.state.detach_()
             run.history.losses.append(value)
@@ -131,13 +139,18 @@ def train(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], optim
     return run.history
 
 
-def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
-    if isinstance(optimizer, AdamW):
-        optimizer.step(scale=1.0 if clip_norm is None else clip_scale(model.parameters(), clip_norm))
+def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None, step: int) -> None:
+    if clip_norm is None:
+        optimizer.step()
         return
-    if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
+    norm = gradient_norm(model.parameters())
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the norm of the gradients is {norm} at step {step}: try a smaller learning rate")
+    if isinstance(optimizer, AdamW):
+        optimizer.step(scale=clip_scale(norm, clip_norm))
+    else:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+        optimizer.step()
 
 
 def _loss(model, inputs: Inputs, targets: Tensor, criterion: Callable | None, state) -> Tensor:
@@ -181,12 +194,16 @@ class _Run:
     def _signature(self) -> dict | None:
         return self.loader.signature() if hasattr(self.loader, "signature") else None
 
-    def save(self, folder: Path) -> None:
+    def contents(self) -> dict[str, Any]:
+        """What a checkpoint is to hold, but for the tokenizer."""
         training = {"history": self.history.to_json(), "batches": self._signature(), "settings": self.settings,
                     "optimizer": optimizer_tensors(self.optimizer, self.model), "random": random_state(),
                     "state": None if self.state is None else self.state.tensors()}  # fmt: skip
-        save_checkpoint(folder, model_type=self.model.model_type, config=self.model.config,
-                        weights=self.model.state_dict(), tokenizer=self.tokenizer, training=training)  # fmt: skip
+        return {"model_type": self.model.model_type, "config": self.model.config, "weights": self.model.state_dict(),
+                "training": training}  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(folder, tokenizer=self.tokenizer, **self.contents())
 
     def restore(self, folder: Path) -> None:
         if not hasattr(self.loader, "batch"):
@@ -201,6 +218,9 @@ class _Run:
                              f"{self.model.model_type} {self.model.config}")  # fmt: skip
         if saved.training["batches"] != self._signature():
             raise ValueError(f"the checkpoint's batches were {saved.training['batches']}, but got {self._signature()}")
+        for name, own in self.model.state_dict().items():
+            if name in saved.weights and saved.weights[name].dtype != own.dtype:
+                raise ValueError(f"{folder} holds {name} in {saved.weights[name].dtype}, but got {own.dtype}")
         self.model.load_state_dict(saved.weights)
         restore_optimizer(self.optimizer, self.model, saved.training["optimizer"])
         restore_random_state(saved.training["random"])
@@ -222,7 +242,8 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if handler is not None}  # None: not Python's
     for number in before:
         signal.signal(number, note)
     try:

@@ -61,10 +61,14 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_add_([s["step"] for s in states], 1)
 
 
-def clip_scale(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """What brings the norm of all gradients together down to `most`, float32, where they are; 1 if it is no larger."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return (most / (torch.nn.utils.get_total_norm(gradients).float() + 1e-6)).clamp(max=1.0)
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """That of all gradients together, float32, where they are."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).float()
+
+
+def clip_scale(norm: Tensor, most: float) -> Tensor:
+    """What brings a norm down to `most`; 1 if it is no larger."""
+    return (most / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _dense(parameter: Tensor) -> Tensor:

@@ -220,6 +220,9 @@ def test_what_cannot_be_resumed_says_why(tokenizer, loader, tmp_path):
     pyllm.train(model, loader, optimizer, steps=2, folder=tmp_path / "a", tokenizer=tokenizer, progress=False)
     with pytest.raises(ValueError, match="the checkpoint's batches were"):
         pyllm.train(model, SequenceLoader(tokenizer.encode(TEXT), 4, 15), optimizer, resume=True, folder=tmp_path / "a")
+    half, optimizer = new("lstm", tokenizer)
+    with pytest.raises(ValueError, match=r"holds embedding.weight in torch.float32, but got torch.bfloat16"):
+        pyllm.train(half.bfloat16(), loader, optimizer, resume=True, folder=tmp_path / "a")
     other, optimizer = new("gru", tokenizer)
     with pytest.raises(ValueError, match="holds a recurrent"):
         pyllm.train(other, loader, optimizer, resume=True, folder=tmp_path / "a")
@@ -234,6 +237,37 @@ def test_a_loss_that_is_not_finite_stops_the_training(tokenizer, loader, tmp_pat
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1: try a smaller learning rate"):
         pyllm.train(model, loader, optimizer, folder=tmp_path / "x", progress=False)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, AdamW])
+def test_gradients_that_are_not_finite_stop_the_training_before_they_reach_the_weights(
+    kind, tokenizer, loader, tmp_path
+):
+    model, optimizer = new("rnn", tokenizer, optimizer=kind)
+    pyllm.train(model, loader, optimizer, steps=2, folder=tmp_path, progress=False)
+    before = [p.clone() for p in model.parameters()]
+    model.head.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"the norm of the gradients is (nan|inf) at step 3: try a smaller"):
+        pyllm.train(model, loader, optimizer, steps=3, folder=tmp_path, resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    for a, b in zip(pyllm.load(tmp_path)[0].parameters(), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_saved_is_said_before_the_first_step(tokenizer, loader, tmp_path):
+    model, optimizer = new("rnn", tokenizer)
+    before, options = model.head.weight.clone(), {"steps": 2, "progress": False}
+    extra = torch.optim.Adam([*model.parameters(), torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=r"its parameters must be the model's, but one of shape \(2,\) is not"):
+        pyllm.train(model, loader, extra, folder=tmp_path / "a", **options)
+    with pytest.raises(TypeError, match="training/settings/where must be a tensor or what JSON can hold"):
+        pyllm.train(model, loader, optimizer, folder=tmp_path / "a", settings={"where": tmp_path}, **options)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="must be a folder for checkpoints, but is one itself"):
+        pyllm.train(model, loader, optimizer, folder=tmp_path, **options)
+    with pytest.raises(ValueError, match="the loader must have a batch, but has none"):
+        pyllm.train(model, [], optimizer, **options)
+    assert torch.equal(model.head.weight, before) and not (tmp_path / "a").exists()
 
 
 def test_schedule():
