@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 from collections import Counter
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ DIGESTS = {"sha256": "SHA-256", "checksum": "checksum"}
 def seal(path: Path) -> Seal:
     """Sees to it that a file is on the disk, and says what it is."""
     kind = "checksum" if path.suffix == ".safetensors" else "sha256"
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         os.fsync(file.fileno())
         return Seal(os.fstat(file.fileno()).st_size, kind, _digest(file, kind))
 
@@ -57,9 +58,19 @@ def check_size(path: Path, expected: Seal) -> None:
         raise CheckpointError(f"{path} must have {expected.bytes} bytes, but has {size}")
 
 
+def map_file(file: FileIO) -> mmap.mmap:
+    """A file's pages, which the system reads when they are used. What is written to them stays apart."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
 def check_contents(path: Path, expected: Seal) -> None:
-    with open(path, "rb") as file:
-        digest = _digest(file, expected.kind)
+    with open(path, "rb", buffering=0) as file:
+        check_open(path, file, expected)
+
+
+def check_open(path: Path, file: FileIO, expected: Seal, pages: mmap.mmap | None = None) -> None:
+    """`pages` are those of the whole file, if it is mapped already."""
+    digest = _digest(file, expected.kind, pages)
     if digest != expected.digest:
         what = DIGESTS[expected.kind]
         raise CheckpointError(f"{path} is damaged: its {what} must be {expected.digest}, but is {digest}")
@@ -123,13 +134,15 @@ def parse_json(data: bytes, where: str) -> dict:
     return tree
 
 
-def _digest(file, kind: str) -> str:
+def _digest(file: FileIO, kind: str, pages: mmap.mmap | None = None) -> str:
     if kind == "checksum":
-        size = os.fstat(file.fileno()).st_size
+        if pages is None and os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+                return _digest(file, kind, contents)
+        size = 0 if pages is None else len(pages)
         sums = torch.empty(-(-size // _MIB), 64, dtype=torch.int32)
-        if size:
-            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as contents:
-                _C.checksum(np.frombuffer(contents, np.uint8), sums)
+        if pages is not None:
+            _C.checksum(np.frombuffer(pages, np.uint8), sums)
         return hashlib.sha256(sums.numpy().tobytes()).hexdigest()
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_MIB))
     while n := file.readinto(chunk):

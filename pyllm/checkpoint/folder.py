@@ -203,13 +203,14 @@ def _read(folder: Path, with_training: bool, with_tokenizer: bool, mapped: bool)
     for name, expected in files.items():
         check_size(folder / name, expected)
     for name, expected in files.items():
-        check_contents(folder / name, expected)
+        if name != _MODEL:
+            check_contents(folder / name, expected)
+    weights = read_tensors(folder / _MODEL, files[_MODEL], mapped=mapped)
 
     tokenizer = _read_tokenizer(folder, files) if files.keys() & {_TOKENIZER, MARIAN[0]} else None
     training = None
     if _TRAINING in files:
         training = unpack(read_json(folder / _TRAINING), read_tensors(folder / _OPTIMIZER))
-    weights = read_tensors(folder / _MODEL, mapped=mapped)
     for name, same in contents["tied"].items():
         if name in weights or not isinstance(same, str) or same not in weights:
             raise CheckpointError(f"{where}: tied must name weights of {_MODEL}, but got {name!r}: {same!r}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.checkpoint.files import CheckpointError, short
+from pyllm.checkpoint.files import CheckpointError, map_file, short
 
 _PIECE = 1 << 20  # values converted at a time
 
@@ -47,12 +47,13 @@ class FileReader:
     """Reads weights, by the names that a family's table has for them, from where they lie in open files.
 
     Closed by `close`, or at the end of a `with`. With `mapped`, the files must stay as they are meanwhile, and for as
-    long as what `map` gave is used.
+    long as what `map` gave is used; `maps` are of those that are mapped already.
     """
 
-    def __init__(self, extents: dict[str, Extent], files: list[FileIO], *, mapped: bool = False):
+    def __init__(self, extents: dict[str, Extent], files: list[FileIO], *, mapped: bool = False,
+                 maps: dict[FileIO, mmap.mmap] | None = None):  # fmt: skip
         self._extents, self._files, self._mapped = extents, files, mapped
-        self._maps: dict[FileIO, mmap.mmap] = {}
+        self._maps = {} if maps is None else maps
 
     def entries(self) -> dict[str, Entry]:
         return {name: Entry(extent.dtype, extent.shape) for name, extent in self._extents.items()}
@@ -104,7 +105,7 @@ class FileReader:
         if first.begin % first.dtype.itemsize or at == first.begin:
             return None
         if first.file not in self._maps:
-            self._maps[first.file] = mmap.mmap(first.file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[first.file] = map_file(first.file)
         file, count = self._maps[first.file], (at - first.begin) // first.dtype.itemsize
         flat = torch.frombuffer(file, dtype=first.dtype, count=count, offset=first.begin)
         shape = first.shape if len(names) == 1 else (sum(extent.shape[0] for extent in extents), *first.shape[1:])

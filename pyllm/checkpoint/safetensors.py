@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.checkpoint.files import LARGEST_JSON, CheckpointError, parse_json, read_json, short
+from pyllm.checkpoint.files import (
+    LARGEST_JSON,
+    CheckpointError,
+    Seal,
+    check_open,
+    map_file,
+    parse_json,
+    read_json,
+    short,
+)
 from pyllm.checkpoint.reader import Extent, FileReader, check_extents, open_file
 
 _ALIGNMENT = 64
@@ -62,13 +71,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Seal | None = None, *, mapped: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory of their own or, mapped, in the pages of the file.
 
     Raises:
-        CheckpointError: the file is truncated, or its header does not describe it.
+        CheckpointError: the file is not as `expected`, or truncated, or its header does not describe it.
     """
-    with open_tensors(path, mapped=mapped) as reader:
+    with open_tensors(path, expected, mapped=mapped) as reader:
         tensors: dict[str, Tensor] = {}
         for name in reader.entries():
             found = reader.map([name])
@@ -81,11 +90,17 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def open_tensors(path: Path, *, mapped: bool = False) -> FileReader:
-    """A reader of one safetensors file, whose whole header is checked against the size of the file."""
+def open_tensors(path: Path, expected: Seal | None = None, *, mapped: bool = False) -> FileReader:
+    """A reader of one safetensors file, whose whole header is checked against the size of the file, and the contents
+    first against what is `expected`, in the pages that `mapped` weights then lie in: they are found once."""
     file, size = open_file(path)
     try:
-        return FileReader(_extents(path, file, size), [file], mapped=mapped)
+        pages = map_file(file) if mapped and size else None
+        if expected is not None:
+            check_open(path, file, expected, pages)
+            file.seek(0)
+        maps = {} if pages is None else {file: pages}
+        return FileReader(_extents(path, file, size), [file], mapped=mapped, maps=maps)
     except BaseException:
         file.close()
         raise

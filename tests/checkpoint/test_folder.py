@@ -158,24 +158,24 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
         save(new)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named(tmp_path, name):
+@pytest.mark.parametrize(("name", "mapped"), [*((name, False) for name in FILES), ("model.safetensors", True)])
+def test_a_damaged_file_is_named(tmp_path, name, mapped):
     path = save(tmp_path) / name
     whole, digest = path.read_bytes(), "checksum" if name.endswith(".safetensors") else "SHA-256"
     cuts = {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 2}
     for data in [whole[:cut] for cut in cuts if cut < len(whole)] + [whole + b"x", b"\xff" + whole[1:]]:
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=re.escape(str(path))) as error:
-            load_checkpoint(tmp_path)
+            load_checkpoint(tmp_path, mapped=mapped)
         assert "\n" not in str(error.value)
     if name != "config.json":
         for at in range(0, len(whole), max(1, len(whole) // 50)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(CheckpointError, match=f"{name} is damaged: its {digest} must be"):
-                load_checkpoint(tmp_path)
+                load_checkpoint(tmp_path, mapped=mapped)
     path.unlink()
     with pytest.raises(CheckpointError, match=name if name != "config.json" else "must hold|missing"):
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path, mapped=mapped)
     if name in ("training.json", "optimizer.safetensors"):
         assert load_checkpoint(tmp_path, training=False).weights.keys() == weights().keys()
 
