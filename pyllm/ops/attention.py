@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 from pyllm.ops.paging import head_size
 
 
@@ -106,7 +106,7 @@ def _forward(q, k, v, bias, masks, page_table, options, keep_lse, return_weights
     return out, lse, weights
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, masks, options, return_weights):
         q, k, v = (_rows(t.detach()) for t in (q, k, v))

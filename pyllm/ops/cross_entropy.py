@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 from pyllm.ops.linear import linear
 
 _BLOCK = 1 << 24  # logits that exist at a time while gradients are computed
@@ -75,7 +75,7 @@ def _results(targets: Tensor, reduction: str) -> tuple[Tensor, Tensor | None, Te
     return (result, result, None) if reduction == "none" else (result, None, result)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits, targets, options):
         result, losses, total = _results(targets, options[2])
@@ -145,7 +145,7 @@ def _linear_on_cuda(x, weight, targets, bias, options, dloss=None, needed=(False
     return result, [None if d is None else d.to(x.dtype) for d in (dx, dweight, dbias)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, x, weight, targets, bias, options):
         needed = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)

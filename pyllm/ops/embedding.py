@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Function):
     @staticmethod
     def forward(ctx, ids, weight):
         ids = ids.contiguous()

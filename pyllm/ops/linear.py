@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 PIECE = 32
 LARGER_GROUPS = (64, 128, 256)
@@ -278,7 +278,7 @@ def _forward(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | None) -> T
     return out
 
 
-class _QuantizedLinear(torch.autograd.Function):
+class _QuantizedLinear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.weight = weight

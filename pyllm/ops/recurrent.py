@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyllm import _C
 from pyllm.ops import recurrent_cuda
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 from pyllm.ops.quantized_linear import PackedQuantizedWeight
 
 Weight = Tensor | PackedQuantizedWeight
@@ -211,7 +211,7 @@ def _on_cuda(x: Tensor) -> bool:
     return x.is_cuda or _C.emulating_cuda()
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(Function):
     @staticmethod
     def forward(ctx, op, kind, directions, lengths, x, h0, c0, *params):
         y, h_n, c_n, kept = _forward(op, kind, directions, lengths, x, h0, c0, *params, keep=True)

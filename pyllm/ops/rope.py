@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: bool = False,
@@ -64,7 +64,7 @@ def _turn(x, positions, inv_freq, rotary, interleaved, scale, inverse):
     return out
 
 
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(ctx, x, positions, inv_freq, *options):
         ctx.save_for_backward(positions, inv_freq)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 
 class Routes(NamedTuple):
@@ -96,7 +96,7 @@ def _normalised(weights: Tensor, normalised: bool) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) if normalised else weights
 
 
-class _Route(torch.autograd.Function):
+class _Route(Function):
     @staticmethod
     def forward(ctx, logits, active, normalised):
         weights, order, places, offsets = _forward(logits, active, normalised)

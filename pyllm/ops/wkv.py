@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 
 def wkv(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, *,
@@ -57,7 +57,7 @@ def _forward(r, w, k, v, a, b, state, lengths, keep=False):
     return y, final, kept
 
 
-class _Wkv(torch.autograd.Function):
+class _Wkv(Function):
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, state, lengths):
         y, final, kept = _forward(r, w, k, v, a, b, state, lengths, keep=True)
