@@ -129,6 +129,11 @@ void check_shape(const char* op, const char* arg, const TensorView& t, Sizes... 
   }
   check(same, "[", op, "] ", arg, " must have shape ", e.shape_text(), ", but got ", t.shape_text());
 }
+inline void check_shape_of(const char* op, const char* arg, const TensorView& t, const TensorView& like) {
+  bool same = t.ndim == like.ndim;
+  for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == like.shape[i];
+  check(same, "[", op, "] ", arg, " must have shape ", like.shape_text(), ", but got ", t.shape_text());
+}
 inline void check_contiguous(const char* op, const char* arg, const TensorView& t) {
   check(t.contiguous(), "[", op, "] ", arg, " must be contiguous, but got strides that are not, shape ",
         t.shape_text());

@@ -92,13 +92,6 @@ __global__ void __launch_bounds__(256) backward(ActivationBackwardArgs a, bool w
   });
 }
 
-// Whether every row begins on 16 bytes.
-bool whole_rows(const void* p, const Rows& rows, int64_t size) {
-  bool whole = whole_packs(p);
-  for (int i = 0; i < rows.levels; i++) whole = whole && rows.step[i] * size % 16 == 0;
-  return whole;
-}
-
 int64_t grid_for(int64_t rows, int64_t cols, int64_t pack) {
   return blocks_for(divided_up(rows * divided_up(cols, pack), 256));
 }

@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(256) forward(NormArgs a, Whole whole, bool kep
   constexpr int kSize = Pack<T>::kSize;
   __shared__ float room[kWarp];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= a.rows) return;  // a whole warp, and then no other thread of the block waits for it
-  const T* h = reinterpret_cast<const T*>(a.x) + row * a.x_stride;
-  const T* residual = a.residual ? reinterpret_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
+  if (row >= a.x_rows.count) return;  // a whole warp, and then no other thread of the block waits for it
+  const T* h = reinterpret_cast<const T*>(a.x) + a.x_rows.offset(row);
+  const T* residual = a.residual ? reinterpret_cast<const T*>(a.residual) + a.residual_rows.offset(row) : nullptr;
   T* y = reinterpret_cast<T*>(a.y) + row * a.cols;
   T* stored = a.sum ? reinterpret_cast<T*>(a.sum) + row * a.cols : nullptr;
   auto* copy = reinterpret_cast<float*>(shared_memory()) + threadIdx.y * divided_up(a.cols, kSize) * kSize;
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(256)
         if (i + k < a.cols) f(i + k);
   };
   if (partial) each([&](int64_t i) { dweight[i] = dbias[i] = 0; });
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const T* dy = reinterpret_cast<const T*>(a.dy) + row * a.dy_stride;
-    const T* h = reinterpret_cast<const T*>(a.h) + row * a.h_stride;
+  for (int64_t row = blockIdx.x; row < a.h_rows.count; row += gridDim.x) {
+    const T* dy = reinterpret_cast<const T*>(a.dy) + a.dy_rows.offset(row);
+    const T* h = reinterpret_cast<const T*>(a.h) + a.h_rows.offset(row);
     const float mean = a.centred ? a.mean[row] : 0.0f, rstd = a.rstd[row];
     float along = 0, level = 0;
     for (int64_t i = first; i < a.cols; i += step) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(256)
     if (!a.dh) continue;
     along = row_sum(along, room) / a.cols;
     level = a.centred ? row_sum(level, room) / a.cols : 0.0f;
-    const T* dsum = a.dsum ? reinterpret_cast<const T*>(a.dsum) + row * a.dsum_stride : nullptr;
+    const T* dsum = a.dsum ? reinterpret_cast<const T*>(a.dsum) + a.dsum_rows.offset(row) : nullptr;
     T* dh = reinterpret_cast<T*>(a.dh) + row * a.cols;
     for (int64_t i = first; i < a.cols; i += step) {
       const int64_t left = a.cols - i;
@@ -173,26 +173,26 @@ void norm_forward(const NormArgs& a, const Work& work) {
   with_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t row_bytes = a.cols * sizeof(T);
-    const Whole whole{whole_packs(a.x, a.x_stride * sizeof(T)), whole_packs(a.residual, a.residual_stride * sizeof(T)),
+    const Whole whole{whole_rows(a.x, a.x_rows, sizeof(T)), whole_rows(a.residual, a.residual_rows, sizeof(T)),
                       whole_packs(a.y, row_bytes) && whole_packs(a.sum, row_bytes)};
     const bool warps = a.cols <= kWarpCols;
     const dim3 block = warps ? dim3(kWarp, 4) : dim3(256);
     const int64_t bytes = block.y * divided_up(a.cols, Pack<T>::kSize) * Pack<T>::kSize * sizeof(float);
     const bool kept = bytes + kWarp * static_cast<int64_t>(sizeof(float)) <= kSharedBytes;
-    launch(forward<T>, {divided_up(a.rows, block.y)}, block, kept ? bytes : 0, work, a, whole, kept);
+    launch(forward<T>, {divided_up(a.x_rows.count, block.y)}, block, kept ? bytes : 0, work, a, whole, kept);
   });
 }
 
 void norm_backward(const NormBackwardArgs& a, const Work& work) {
   const bool parameters = a.dweight || a.dbias;
-  const int64_t blocks = parameters ? std::min(a.rows, kMaxBlocks) : blocks_for(a.rows);
+  const int64_t blocks = parameters ? std::min(a.h_rows.count, kMaxBlocks) : blocks_for(a.h_rows.count);
   const Scratch partial(work, parameters ? blocks * 2 * a.cols * sizeof(float) : 0);
   const int64_t bytes = 2 * a.cols * sizeof(float);
   const bool in_shared = parameters && bytes + kWarp * static_cast<int64_t>(sizeof(float)) <= kSharedBytes;
   with_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const WholeBackward whole{whole_packs(a.dy, a.dy_stride * sizeof(T)), whole_packs(a.h, a.h_stride * sizeof(T)),
-                              whole_packs(a.dsum, a.dsum_stride * sizeof(T)), whole_packs(a.dh, a.cols * sizeof(T))};
+    const WholeBackward whole{whole_rows(a.dy, a.dy_rows, sizeof(T)), whole_rows(a.h, a.h_rows, sizeof(T)),
+                              whole_rows(a.dsum, a.dsum_rows, sizeof(T)), whole_packs(a.dh, a.cols * sizeof(T))};
     const int64_t warps = std::clamp<int64_t>(divided_up(a.cols, Pack<T>::kSize * kWarp), 1, 8);
     launch(backward<T>, {blocks}, dim3(static_cast<unsigned>(warps * kWarp)), in_shared ? bytes : 0, work, a, whole,
            partial.as<float>(), in_shared);

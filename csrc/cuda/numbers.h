@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/launch.h"
 #include "dtype.h"
+#include "rows.h"
 
 namespace pyllm::cuda {
 
@@ -132,6 +133,12 @@ __device__ __forceinline__ Pack<T> load_parameter(const char* p, DType dtype, in
 
 inline bool whole_packs(const void* p, int64_t step_bytes = 0) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && step_bytes % 16 == 0;
+}
+// Whether every row begins on 16 bytes.
+inline bool whole_rows(const void* p, const Rows& rows, int64_t size) {
+  bool whole = whole_packs(p);
+  for (int i = 0; i < rows.levels; i++) whole = whole && rows.step[i] * size % 16 == 0;
+  return whole;
 }
 
 // Sums that every thread gets, always in the same order.

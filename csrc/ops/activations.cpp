@@ -21,9 +21,7 @@ Activation kind_of(const char* op, const std::string& name) {
 
 void check_like(const char* op, const char* name, const TensorView& t, const TensorView& like) {
   check_dtype(op, name, t, like.dtype);
-  bool same = t.ndim == like.ndim;
-  for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == like.shape[i];
-  check(same, "[", op, "] ", name, " must have shape ", like.shape_text(), ", but got ", t.shape_text());
+  check_shape_of(op, name, t, like);
 }
 
 void check_output(const char* op, const char* name, const TensorView& t, const TensorView& like) {

@@ -45,11 +45,10 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
 void embedding_backward(const TensorView& ids, const TensorView& dy, const TensorView& dweight, bool zeroed);
 void norm_forward(const TensorView& x, const TensorView& residual_or_none, const TensorView& weight_or_none,
                   const TensorView& bias_or_none, const TensorView& y, const TensorView& sum_or_none,
-                  const TensorView& mean_or_none, const TensorView& rstd_or_none, bool centred, double eps);
+                  const TensorView& statistics_or_none, bool centred, double eps);
 void norm_backward(const TensorView& dy, const TensorView& dsum_or_none, const TensorView& h,
-                   const TensorView& weight_or_none, const TensorView& mean_or_none, const TensorView& rstd,
-                   const TensorView& dh_or_none, const TensorView& dweight_or_none, const TensorView& dbias_or_none,
-                   bool centred);
+                   const TensorView& weight_or_none, const TensorView& statistics, const TensorView& dh_or_none,
+                   const TensorView& dweight_or_none, const TensorView& dbias_or_none, bool centred);
 int64_t multiply_add(int64_t rounds);  // how many floating-point operations that was
 void read(const TensorView& data);
 // sums (MiB begun, 64), int32, of bytes: see cpu/kernels/checksum.cpp.

@@ -76,10 +76,10 @@ def test_a_cuda_tensor_where_there_is_no_gpu():
     else:
         kind, message = RuntimeError, r"\[cuda\] the current device failed: "
     with pytest.raises(kind, match=message):
-        _C.norm_forward(x, None, None, None, OnCuda(1), None, None, None, False, 1e-6)
+        _C.norm_forward(x, None, None, None, OnCuda(1), None, None, False, 1e-6)
     assert asked == [(2, 1), (2, 1)]
     with pytest.raises(NotImplementedError, match=r"\[rms_norm\] y must be on the cpu, but got cuda:0"):
-        _C.norm_forward(cpu, None, None, None, OnCuda(0), None, None, None, False, 1e-6)
+        _C.norm_forward(cpu, None, None, None, OnCuda(0), None, None, False, 1e-6)
     with pytest.raises(NotImplementedError, match=r"\[linear\] x must be on the cpu, but got cuda:1"):
         _C.linear(x, cpu, None, cpu, False)
     assert torch.equal(ops.layer_norm(cpu), cpu)  # and nothing of that stays
@@ -97,7 +97,7 @@ class Old:
 
 def test_a_cuda_tensor_without_the_exchange_table():
     with pytest.raises(NotImplementedError, match="must come through DLPack's exchange table"):
-        _C.norm_forward(Old(), None, None, None, torch.zeros(2, 4), None, None, None, False, 1e-6)
+        _C.norm_forward(Old(), None, None, None, torch.zeros(2, 4), None, None, False, 1e-6)
 
 
 @pytest.mark.skipif(_C.info()["cuda_built"], reason="of a build without CUDA")

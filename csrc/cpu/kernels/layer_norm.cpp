@@ -5,9 +5,11 @@
 // not depend on the number of threads.
 //
 // Both passes alone are faster than torch's (2048 x 256, 2 AVX2 cores: 1.1 to 1.5 times forward, 1.2 to 1.3 backward).
-// Through autograd it is slower up to some 0.3 M elements: a Function written in Python costs 60 us more than torch's.
+// Through autograd it is slower up to some 0.3 M elements: a Function written in Python costs 10 us more than torch's.
+// bf16 is computed more slowly than memory gives it: the next rows are asked for meanwhile (512 x 896: 1.2 to 1.5 times).
 #include "cpu/layer_norm.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/kernels/vec.h"
@@ -35,6 +37,13 @@ VEC void each(int64_t cols, const F& f) {
   if (i < cols) f(i, cols - i);
 }
 
+// Asks for the line at p + i, once a line, of rows of 16-bit types that come next. Those of float32 gain nothing by it, and
+// lose room in the first-level cache.
+template <int kWrite, class T>
+VEC void fetch(const T* p, int64_t i) {
+  if (sizeof(T) == 2 && i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i, kWrite);
+}
+
 int64_t grain_for(int64_t cols) { return cols >= 16384 ? 1 : 16384 / (cols + 1) + 1; }
 
 // R rows from `row` on: two at a time where both stay in the first-level cache, so that one's sums need not wait for the
@@ -42,13 +51,14 @@ int64_t grain_for(int64_t cols) { return cols >= 16384 ? 1 : 16384 / (cols + 1) 
 template <bool kCentred, class T, int R>
 void forward_rows(const NormArgs& a, const float* weight, const float* bias, int64_t row) {
   const int64_t cols = a.cols;
-  const T* h[R];
+  const T *h[R], *next[R];
   T* y[R];
   for (int r = 0; r < R; r++) {
-    h[r] = reinterpret_cast<const T*>(a.x) + (row + r) * a.x_stride;
+    h[r] = reinterpret_cast<const T*>(a.x) + a.x_rows.offset(row + r);
+    next[r] = reinterpret_cast<const T*>(a.x) + a.x_rows.offset(std::min(row + R + r, a.x_rows.count - 1));
     y[r] = reinterpret_cast<T*>(a.y) + (row + r) * cols;
     if (!a.residual) continue;
-    const T* other = reinterpret_cast<const T*>(a.residual) + (row + r) * a.residual_stride;
+    const T* other = reinterpret_cast<const T*>(a.residual) + a.residual_rows.offset(row + r);
     T* s = reinterpret_cast<T*>(a.sum) + (row + r) * cols;
     each(cols, [&](int64_t i, int64_t n) { write(s + i, get(h[r] + i, n) + get(other + i, n), n); });
     h[r] = s;
@@ -77,6 +87,8 @@ void forward_rows(const NormArgs& a, const float* weight, const float* bias, int
       if (weight) v = v * w;
       if (bias) v = v + b;
       write(y[r] + i, v, n);
+      fetch<0>(next[r], i);
+      fetch<1>(y[r] + R * cols, i);
     }
   });
 }
@@ -84,11 +96,14 @@ void forward_rows(const NormArgs& a, const float* weight, const float* bias, int
 template <bool kCentred, class T, int R>
 void backward_rows(const NormBackwardArgs& a, const float* weight, int64_t row, float* dweight, float* dbias) {
   const int64_t cols = a.cols;
-  const T *dy[R], *h[R];
+  const T *dy[R], *h[R], *next_dy[R], *next_h[R];
   V m[R], scale[R];
   UNROLL for (int r = 0; r < R; r++) {
-    dy[r] = reinterpret_cast<const T*>(a.dy) + (row + r) * a.dy_stride;
-    h[r] = reinterpret_cast<const T*>(a.h) + (row + r) * a.h_stride;
+    dy[r] = reinterpret_cast<const T*>(a.dy) + a.dy_rows.offset(row + r);
+    h[r] = reinterpret_cast<const T*>(a.h) + a.h_rows.offset(row + r);
+    const int64_t next = std::min(row + R + r, a.h_rows.count - 1);
+    next_dy[r] = reinterpret_cast<const T*>(a.dy) + a.dy_rows.offset(next);
+    next_h[r] = reinterpret_cast<const T*>(a.h) + a.h_rows.offset(next);
     m[r] = set(kCentred ? a.mean[row + r] : 0.0f);
     scale[r] = set(a.rstd[row + r]);
   }
@@ -118,7 +133,7 @@ void backward_rows(const NormBackwardArgs& a, const float* weight, int64_t row, 
   UNROLL for (int r = 0; r < R; r++) {
     along[r] = set(sum(along_sums[r][0] + along_sums[r][1]) / cols);
     level[r] = set(kCentred ? sum(level_sums[r][0] + level_sums[r][1]) / cols : 0.0f);
-    dsum[r] = reinterpret_cast<const T*>(a.dsum) + (a.dsum ? (row + r) * a.dsum_stride : 0);
+    dsum[r] = reinterpret_cast<const T*>(a.dsum) + (a.dsum ? a.dsum_rows.offset(row + r) : 0);
     dh[r] = reinterpret_cast<T*>(a.dh) + (row + r) * cols;
   }
   each(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -128,6 +143,9 @@ void backward_rows(const NormBackwardArgs& a, const float* weight, int64_t row, 
       V d = (weighted - fma(x, along[r], level[r])) * scale[r];
       if (a.dsum) d = d + get(dsum[r] + i, n);
       write(dh[r] + i, d, n);
+      fetch<0>(next_dy[r], i);
+      fetch<0>(next_h[r], i);
+      fetch<1>(dh[r] + R * cols, i);
     }
   });
 }
@@ -146,7 +164,7 @@ void forward(const NormArgs& a) {
   auto* buffer = static_cast<float*>(cpu::scratch(2 * a.cols * sizeof(float) + 128, 0));
   const float* weight = a.weight ? as_floats(a.weight, a.weight_dtype, a.cols, buffer) : nullptr;
   const float* bias = a.bias ? as_floats(a.bias, a.weight_dtype, a.cols, buffer + a.cols) : nullptr;
-  parallel_for(a.rows, grain_for(a.cols), [&](int64_t begin, int64_t end) {
+  parallel_for(a.x_rows.count, grain_for(a.cols), [&](int64_t begin, int64_t end) {
     by_twos<T>(begin, end, a.cols,
                [&](int64_t row, auto count) { forward_rows<kCentred, T, count>(a, weight, bias, row); });
   });
@@ -154,7 +172,8 @@ void forward(const NormArgs& a) {
 
 template <bool kCentred, class T>
 void backward(const NormBackwardArgs& a) {
-  const int64_t per_block = a.rows < 64 * 16 ? 16 : (a.rows + 63) / 64, blocks = (a.rows + per_block - 1) / per_block;
+  const int64_t rows = a.h_rows.count, per_block = rows < 64 * 16 ? 16 : (rows + 63) / 64;
+  const int64_t blocks = (rows + per_block - 1) / per_block;
   const int64_t cols = a.cols, sums = (a.dweight ? blocks : 0) * cols;
   auto* buffer = static_cast<float*>(cpu::scratch((cols + 2 * blocks * cols + cols) * sizeof(float), 0));
   const float* weight = a.weight ? as_floats(a.weight, a.weight_dtype, cols, buffer) : nullptr;
@@ -166,7 +185,7 @@ void backward(const NormBackwardArgs& a) {
       float* dbias = a.dbias ? partial_bias + block * cols : nullptr;
       if (dweight) std::memset(dweight, 0, cols * sizeof(float));
       if (dbias) std::memset(dbias, 0, cols * sizeof(float));
-      const int64_t last = (block + 1) * per_block < a.rows ? (block + 1) * per_block : a.rows;
+      const int64_t last = std::min((block + 1) * per_block, rows);
       by_twos<T>(block * per_block, last, cols,
                  [&](int64_t row, auto count) { backward_rows<kCentred, T, count>(a, weight, row, dweight, dbias); });
     }
