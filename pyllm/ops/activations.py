@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
-from pyllm.ops.gradients import once_differentiable
+from pyllm.ops.gradients import Function, once_differentiable
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -78,23 +78,23 @@ def _activation(op: str, kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
     if up is not None:
         up = _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
-        return _Activation.apply(op, kind, gate, up)
+        return _Activation.apply(gate, up, (op, kind))
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.activation_forward(gate, up, out, op, kind)
     return out
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
+    return t if t.is_contiguous() or (t.dim() and t.stride(-1) == 1) else t.contiguous()
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     @staticmethod
-    def forward(ctx, op, kind, gate, up):
+    def forward(ctx, gate, up, names):
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        _C.activation_forward(gate, up, out, op, kind)
+        _C.activation_forward(gate, up, out, *names)
         ctx.save_for_backward(gate, up)
-        ctx.names = op, kind
+        ctx.names = names
         return out
 
     @staticmethod
@@ -104,4 +104,4 @@ class _Activation(torch.autograd.Function):
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         dup = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
         _C.activation_backward(_rows(dy), gate, up, dgate, dup, *ctx.names)
-        return None, None, dgate, dup
+        return dgate, dup, None

@@ -251,3 +251,9 @@ print(sorted({"torch._dynamo", "sympy"} & {*sys.modules} - had))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
     assert done.stdout.split() == [b"[]"], done.stderr
+
+
+def test_transforms_of_functions_are_refused():
+    for call in (lambda x: ops.silu(x).sum(), lambda x: ops.layer_norm(x).sum()):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(call)(torch.randn(2, 3))
