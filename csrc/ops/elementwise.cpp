@@ -149,6 +149,7 @@ void elementwise(const std::string& kind_name, const TensorView& a, const Tensor
     args.a_step[args.ndim] = a_step[d], args.b_step[args.ndim] = b_step[d], args.out_step[args.ndim++] = out.step(d);
   }
   if (args.ndim == 0) args.ndim = 1, args.shape[0] = 1;
+  if (out.contiguous()) place.prefer_large_pages(out);
   place.cuda() ? cuda::elementwise(args, place.work()) : pyllm::elementwise(args);
 }
 
