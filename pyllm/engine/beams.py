@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded
+from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded, whole_ids
 from pyllm.runtime import raise_found
 
 if TYPE_CHECKING:
@@ -155,12 +155,14 @@ def search(engine: Engine, prompt: str | Sequence[int], num_beams: int | None, m
     early_stopping = asked["early_stopping"] if early_stopping is None else early_stopping
     most = most_tokens(model, len(ids), max_tokens)
     end = () if engine.tokenizer is None else tuple(engine.tokenizer.eos_ids)
-    stops = model.stop_ids.union(stop_ids, end)
+    stops = model.stop_ids.union(whole_ids("a stop id", stop_ids), end)
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping must be True, False or 'never', but got {early_stopping!r}")
     for name, value, kind in (("num_beams", num_beams, int), ("length_penalty", length_penalty, int | float)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be a number, but got {value!r}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, but got {length_penalty}")
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, but got {num_beams}")
     source, ids = (ids, list(model.start_ids)) if model.answers else ([], ids)

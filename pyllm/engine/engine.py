@@ -19,7 +19,15 @@ from pyllm.engine.bursts import Bursts
 from pyllm.engine.decoding import AT_ONCE
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
-from pyllm.engine.generation import TextStream, most_tokens, prompt_ids, warn_of_unheeded
+from pyllm.engine.generation import (
+    TextStream,
+    most_tokens,
+    prompt_ids,
+    stop_texts,
+    warn_of_unheeded,
+    whole,
+    whole_ids,
+)
 from pyllm.engine.hooks import Hooks, Replacement
 from pyllm.engine.pieces import Piece, batches, pieces
 from pyllm.engine.reading import Score
@@ -72,7 +80,7 @@ class Engine:
                  clock: Callable[[], float] = time.monotonic):  # fmt: skip
         for name, value in (("max_sequences", max_sequences), ("max_length", max_length), ("num_pages", num_pages),
                             ("kv_cache_memory_bytes", kv_cache_memory_bytes), ("chunk", chunk)):  # fmt: skip
-            if value is not None and value < 1:
+            if value is not None and whole(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
         self.model, self.tokenizer, self.max_sequences, self.chunk = model, tokenizer, max_sequences, chunk
         self.pool = new_pool(model, max_sequences, num_pages, max_length, reuse_prefixes, kv_cache_dtype,
@@ -116,16 +124,14 @@ class Engine:
             the budget is no such error: the request ends with it.
         """
         warn_of_unheeded(self.model)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise ValueError("a stop text must not be empty")
+        stops = stop_texts(stop)
         if stops and self.tokenizer is None:
             raise TypeError("an engine without a tokenizer must get no stop texts")
         end = () if self.tokenizer is None else tuple(self.tokenizer.eos_ids)
         ids = self.encode(prompt)
         max_tokens = most_tokens(self.model, len(ids), max_tokens)
         source, ids = (ids, list(self.model.start_ids)) if self.model.answers else ([], ids)
-        if n < 1:
+        if whole("n", n) < 1:
             raise ValueError(f"n must be at least 1, but got {n}")
         if n > 1 and on_token is not None:
             raise TypeError(f"on_token must be for one continuation, but n is {n}")
@@ -135,7 +141,9 @@ class Engine:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive, but got {timeout}")
         params = (params or SamplingParams()).with_seed()
-        bias, ends = params.bias(self.model.vocab_size), self.model.stop_ids.union(stop_ids, end)
+        params.check()
+        bias = params.bias(self.model.vocab_size)
+        ends = self.model.stop_ids.union(whole_ids("a stop id", stop_ids), end)
         samples: list[Request] = []
         for own in params.spread(n):
             stream = None
@@ -309,7 +317,7 @@ class Engine:
             ValueError, TypeError: there are none.
         """
         if not isinstance(text, str):
-            ids = [int(i) for i in text]
+            ids = whole_ids("an id", text)
         elif self.tokenizer is None:
             raise TypeError("an engine without a tokenizer must get ids")
         elif answer:

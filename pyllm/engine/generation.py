@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,12 +22,53 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, text: str) -> list[int]:
     return ids or list(tokenizer.eos_ids[:1])
 
 
+def whole(name: str, value: Any) -> int:
+    """A whole number of whatever type.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, but got {value!r:.80}") from None
+
+
+def whole_ids(name: str, values: Iterable[Any]) -> list[int]:
+    """The same of several.
+
+    Raises:
+        TypeError: one is none.
+    """
+    values = list(values)
+    try:
+        return list(map(operator.index, values))
+    except TypeError:
+        return [whole(name, value) for value in values]  # says which
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One or several.
+
+    Raises:
+        TypeError, ValueError: what is no text, or an empty one.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str):
+            raise TypeError(f"stop must be a text or several, but got {text!r:.80}")
+        if not text:
+            raise ValueError("a stop text must not be empty")
+    return stops
+
+
 def most_tokens(model: Model, length: int, max_tokens: int | None) -> int:
     """How many are generated at most from a prompt of so many: `max_tokens`, by default 256 or what fits the model's
     context, and 1 where nothing does."""
     if max_tokens is None:
         room = model.room(length)
         return DEFAULT_MAX_TOKENS if room is None else min(DEFAULT_MAX_TOKENS, max(room, 1))
+    max_tokens = whole("max_tokens", max_tokens)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, but got {max_tokens}")
     return max_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pyllm.engine.engine import Engine
-from pyllm.engine.generation import TextStream, generate_ids, most_tokens, prompt_ids
+from pyllm.engine.generation import TextStream, generate_ids, most_tokens, prompt_ids, stop_texts
 from pyllm.engine.sampling import SamplingParams
 from pyllm.models import Model
 from pyllm.text import Tokenizer
@@ -33,9 +33,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[str], *,
     Raises:
         ValueError: a setting out of its bounds, or a prompt that does not fit the model's context.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise ValueError("a stop text must not be empty")
+    stops = stop_texts(stop)
     params = SamplingParams(temperature, top_k, top_p, min_p, typical_p, repetition_penalty, frequency_penalty,
                             presence_penalty, seed=seed)  # fmt: skip
     if num_beams != 1:

@@ -72,6 +72,8 @@ class Constants(TorchFunctionMode):
 
 
 def sample(logits, *, history=None, logit_bias=None, given=None, **settings):
+    if logits.shape == (1, 1):  # settings are looked at, of no model
+        return twin(logits, history=history, **settings)
     assert isinstance(logits, Elsewhere)
     for t in (history, logit_bias, given):
         assert t is None or isinstance(t, Elsewhere)

@@ -244,6 +244,8 @@ def test_settings_are_checked():
     for name in ("max_sequences", "max_length", "num_pages", "chunk"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, but got 0"):
             pyllm.Engine(model, **{name: 0})
+    with pytest.raises(TypeError, match=r"chunk must be a whole number, but got 1\.5"):
+        pyllm.Engine(model, chunk=1.5)
     engine = pyllm.Engine(model)
     for error, message, arguments in (
         (TypeError, "must get ids", {"prompt": "text"}),
@@ -251,8 +253,17 @@ def test_settings_are_checked():
         (ValueError, "at least one id", {"prompt": []}),
         (ValueError, "max_tokens must be at least 1, but got 0", {"prompt": [1], "max_tokens": 0}),
         (ValueError, "stop text must not be empty", {"prompt": [1], "stop": [""]}),
+        (TypeError, "max_tokens must be a whole number, but got 1.5", {"prompt": [1], "max_tokens": 1.5}),
+        (TypeError, "n must be a whole number, but got '2'", {"prompt": [1], "n": "2"}),
+        (TypeError, "an id must be a whole number, but got 1.5", {"prompt": [1, 1.5]}),
+        (TypeError, "a stop id must be a whole number, but got 'a'", {"prompt": [1], "stop_ids": ["a"]}),
+        (TypeError, "stop must be a text or several, but got 1", {"prompt": [1], "stop": [1]}),
+        (ValueError, "temperature must be", {"prompt": [1], "params": pyllm.SamplingParams(temperature=-1)}),
+        (TypeError, "top_k must be an int", {"prompt": [1], "params": pyllm.SamplingParams(top_k=2.5)}),
+        (TypeError, "seeds must be an int", {"prompt": [1], "params": pyllm.SamplingParams(seed=0.5)}),
     ):
         with pytest.raises(error, match=message):
             engine.submit(**arguments)
+    assert not engine._waiting
     with pytest.raises(ValueError, match="params must be one for all or 2, but got 1"):
         engine.generate([[1], [2]], [pyllm.SamplingParams()])
