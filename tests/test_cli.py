@@ -151,10 +151,13 @@ def test_quantize(train, corpus, tmp_path):
     assert f"{float(after[3]):.3f}" in done.stdout
     done = pyllm("info", tmp_path / "small")
     assert "int4-min" in done.stdout and "int8" in done.stdout and "bits a weight" in done.stdout
-    done = pyllm("quantize", train("lstm"), "--to", "int8", "--out", tmp_path / "lstm")
+    done = pyllm("quantize", train("lstm"), "--to", "int8", "--out", tmp_path / "lstm", "--dtype", "bfloat16")
     assert done.returncode == 0 and "perplexity" not in done.stdout
+    kept = {str(w.dtype) for name, w in load_checkpoint(tmp_path / "lstm").weights.items() if ".panels" not in name}
+    assert kept == {"torch.bfloat16", "torch.int64"}  # biases and the embedding; layouts
     new = ["--out", tmp_path / "new"]
     assert "small is not empty" in fails("quantize", trained, "--to", "int8", "--out", tmp_path / "small")
+    assert "float64" in fails("quantize", trained, "--to", "int8", "--dtype", "float64", *new)
     assert "int3" in fails("quantize", trained, "--to", "int3", *new)
     assert "skip must name layers" in fails("quantize", trained, "--to", "int8", "--skip", "tail", *new)
     assert "nowhere" in fails("quantize", tmp_path / "nowhere", "--to", "int8", *new)

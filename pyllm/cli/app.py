@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -36,6 +37,16 @@ MinP = Annotated[float, Option(help="Only those at least p times as likely as th
 RepetitionPenalty = Annotated[float, Option(help="Above 1: against repeating.")]
 Seed = Annotated[int | None, Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, Option(help="End before this text; may be repeated.")]
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+    @property
+    def of_torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
 
 
 class Bar:

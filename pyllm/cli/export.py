@@ -1,21 +1,13 @@
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from rich.filesize import decimal
 from typer import Argument, Option
 
 import pyllm
-from pyllm.cli.app import Bar, app, err
-
-
-class DType(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+from pyllm.cli.app import Bar, DType, app, err
 
 
 @app.command()
@@ -28,7 +20,7 @@ def export(
     """Write a checkpoint for other programs, and compare what comes back from it with the original."""
     with Bar() as bar:
         model, tokenizer = pyllm.load(source, progress=lambda done, total: bar("loading", done, total))
-        kind = None if dtype is None else getattr(torch, dtype.value)
+        kind = None if dtype is None else dtype.of_torch
         pyllm.export(model, dest, tokenizer, gguf=gguf, dtype=kind, progress=bar)
     kept = "weights and logits" if tokenizer is None else "weights, logits and tokens"
     kept += "" if tokenizer is None or tokenizer.chat_template is None else ", chat template"

@@ -11,7 +11,7 @@ from torch import Tensor
 from typer import Argument, Option
 
 import pyllm
-from pyllm.cli.app import Bar, Threads, app, err, out, read_text, set_threads
+from pyllm.cli.app import Bar, DType, Threads, app, err, out, read_text, set_threads
 from pyllm.cli.evaluate import score
 from pyllm.models import Model
 from pyllm.quantization import FORMATS
@@ -30,6 +30,9 @@ def quantize(
         int,
         Option(help="Elements that share a scale: 32 or, of int8, 64, 128, 256 (faster prompts, a little coarser)."),
     ] = 32,
+    dtype: Annotated[
+        DType | None, Option(help="Of what is not quantised, and of computing. Default: the source's.")
+    ] = None,
     skip: Annotated[list[str] | None, Option(help="Layers to leave alone, '*.down'; may be repeated.")] = None,
     calibration: Annotated[
         list[Path] | None, Option(help="UTF-8 text by which rounding errors are made up for; may be repeated.")
@@ -63,6 +66,8 @@ def quantize(
         batches = None if texts[0] is None or tokenizer is None else _windows(model, tokenizer, texts[0])
         done = model.quantize(to.value, group=group, skip=skip or (), calibration=batches,
                               progress=lambda done, total: bar("quantising", done, total))  # fmt: skip
+        if dtype is not None:
+            model.to(dtype.of_torch)
         row("after", model, tokenizer)
         pyllm.save(model, out_folder, tokenizer)
     out.print(report)
