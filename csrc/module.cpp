@@ -180,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "column_sum", &ops::column_sum);
   m.def("quantized_panel_width", &ops::quantized_panel_width);
   m.def("pack_quantized", &ops::pack_quantized, py::call_guard<py::gil_scoped_release>());
+  m.def("check_quantized", &ops::check_quantized, py::call_guard<py::gil_scoped_release>());
   def(m, "quantized_linear", &ops::quantized_linear);
   def(m, "quantized_linear_backward", &ops::quantized_linear_backward);
   def(m, "quantized_embedding", &ops::quantized_embedding);

@@ -185,6 +185,9 @@ def quantized_panel_width(on_cuda: bool, /) -> int: ...
 def pack_quantized(
     values: Array, scales: Array, minimums: Array | None, panels: Array, bits: int, group: int, /
 ) -> None: ...
+def check_quantized(
+    panels: Array, n: int, k: int, bits: int, group: int, half_scales: bool, has_minimums: bool, /
+) -> None: ...
 def quantized_linear(
     x: Array,
     panels: Array,

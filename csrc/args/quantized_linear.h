@@ -9,14 +9,19 @@ namespace pyllm {
 // value * scale + minimum. k is filled up to whole groups. In memory it is panels of rows (panel_width() of them for the
 // CPU, 8 for CUDA), a panel its groups one after another, and a group [values][scales][minimums]. Values are quads of four
 // neighbours' bytes, a quad of all rows after another; of 4 bits, a byte has an element of the group's first half in its
-// low bits, and of the second in its high ones. Of `span` neighbouring groups, the last perhaps of fewer, all have the same
-// scales: they make up a larger group, within which a row of x has one scale, too (on CUDA it has one a group).
+// low bits, and of the second in its high ones.
+//
+// `span` neighbouring groups, the last perhaps fewer, make up a larger group, within which a row of x has one scale (on CUDA
+// it has one a group). Of 8 bits, all have the same scales. Of 4 bits, each group has its own, but scales and minimums are
+// whole multiples of the span's unit, 1/64 of the largest power of two that its elements can reach: so elements are whole
+// multiples, too, below 128 in size, and what a row's span adds is summed in whole numbers.
 struct QuantizedWeight {
   int64_t n, groups, group;  // group: 32 elements or, of 8 bits, 16
-  int64_t span;              // 1 or, of 8 bits without minimums in groups of 32, 2, 4 or 8
+  int64_t span;              // 1 or, in groups of 32 and not of 8 bits with minimums, 2, 4 or 8
   int bits;                  // 8 or 4
   DType scale_dtype;         // f16 or f32
   bool has_minimums;
+  constexpr bool in_units() const { return bits == 4 && span > 1; }
   constexpr int64_t value_bytes() const { return group * bits / 8; }                   // of a row's group
   constexpr int64_t scale_bytes() const { return scale_dtype == DType::f16 ? 2 : 4; }  // without a table, for CUDA
   constexpr int64_t group_bytes(int64_t width) const {
@@ -59,6 +64,13 @@ struct PackQuantizedArgs {
   const uint8_t* values;
   const char *scales, *minimums;
   char* panels;
+};
+
+// Whether a weight that is in units has scales, and minimums, that are whole multiples of them.
+struct CheckUnitsArgs {
+  QuantizedWeight weight;
+  const char* panels;
+  bool* whole;
 };
 
 }  // namespace pyllm

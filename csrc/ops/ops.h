@@ -66,6 +66,9 @@ void column_sum(const TensorView& a, const TensorView& sums);
 int64_t quantized_panel_width(bool on_cuda);  // rows that a packed weight has together
 void pack_quantized(const TensorView& values, const TensorView& scales, const TensorView& minimums_or_none,
                     const TensorView& panels, int64_t bits, int64_t group);
+// What packing checks beside shapes, for panels that come packed: of 4 bits in larger groups, scales and minimums.
+void check_quantized(const TensorView& panels, int64_t n, int64_t k, int64_t bits, int64_t group, bool half_scales,
+                     bool has_minimums);
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias_or_none,
                       const TensorView& y, int64_t bits, int64_t group, bool half_scales, bool has_minimums);
 void quantized_linear_backward(const TensorView& dy, const TensorView& panels, const TensorView& dx, int64_t bits,

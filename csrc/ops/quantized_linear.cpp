@@ -12,15 +12,24 @@ namespace {
 QuantizedWeight weight_of(const char* op, int64_t n, int64_t groups, int64_t bits, int64_t group, DType scale_dtype,
                           bool has_minimums) {
   check(bits == 8 || bits == 4, "[", op, "] bits must be 8 or 4, but got ", bits);
-  const bool larger = bits == 8 && !has_minimums && (group == 64 || group == 128 || group == 256);
+  const bool larger = (bits == 4 || !has_minimums) && (group == 64 || group == 128 || group == 256);
   check(group == 32 || (group == 16 && bits == 8) || larger, "[", op,
-        "] groups must be of 32 elements or, of 8 bits, of 16 or, without minimums, of 64, 128 or 256, but got ",
+        "] groups must be of 32 elements, of 16 of 8 bits or, but not of 8 bits with minimums, of 64, 128 or 256, but "
+        "got ",
         group);
   const int64_t span = larger ? group / 32 : 1;
   return {n, groups, group / span, span, static_cast<int>(bits), scale_dtype, has_minimums};
 }
 
 int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
+
+void check_whole(const char* op, const QuantizedWeight& weight, const char* panels) {
+  bool whole = true;
+  if (weight.in_units()) pyllm::check_units({weight, panels, &whole});
+  check(whole, "[", op, "] scales", weight.has_minimums ? " and minimums" : "", " of 4 bits in groups of ",
+        weight.span * weight.group, " must be whole multiples of 1/64 of the largest power of two that the group's ",
+        "elements can reach, but are not");
+}
 
 }  // namespace
 
@@ -66,6 +75,15 @@ void pack_quantized(const TensorView& values, const TensorView& scales, const Te
   check_contiguous(op, "panels", panels);
   check_writable(op, "panels", panels);
   pyllm::pack_quantized({weight, values.as<uint8_t>(), scales.data, minimums.data, panels.data});
+  check_whole(op, weight, panels.data);
+}
+
+void check_quantized(const TensorView& panels, int64_t n, int64_t k, int64_t bits, int64_t group, bool half_scales,
+                     bool has_minimums) {
+  const char* op = "pack_quantized";
+  check_device(op, "panels", panels);
+  check_whole(op, packed_weight(op, "panels", false, panels, n, k, bits, group, half_scales, has_minimums),
+              panels.data);
 }
 
 void quantized_linear(const TensorView& x, const TensorView& panels, const TensorView& bias, const TensorView& y,

@@ -17,7 +17,10 @@ LARGER_GROUPS = (64, 128, 256)
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight (N, K) of small whole numbers in groups along K, which is filled up to whole groups. Groups of more than
-    32 lie in pieces of 32, each with the group's scale, and K is filled up to whole pieces.
+    32 lie in pieces of 32, and K is filled up to whole pieces. Of 8 bits, the pieces all have the group's scale. Of 4
+    bits, they have scales and minimums of their own, which are whole multiples of the group's unit: 1/64 of the largest
+    power of two that the elements of its pieces can reach. So an element is a whole number of units, below 128 in size,
+    and many rows take as little time as with 8 bits.
 
     values: uint8, (N, piece * G) for 8 bits, or half as wide for 4, the first of two neighbours in a byte's low half.
     scales: (N, G), float16 or float32.
@@ -29,7 +32,7 @@ class QuantizedWeight:
     minimums: Tensor | None
     bits: int
     shape: tuple[int, int]  # (N, K)
-    group: int = 32  # elements that share a scale; also 16 or, without minimums, 64, 128 or 256, of 8 bits
+    group: int = 32  # also 16, of 8 bits, or, but not of 8 bits with minimums, 64, 128 or 256
 
     @property
     def piece(self) -> int:
@@ -111,14 +114,16 @@ class PackedQuantizedWeight:
         """A weight packed before, for whatever instruction set: in the order of the one in use now.
 
         Raises:
-            ValueError, TypeError: a layout that there is not, or panels that are not so laid out.
+            ValueError, TypeError: a layout that there is not, panels that are not so laid out, or scales of 4 bits in
+            larger groups that are not whole multiples of a unit.
         """
         bits, group, half, minimums = layout if len(layout) == 4 else (0,) * 4
-        known = group == 32 or (bits == 8 and group in (16, *(() if minimums else LARGER_GROUPS)))
+        larger = LARGER_GROUPS if bits == 4 or not minimums else ()
+        known = group in (32, *larger) or (bits == 8 and group == 16)
         if bits not in (8, 4) or not known or not {half, minimums} <= {0, 1}:
-            raise ValueError("[pack_quantized] layout must be 8 or 4 bits, groups of 32 or, of 8 bits, 16 or, without "
-                             "minimums, 64, 128 or 256, and whether scales are halves and there are minimums, but got "
-                             f"{layout}")  # fmt: skip
+            raise ValueError("[pack_quantized] layout must be 8 or 4 bits, groups of 32, 16 of 8 bits or, but not of 8 "
+                             "bits with minimums, 64, 128 or 256, and whether scales are halves and there are "
+                             f"minimums, but got {layout}")  # fmt: skip
         if panels.dtype != torch.uint8:
             raise TypeError(f"[pack_quantized] panels must be uint8, but got {panels.dtype}")
         packed = cls(panels.contiguous(), bits, group, bool(half), bool(minimums), shape)
@@ -128,6 +133,9 @@ class PackedQuantizedWeight:
         if panels.shape != expected:
             raise ValueError(f"[pack_quantized] panels of layout {layout} must be for a weight {shape}, but have shape "
                              f"{tuple(panels.shape)}")  # fmt: skip
+        if bits == 4 and group > PIECE:
+            checked = packed.to("cpu")
+            _C.check_quantized(checked.panels, shape[0], shape[1], *checked.layout)
         return packed.to(panels.device)
 
     @property
@@ -188,7 +196,8 @@ def pack_quantized(weight: QuantizedWeight) -> PackedQuantizedWeight:
     that is a CUDA device.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit the others.
+        ValueError, TypeError: a shape or dtype that does not fit the others, or scales or minimums of 4 bits in larger
+            groups that are not whole multiples of a unit.
     """
     if not weight.values.is_cuda:
         return pack_pieces([weight], weight.shape[0])

@@ -1,25 +1,20 @@
 import pytest
 import torch
+from ops.test_quantized_linear import random_weight
 from twins import check_twin
 
 from pyllm import ops, reference
-from pyllm.ops import QuantizedWeight
 
 FORMATS = [(8, False, 32), (8, True, 32), (4, False, 32), (4, True, 32), (8, False, 16), (8, True, 16)]
-
-
-def weight_of(n, k, bits, minimums, group, dtype=torch.float16):
-    groups = -(-k // group)
-    return QuantizedWeight(torch.randint(0, 256, (n, groups * group * bits // 8), dtype=torch.uint8),
-                           torch.rand(n, groups).to(dtype) + 0.1,
-                           torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k), group)  # fmt: skip
+FORMATS += [(8, False, 64), (4, False, 128), (4, True, 64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "minimums", "group"), FORMATS)
 @pytest.mark.parametrize(("shape", "n", "k"), [((), 3, 5), ((4, 7), 70, 33), ((1023,), 5, 64), ((0, 4), 6, 8)])
 def test_equals_its_twin(shape, n, k, bits, minimums, group, dtype, isa):
-    weight = weight_of(n, k, bits, minimums, group, torch.float16 if dtype == torch.float16 else torch.float32)
+    scales = torch.float16 if dtype == torch.float16 else torch.float32
+    weight = random_weight(n, k, bits, minimums, scales, group)
     packed = ops.pack_quantized(weight)
     for ids_dtype in (torch.int64, torch.int32):
         ids = torch.randint(n, shape, dtype=ids_dtype)
@@ -30,14 +25,14 @@ def test_equals_its_twin(shape, n, k, bits, minimums, group, dtype, isa):
 
 
 def test_strided_ids(isa):
-    weight, ids = weight_of(20, 40, 8, False, 32), torch.randint(20, (6, 10))
+    weight, ids = random_weight(20, 40, 8, False), torch.randint(20, (6, 10))
     packed = ops.pack_quantized(weight)
     for i in (ids.T, ids[:, ::3], ids[2:4, 1:]):
         assert torch.equal(ops.quantized_embedding(i, packed), weight.dequantize()[i])
 
 
 def test_errors_name_the_argument():
-    packed = ops.pack_quantized(weight_of(100, 40, 8, False, 32))
+    packed = ops.pack_quantized(random_weight(100, 40, 8, False))
     with pytest.raises(IndexError, match=r"\[quantized_embedding\] ids\[1\] must be in \[0, 100\), but got 100"):
         ops.quantized_embedding(torch.tensor([99, 100]), packed)
     with pytest.raises(TypeError, match="ids must be int64 or int32, but got float32"):

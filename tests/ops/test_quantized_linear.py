@@ -16,13 +16,24 @@ SCALES = [torch.float16, torch.float32]
 def random_weight(n, k, bits, minimums, dtype=torch.float16, group=32):
     piece = min(group, 32)
     groups = -(-k // piece)
-    scales = torch.rand(n, -(-k // group)).to(dtype) + 0.1
-    return QuantizedWeight(torch.randint(0, 256, (n, groups * piece * bits // 8), dtype=torch.uint8),
-                           scales.repeat_interleave(group // piece, 1)[:, :groups].contiguous(),
-                           torch.randn(n, groups).to(dtype) if minimums else None, bits, (n, k), group)  # fmt: skip
+
+    def of_each(t):  # what a group's pieces share
+        return t.repeat_interleave(group // piece, 1)[:, :groups].contiguous()
+
+    if bits == 4 and group > 32:
+        unit, most = of_each(2.0 ** torch.randint(-12, -3, (n, -(-k // group)))), 16 if minimums else 15
+        multiples = torch.randint(-most, most + 1, (n, groups))
+        least = -127 - (15 * multiples).clamp(max=0)
+        low = least + (torch.rand(n, groups) * (127 - (15 * multiples).clamp(min=0) - least + 1)).long()
+        scales, lows = (multiples * unit).to(dtype), (low * unit).to(dtype)
+    else:
+        scales, lows = of_each(torch.rand(n, -(-k // group)).to(dtype) + 0.1), torch.randn(n, groups).to(dtype)
+    return QuantizedWeight(torch.randint(0, 256, (n, groups * piece * bits // 8), dtype=torch.uint8), scales,
+                           lows if minimums else None, bits, (n, k), group)  # fmt: skip
 
 
 FORMATS = [(bits, minimums) for bits in (8, 4) for minimums in (False, True)]
+IN_LARGER = [(bits, minimums, g) for bits, minimums in FORMATS if bits == 4 or not minimums for g in LARGER]
 
 
 @pytest.mark.parametrize(("bits", "minimums"), FORMATS)
@@ -63,7 +74,52 @@ def test_the_extremes_are_exact(bits, minimums, kernels):
     assert torch.equal(ops.quantized_linear(x, ops.pack_quantized(weight)).double(), exact)
 
 
-@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, 128)])
+@pytest.mark.parametrize("group", LARGER)
+@pytest.mark.parametrize(("multiple", "minimum"), [(15, None), (-15, None), (16, -127), (-16, 127), (0, 127)])
+def test_the_extremes_of_units_are_exact(multiple, minimum, group, kernels):
+    """The largest whole numbers of units, and their sums: also of units far from 1, and scales of x near both ends."""
+    values = torch.where(torch.rand(33, 256) < 0.5, 0, 255).to(torch.uint8)
+    values[:3] = torch.tensor([0, 255, 15], dtype=torch.uint8)[:, None]
+    for unit, largest in ((0.5, 127.0), (2.0**-24, 1e-29), (256.0, 2.0**100)):
+        scales, lows = (torch.full((33, 16), m * unit) for m in (multiple, minimum or 0))
+        scales[:, ::4] = 0.0 if minimum is not None else 64 * unit / 8
+        weight = QuantizedWeight(values, scales, None if minimum is None else lows, 4, (33, 512), group)
+        x = torch.where(torch.rand(40, 512) < 0.5, -largest, largest)
+        x[:2] = largest
+        y, exact = ops.quantized_linear(x, ops.pack_quantized(weight)), x.double() @ weight.dequantize().double().T
+        assert torch.allclose(y.double(), exact, rtol=1e-5, atol=largest * unit * 0.01)
+        assert torch.equal(ops.quantized_linear(x[1:2], ops.pack_quantized(weight)), y[1:2])
+        if largest == 127.0:
+            assert torch.equal(y.double(), exact)
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+@pytest.mark.parametrize("minimums", [False, True])
+def test_scales_that_are_no_whole_multiples_of_a_unit_are_refused(minimums, dtype, isa):
+    right = random_weight(40, 300, 4, minimums, dtype, 128)
+    what = "scales and minimums" if minimums else "scales"
+    wrongs = [(4.0 + 1 / 128, 1.0), (torch.nan, 0.0), (torch.inf, 0.0), (2.0**-24, 1.0)]
+    for name in ("scales", "minimums")[: 1 + minimums]:
+        for value, other in wrongs:
+            spoilt = {key: t.clone() for key in ("scales", "minimums") if (t := getattr(right, key)) is not None}
+            spoilt["scales"][35, 4:8], spoilt[name][35, 5] = other, value
+            wrong = QuantizedWeight(**(vars(right) | spoilt))
+            with pytest.raises(
+                ValueError, match=rf"\[pack_quantized\] {what} of 4 bits in groups of 128 must be whole"
+            ):
+                ops.pack_quantized(wrong)
+            packed = ops.pack_quantized(QuantizedWeight(**(vars(wrong) | {"group": 32})))
+            with pytest.raises(ValueError, match="must be whole multiples"):
+                ops.PackedQuantizedWeight.of_panels(
+                    packed.panels, (4, 128, dtype == torch.float16, minimums), (40, 300)
+                )
+    packed = ops.pack_quantized(right)
+    for width in (8, 16, 32):
+        again = ops.PackedQuantizedWeight.of_panels(packed._panels_of(width), packed.layout, right.shape)
+        assert torch.equal(again.panels, packed.panels)
+
+
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + IN_LARGER[1::3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, group, kernels, threads):
     packed = ops.pack_quantized(random_weight(170, 600, bits, minimums, group=group))
@@ -77,9 +133,7 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, g
         assert torch.equal(ops.quantized_linear(x[rows], packed, bias), expected[rows])
 
 
-@pytest.mark.parametrize(
-    ("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, False, group) for group in LARGER]
-)
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + IN_LARGER)
 @pytest.mark.parametrize("k", [300, 416, 5])
 def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, group, k, isa):
     packed, x = ops.pack_quantized(random_weight(50, k, bits, minimums, group=group)), torch.randn(45, k)
@@ -105,10 +159,10 @@ def test_packing_loses_nothing(n, k, bits, minimums, dtype, isa):
     assert torch.equal(again.dequantize(), weight.dequantize())
 
 
-@pytest.mark.parametrize(("minimums", "group"), [(False, 16), (True, 16), *((False, group) for group in LARGER)])
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(8, False, 16), (8, True, 16), *IN_LARGER])
 @pytest.mark.parametrize(("shape", "n"), [((7, 33), 65), ((1, 1), 1), ((39, 256), 20), ((13, 1023), 37)])
-def test_other_groups(shape, n, minimums, group, kernels):
-    weight = random_weight(n, shape[-1], 8, minimums, torch.float32, group=group)
+def test_other_groups(shape, n, bits, minimums, group, kernels):
+    weight = random_weight(n, shape[-1], bits, minimums, torch.float32, group=group)
     packed, x = ops.pack_quantized(weight), torch.randn(shape)
     check_twin(lambda x: ops.quantized_linear(x, packed), lambda x: reference.quantized_linear(x, weight), {"x": x},
                slack=32)  # fmt: skip
@@ -119,7 +173,7 @@ def test_other_groups(shape, n, minimums, group, kernels):
 
 @pytest.mark.parametrize(
     ("bits", "minimums", "group"),
-    [(*f, 32) for f in FORMATS] + [(8, m, 16) for m in (False, True)] + [(8, False, group) for group in LARGER],
+    [(*f, 32) for f in FORMATS] + [(8, m, 16) for m in (False, True)] + IN_LARGER,
 )
 def test_a_product_is_within_its_own_rounding_of_the_exact_one(bits, minimums, group, kernels):
     """x is rounded to 8 bits in groups by its largest element: that, and the sums in float32, is all that is lost."""
@@ -134,7 +188,7 @@ def test_a_product_is_within_its_own_rounding_of_the_exact_one(bits, minimums, g
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16), (8, False, 128)])
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16)] + IN_LARGER[1::3])
 def test_the_gradient_has_the_same_bits_alone_and_for_any_threads(bits, minimums, group, dtype, isa, threads):
     packed = ops.pack_quantized(random_weight(301, 90, bits, minimums, group=group))
     x, dy = torch.randn(23, 90).to(dtype).requires_grad_(), torch.randn(23, 301).to(dtype)
@@ -163,7 +217,7 @@ def test_a_weight_can_come_in_pieces(sizes, isa):
 
 
 @pytest.mark.parametrize("dtype", SCALES)
-@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16)])
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + [(8, True, 16), (4, True, 64)])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (45, 70), (0, 4)])
 def test_panels_of_another_width_hold_the_same(n, k, bits, minimums, group, dtype, isa):
     weight = random_weight(n, k, bits, minimums, dtype, group)
@@ -231,7 +285,7 @@ def test_errors_name_the_argument():
         spoilt(bits=5)
     with pytest.raises(
         ValueError,
-        match=r"groups must be of 32 elements or, of 8 bits, of 16 or, without minimums, of 64, 128 or 256, but got 8",
+        match=r"groups must be of 32 elements, of 16 of 8 bits or, but not of 8 bits with .*, 128 or 256, but got 8",
     ):
         spoilt(group=8, scales=torch.ones(5, 5), minimums=None)
 

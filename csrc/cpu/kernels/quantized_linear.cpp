@@ -1,7 +1,7 @@
 // A row of x is quantised once; then a tile, some rows of x by a panel of 2W of the weight's, goes down k span by span
-// (a span is a group, or some that share a scale). Within a span everything is whole numbers: the sums are exact, so that
-// instruction sets with and without a dot product of bytes agree. A span adds float(sum) * (scale of x * scale of the
-// weight) to the tile's fp32 sums. Threads take panels, and panels pass by as many rows of x as stay in the second-level
+// (a span is a group, or some that share a scale or a unit). Within a span everything is whole numbers: the sums are exact,
+// so that instruction sets with and without a dot product of bytes agree. A span adds float(sum) * (scale of x * scale of
+// the weight) to the tile's fp32 sums; of a weight in units, (float(sum) * unit) * scale of x, where the first is exact. Threads take panels, and panels pass by as many rows of x as stay in the second-level
 // cache.
 //
 // How four bytes of x meet four of the weight, in each lane:
@@ -13,6 +13,9 @@
 //    which x is stored as.
 // The weight's zero point is taken off a group's sum before it begins: 2^(bits - 1) times the sum of x's values.
 #include "cpu/kernels/quantized_linear.h"
+
+#include <atomic>
+#include <utility>
 
 #include "cpu/amx.h"
 #include "cpu/kernels/bytes.h"
@@ -33,10 +36,11 @@ constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the t
 enum class Dot { vnni, pairs, halves };
 
 template <int kGroup, class T>
-void quantize_row(const T* x, int64_t k, int64_t span, Dot dot, int offset, const QuantizedRows& out, int64_t row) {
+void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, const QuantizedRows& out, int64_t row) {
   alignas(64) float block[kMostSpan * kGroup];
   alignas(64) int8_t bytes[kMostSpan * kGroup];
-  const int64_t size = span * kGroup;
+  const int64_t size = w.span * kGroup, part = w.in_units() ? kGroup : size;
+  const int offset = w.has_minimums ? 0 : 1 << (w.bits - 1);
   for (int64_t s = 0; s < out.spans; s++) {
     const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
     V largest{}, bad{};
@@ -48,13 +52,16 @@ void quantize_row(const T* x, int64_t k, int64_t span, Dot dot, int offset, cons
     }
     const float most = max(largest), scale = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     const bool finite = sum(bad) == 0.0f;
-    int32_t total = 0;
     for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
-    for (int64_t j = 0; j < filled; j++) total += bytes[j];
     const int64_t at = out.at(row, s);
     out.scales[at] = finite ? scale : __builtin_nanf("");
-    out.sums[at] = out.scales[at] * static_cast<float>(total);
-    out.starts[at] = -offset * total;
+    for (int64_t begin = 0; begin < filled; begin += part) {
+      int32_t total = 0;
+      for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += bytes[j];
+      const int64_t to = w.in_units() ? row * out.parts + s * w.span + begin / part : at;
+      out.sums[to] = static_cast<float>(total) * (w.in_units() ? 1.0f : out.scales[at]);
+      out.starts[to] = -offset * total;
+    }
     int8_t* to = out.values + row * out.bytes + s * (dot == Dot::halves ? 2 * size : size);
     if (dot != Dot::halves) {
       std::memcpy(to, bytes, filled);
@@ -67,10 +74,45 @@ void quantize_row(const T* x, int64_t k, int64_t span, Dot dot, int offset, cons
   }
 }
 
+// A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on.
+template <int R, int kBits, int kGroup, Dot kDot>
+VEC void add_group(VI (&s)[R][2], const int8_t* const (&a)[R], const char* panel) {
+  constexpr int64_t kBytes = W * 4;
+  if constexpr (kBits == 4) {
+    VI pairs[R][2] = {};
+    UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
+      const VI both = load_lanes(panel + (2 * q + j) * kBytes);
+      const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+      UNROLL for (int r = 0; r < R; r++) {
+        const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
+        if constexpr (kDot == Dot::vnni) {
+          s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
+        } else {
+          pairs[r][j] = add_halves(pairs[r][j], add_halves(dot_pairs(low, x0), dot_pairs(high, x1)));
+        }
+      }
+    }
+    if constexpr (kDot != Dot::vnni)
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
+          s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
+  } else {
+    for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
+        const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
+        if constexpr (kDot == Dot::vnni) {
+          UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
+        } else {
+          const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
+          UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
+                                                       dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
+        }
+      }
+  }
+}
+
 // R rows from `row` on by one panel, to out (R x kPanel).
 template <int R, int kBits, int kGroup, Dot kDot>
 void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
-  constexpr int64_t kBytes = W * 4, kValues = kPanel * kGroup * kBits / 8;
+  constexpr int64_t kValues = kPanel * kGroup * kBits / 8;
   const int64_t group_bytes = w.group_bytes(kPanel);
   V total[R][2] = {};
   const int8_t* a[R];
@@ -81,35 +123,7 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const c
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
         set_int(x.starts[first + r * x.spans + span]);
     for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes) {
-      if constexpr (kBits == 4) {
-        VI pairs[R][2] = {};
-        UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
-          const VI both = load_lanes(panel + (2 * q + j) * kBytes);
-          const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-          UNROLL for (int r = 0; r < R; r++) {
-            const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
-            if constexpr (kDot == Dot::vnni) {
-              s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
-            } else {
-              pairs[r][j] = add_halves(pairs[r][j], add_halves(dot_pairs(low, x0), dot_pairs(high, x1)));
-            }
-          }
-        }
-        if constexpr (kDot != Dot::vnni)
-          UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
-              s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
-      } else {
-        for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
-            const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
-            if constexpr (kDot == Dot::vnni) {
-              UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
-            } else {
-              const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
-              UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
-                                                           dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
-            }
-          }
-      }
+      add_group<R, kBits, kGroup, kDot>(s, a, panel);
       UNROLL for (int r = 0; r < R; r++) a[r] += kDot == Dot::halves ? 2 * kGroup : kGroup;
     }
     const char* scales = panel - group_bytes + kValues;
@@ -127,32 +141,77 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const c
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
 }
 
+// The same for a weight in units: a span's sum is exact in fp32, a whole number of units below 2^24, in any order.
+template <int R, int kBits, int kGroup, Dot kDot>
+void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
+  constexpr int64_t kValues = kPanel * kGroup * kBits / 8;
+  const int64_t group_bytes = w.group_bytes(kPanel);
+  V total[R][2] = {};
+  const int8_t* a[R];
+  UNROLL for (int r = 0; r < R; r++) a[r] = x.values + (row + r) * x.bytes;
+  for (int64_t span = 0; span < x.spans; span++) {
+    V exact[R][2] = {};
+    for (int64_t g = span * w.span; g < std::min((span + 1) * w.span, w.groups); g++, panel += group_bytes) {
+      VI s[R][2];
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
+          set_int(x.starts[(row + r) * x.parts + g]);
+      add_group<R, kBits, kGroup, kDot>(s, a, panel);
+      UNROLL for (int r = 0; r < R; r++) a[r] += kGroup;
+      UNROLL for (int j = 0; j < 2; j++) {
+        const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
+        UNROLL for (int r = 0; r < R; r++) exact[r][j] = fma(__builtin_convertvector(s[r][j], V), scale, exact[r][j]);
+        if (w.has_minimums) {
+          const V minimum = load_scale(panel + kValues, w.scale_dtype, kPanel + j * W);
+          UNROLL for (int r = 0; r < R; r++) exact[r][j] =
+              fma(minimum, set(x.sums[(row + r) * x.parts + g]), exact[r][j]);
+        }
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) total[r][j] =
+        fma(exact[r][j], set(x.scales[(row + r) * x.spans + span]), total[r][j]);
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
+}
+
+using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const char*, float*);
+
+// The tile of so many rows.
+template <int kBits, int kGroup, Dot kDot>
+Tile tile_of(const QuantizedWeight& w, int64_t rows) {
+  const auto choose = [&]<int... R>(std::integer_sequence<int, R...>) {
+    static constexpr Tile plain[] = {tile<R + 1, kBits, kGroup, kDot>...};
+    if constexpr (kBits == 4) {
+      static constexpr Tile in_units[] = {tile_in_units<R + 1, kBits, kGroup, kDot>...};
+      if (w.in_units()) return in_units[rows - 1];
+    }
+    return plain[rows - 1];
+  };
+  return choose(std::make_integer_sequence<int, kRows>());
+}
+
 template <int kBits, int kGroup, Dot kDot>
 void run(const QuantizedLinearArgs& p) {
-  using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const char*, float*);
-  static constexpr Tile tiles[] = {
-      tile<1, kBits, kGroup, kDot>, tile<2, kBits, kGroup, kDot>,
-      tile<3, kBits, kGroup, kDot>, tile<4, kBits, kGroup, kDot>,
-#if ISA_AVX512
-      tile<5, kBits, kGroup, kDot>, tile<6, kBits, kGroup, kDot>,
-#endif
-  };
   const QuantizedWeight& w = p.weight;
   const bool on_tiles = kDot == Dot::vnni && p.m >= kLeastTileRows && cpu::has_amx();
-  const int64_t spans = (w.groups + w.span - 1) / w.span, m = round_up(p.m, tile_rows(w)), count = m * spans;
+  const int64_t spans = (w.groups + w.span - 1) / w.span, parts = w.in_units() ? w.groups : spans;
+  const int64_t m = round_up(p.m, tile_rows(w)), scale_count = m * spans, count = m * parts;
   // Tiles of larger groups read 64 values at once.
   const int64_t row_bytes = round_up(w.groups, w.span > 1 ? 2 : 1) * (kDot == Dot::halves ? 2 : 1) * kGroup;
   const int64_t values = round_up(m * row_bytes, 64);
-  auto* memory = static_cast<char*>(cpu::scratch(values + 12 * count, 0));
+  auto* memory = static_cast<char*>(cpu::scratch(values + 4 * scale_count + 8 * count, 0));
   auto* scales = reinterpret_cast<float*>(memory + values);
-  const QuantizedRows x = {spans,   row_bytes,      reinterpret_cast<int8_t*>(memory),
-                           scales,  scales + count, reinterpret_cast<int32_t*>(scales + 2 * count),
+  const QuantizedRows x = {spans,
+                           parts,
+                           row_bytes,
+                           reinterpret_cast<int8_t*>(memory),
+                           scales,
+                           scales + scale_count,
+                           reinterpret_cast<int32_t*>(scales + scale_count + count),
                            on_tiles};
-  const int offset = w.has_minimums ? 0 : 1 << (kBits - 1);
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
     const auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) quantize_row<kGroup>(a + i * p.a_row, p.k, w.span, kDot, offset, x, i);
+      for (int64_t i = begin; i < end; i++) quantize_row<kGroup>(a + i * p.a_row, p.k, w, kDot, x, i);
     };
     p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
   });
@@ -160,7 +219,7 @@ void run(const QuantizedLinearArgs& p) {
   const int64_t n = w.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
   const int64_t step = on_tiles ? tile_rows(w) : kRows;
   const int64_t height =
-      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 12 * spans + 1) / step) * step;
+      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 4 * spans + 8 * parts + 1) / step) * step;
   const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
   parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
     auto* wide = on_tiles ? static_cast<char*>(cpu::scratch(wide_panel_bytes(w), 1)) : nullptr;
@@ -171,7 +230,8 @@ void run(const QuantizedLinearArgs& p) {
         for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += step) {
           alignas(64) float sums[std::max<int64_t>(kRows, 2 * kTileRows) * kPanel];
           const int64_t rows = std::min(step, i1 - i), j = panel * kPanel;
-          on_tiles ? quantized_tiles(w, x, i, wide, sums) : tiles[rows - 1](w, x, i, packed, sums);
+          on_tiles ? quantized_tiles(w, x, i, wide, sums)
+                   : tile_of<kBits, kGroup, kDot>(w, rows)(w, x, i, packed, sums);
           with_dtype(p.dtype, [&](auto* tag) {
             const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
             auto* c = reinterpret_cast<decltype(tag)>(p.c);
@@ -237,6 +297,32 @@ void pack_quantized(const PackQuantizedArgs& p) {
       }
     }
   });
+}
+
+void check_units(const CheckUnitsArgs& p) {
+  const QuantizedWeight& w = p.weight;
+  const int64_t group_bytes = w.group_bytes(kPanel), spans = (w.groups + w.span - 1) / w.span;
+  std::atomic<bool> whole{true};
+  parallel_for((w.n + kPanel - 1) / kPanel, 4096 / (w.groups + 1) + 1, [&](int64_t begin, int64_t end) {
+    VI bad{};
+    for (int64_t i = begin * spans; i < end * spans; i++) {
+      const int64_t first = i % spans * w.span, count = std::min(w.span, w.groups - first);
+      for (int64_t at = 0; at < kPanel; at += W) {
+        const char* group = p.panels + (i / spans * w.groups + first) * group_bytes;
+        const Units unit = units_of(w, group, count, at);
+        for (int64_t g = 0; g < count; g++, group += group_bytes) {
+          const char* scales = group + w.value_bytes() * kPanel;
+          bad |= ~(reach_of(w, scales, at) < 1e30f);  // neither is what is not finite
+          for (int64_t part = 0; part < (w.has_minimums ? 2 : 1); part++) {
+            const V multiple = load_scale(scales, w.scale_dtype, part * kPanel + at) * unit.inverse;
+            bad |= multiple != __builtin_convertvector(__builtin_convertvector(multiple, VI), V);
+          }
+        }
+      }
+    }
+    if (bits(bad)) whole.store(false, std::memory_order_relaxed);
+  });
+  *p.whole = whole.load();
 }
 
 }  // namespace pyllm::ISA

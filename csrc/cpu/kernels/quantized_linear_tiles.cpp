@@ -3,10 +3,11 @@
 // in the vector registers. The next groups' products run meanwhile.
 //
 // Larger groups (spans of those in memory) need that less often: 32 rows by the panel's columns are products of tiles of 64
-// along k, four at a time, and the fp32 sums wait in memory.
+// along k, four at a time, and the fp32 sums wait in memory. A weight in units is widened to whole numbers of units: two of
+// its values by their groups' multiple in one product of 16 bits.
 //
 // A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise. Of
-// spans, two groups lie as one, and scales are [span][kPanel].
+// spans, two groups lie as one, and scales, or units, are [span][kPanel].
 #include "cpu/kernels/quantized_linear.h"
 
 #include "cpu/kernels/bytes.h"
@@ -87,6 +88,7 @@ VEC void multiply_span(const int8_t* left, int64_t row_bytes, const char* right,
   store_tile<2>(sums + kTileRows * kPanel, bytes), store_tile<3>(sums + kTileRows * kPanel + W, bytes);
 }
 
+template <bool kUnits>
 void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
   const TileShapes shapes(kTileSide, kLong / 4);
   alignas(64) int32_t sums[2][2 * kTileRows * kPanel];
@@ -107,11 +109,53 @@ void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const 
       const float* x_scales = x.scales + (row + upper * kTileRows) * x.spans + (s - 1) * kTileRows;
       UNROLL for (int64_t r = 0; r < kTileRows; r++) UNROLL for (int64_t half = 0; half < 2; half++) {
         const int64_t at = (upper * kTileRows + r) * kPanel + half * W;
-        store(out + at,
-              fma(__builtin_convertvector(load_lanes(whole + at), V), scale[half] * x_scales[r], load(out + at)));
+        const V sum = __builtin_convertvector(load_lanes(whole + at), V);
+        if constexpr (kUnits)
+          store(out + at, fma(sum * scale[half], set(x_scales[r]), load(out + at)));
+        else
+          store(out + at, fma(sum, scale[half] * x_scales[r], load(out + at)));
       }
     }
   }
+}
+
+using Halves = uint16_t __attribute__((vector_size(64)));
+using Bytes = uint8_t __attribute__((vector_size(64)));
+
+// A panel of a weight in units. An element is value * multiple + minimum of them, modulo 256.
+void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
+  const int64_t group_bytes = w.group_bytes(kPanel), quads = w.value_bytes() / 4, tile = 2 * quads * 64;
+  auto* units = reinterpret_cast<float*>(out + value_bytes(w));
+  if (w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
+  for (int64_t first = 0; first < w.groups; first += w.span, units += kPanel)
+    for (int64_t half = 0; half < 2; half++) {
+      const int64_t count = std::min(w.span, w.groups - first);
+      const Units unit = units_of(w, panel + first * group_bytes, count, half * W);
+      store(units + half * W, unit.size);
+      const auto whole = [&](const char* scales, int64_t at) {
+        return __builtin_convertvector(load_scale(scales, w.scale_dtype, at) * unit.inverse, VI);
+      };
+      for (int64_t g = first; g < first + count; g++) {
+        const char *values = panel + g * group_bytes + half * 64,
+                   *scales = panel + g * group_bytes + quads * kPanel * 4;
+        const VI multiple = whole(scales, half * W);
+        const VI minimum = w.has_minimums ? whole(scales, kPanel + half * W) : multiple * -8;
+        const VI negative = multiple < 0, size = (multiple ^ negative) - negative;
+        const auto factor = reinterpret_cast<Halves>(size | size << 16);
+        const auto rest = reinterpret_cast<Bytes>(((minimum - negative) & 255) * 0x01010101);
+        char* to = out + g / 2 * 4 * tile + half * 2 * tile + g % 2 * tile;
+        const auto put = [&](int64_t quad, VI v) {  // products are below 256: none reaches its neighbour's byte
+          const auto product = reinterpret_cast<VI>(reinterpret_cast<Halves>(v & 0x0f0f0f0f) * factor) ^ negative;
+          const Bytes bytes = reinterpret_cast<Bytes>(product) + rest;
+          std::memcpy(to + quad * 64, &bytes, sizeof bytes);
+        };
+        for (int64_t q = 0; q < quads; q++) {
+          const VI both = load_lanes(values + q * 128);
+          put(q, both);
+          put(quads + q, both >> 4);
+        }
+      }
+    }
 }
 
 }  // namespace
@@ -121,6 +165,7 @@ int64_t wide_panel_bytes(const QuantizedWeight& w) {
 }
 
 void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
+  if (w.in_units()) return widen_in_units(w, panel, out);
   const int64_t quads = w.group / 4, packed_quads = w.value_bytes() / 4, tile = quads * 64;
   // Without minimums values have a zero point: bytes lose it by a flipped sign bit, halves of bytes by a subtraction.
   const VI flip = set_int(w.bits == 8 && !w.has_minimums ? INT32_MIN | 0x00808080 : 0);
@@ -154,7 +199,7 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
 }
 
 void quantized_tiles(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
-  if (w.span > 1) return spans(w, x, row, panel, out);
+  if (w.span > 1) return (w.in_units() ? spans<true> : spans<false>)(w, x, row, panel, out);
   const int64_t values = value_bytes(w);
   if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, out);
   (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, out);
