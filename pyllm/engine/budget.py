@@ -62,6 +62,8 @@ def page_bytes(pages: Tensor, dtype: torch.dtype) -> int:
 
 
 def pages_for(model: Model, length: int, max_tokens: int) -> int:
-    """How many pages a request with a prompt of so many ids, and so many more, needs."""
+    """How many pages a request with a prompt of so many ids, and so many more, needs. One that is too long for the
+    model's context never runs, however long it is."""
     parts = (length, max_tokens) if model.answers else (length + max_tokens - 1,)
-    return sum(-(-n // PAGE_SIZE) for n in parts)
+    most = max(parts) if model.context_length is None else model.context_length
+    return sum(-(-min(n, most) // PAGE_SIZE) for n in parts)

@@ -215,6 +215,7 @@ def test_what_is_too_long_ends_with_a_reason_and_any_budget_for_one_is_enough():
     assert [r.reason for r in found] == ["length", "error", "length", "error", "length"]
     assert "100 tokens and 30 more do not fit the engine's pages of 128" in str(found[1].error)
     assert "390 tokens and 11 more do not fit the model's context of 400" in str(found[3].error)
+    assert pyllm.Engine(model, max_sequences=2, max_length=10**12).pool.pages.count == 2 * 7
 
 
 @pytest.mark.parametrize("kind", ["llama", "lstm"])

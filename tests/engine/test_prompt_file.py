@@ -42,6 +42,19 @@ def read(path):
 PARAMS = pyllm.SamplingParams(temperature=1.1, seed=3)
 
 
+def test_a_line_that_asks_for_too_much_ends_alone(made, tmp_path):
+    model, tokenizer = made
+    if model.context_length is None:
+        pytest.skip("it would go on")
+    file, out = (
+        write(tmp_path / "in.jsonl", [{"prompt": "the", "max_tokens": 10**12}, LINES[0]]),
+        tmp_path / "out.jsonl",
+    )
+    answer_file(model, tokenizer, file, out, PARAMS, max_tokens=20)
+    assert "do not fit the model's context of 200" in read(out)[0]["error"]
+    assert read(out)[1]["text"] == pyllm.generate(model, tokenizer, "the quick", temperature=0, max_tokens=20)
+
+
 def test_each_line_gets_what_it_asks_for(made, tmp_path):
     model, tokenizer = made
     file, out = write(tmp_path / "in.jsonl", [*LINES[:2], "", *LINES[2:]]), tmp_path / "out.jsonl"
