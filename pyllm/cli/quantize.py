@@ -28,7 +28,7 @@ def quantize(
     out_folder: Annotated[Path, Option("--out", help="The checkpoint folder to write.", show_default=False)],
     group: Annotated[
         int,
-        Option(help="Elements that share a scale: 32 or, of int8, 64, 128, 256 (faster prompts, a little coarser)."),
+        Option(help="Elements that share a scale: 32, or 64, 128, 256 (faster prompts, a little coarser)."),
     ] = 32,
     dtype: Annotated[
         DType | None, Option(help="Of what is not quantised, and of computing. Default: the source's.")

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from pyllm.ops import QuantizedWeight
-from pyllm.quantization.weights import choose_groups, pack_wholes
+from pyllm.ops.quantized_linear import PIECE
+from pyllm.quantization.groups import choose_groups
+from pyllm.quantization.units import choose_multiples, choose_units
+from pyllm.quantization.weights import pack_wholes
 
 _DAMPING = 0.01  # of the mean of the diagonal
 
@@ -30,14 +33,22 @@ def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums
     diagonal += _DAMPING * diagonal[:k].mean()
     # The columns' errors, in order, are made up for by the rows of this factor of the inverse.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    weigh = (1.0 / factor.diagonal().square()).unflatten(0, (-1, group))
+    weigh = 1.0 / factor.diagonal().square()
+    in_units = bits == 4 and group > PIECE
+    step = PIECE if in_units else group
     wholes, scales, lows = [], [], []
-    for start in range(0, size, group):
-        end = start + group
+    for start in range(0, size, step):
+        end = start + step
+        if in_units and start % group == 0:
+            pieces, importance = (t[..., start : start + group].unflatten(-1, (1, -1, PIECE)) for t in (w, weigh))
+            units = choose_units(pieces, minimums, importance)
         columns = w[:, start:end].clone()
-        groups = choose_groups(columns[:, None], bits, minimums, weigh[start // group][None])
-        whole, errors = w.new_empty(n, group), w.new_empty(n, group)
-        for j in range(group):
+        if in_units:
+            groups = choose_multiples(columns[:, None, None], units, minimums, weigh[None, None, start:end])
+        else:
+            groups = choose_groups(columns[:, None], bits, minimums, weigh[None, start:end])
+        whole, errors = w.new_empty(n, step), w.new_empty(n, step)
+        for j in range(step):
             whole[:, j : j + 1] = groups.round(columns[:, j : j + 1], 0)
             value = groups.value(whole[:, j : j + 1], 0)
             errors[:, j] = (columns[:, j] - value[:, 0]) / factor[start + j, start + j]
@@ -47,4 +58,4 @@ def quantize_compensated(weight: Tensor, moments: Tensor, bits: int, *, minimums
         scales.append(groups.scales)
         lows += [] if groups.minimums is None else [groups.minimums]
     low = torch.cat(lows, 1).half() if minimums else None
-    return pack_wholes(torch.stack(wholes, 1), torch.cat(scales, 1).half(), low, bits, (n, k))
+    return pack_wholes(torch.stack(wholes, 1), torch.cat(scales, 1).half(), low, bits, (n, k), group)

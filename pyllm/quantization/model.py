@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyllm import nn
 from pyllm.models import Model
-from pyllm.ops.quantized_linear import LARGER_GROUPS
+from pyllm.ops.quantized_linear import LARGER_GROUPS, PIECE
 from pyllm.quantization.compensation import quantize_compensated
 from pyllm.quantization.weights import quantize_weight
 
@@ -40,8 +40,9 @@ def quantize(model: Model, weights: str, *, group: int = 32, skip: Sequence[str]
     Args:
         weights: "int8", "int4", or "int4-min", whose groups have a smallest element of their own besides a scale:
             nearer, for half a bit more a weight.
-        group: elements along the input that share a scale: 32 or, for "int8", 64, 128 or 256, with which long prompts
-            take less time on processors with tile registers (AMX), for a little more error.
+        group: elements along the input that share a scale: 32, or 64, 128 or 256, with which long prompts take less
+            time on processors with tile registers (AMX), for a little more error. Of 4 bits, 32 elements still have a
+            scale of their own then, a multiple of one that the group shares.
         skip: patterns ("head", "*.down", "rnn.weight_hh*") of the names of layers to leave alone, or of single weights
             of recurrent ones.
         calibration: batches of ids (B, T). With them, what rounding a column of a weight loses is made up for by the
@@ -49,14 +50,14 @@ def quantize(model: Model, weights: str, *, group: int = 32, skip: Sequence[str]
         progress: called with the number of weights done, and of all.
 
     Raises:
-        ValueError: an unknown format, a group that it does not have, a model without a layer of `pyllm.nn` that can be
+        ValueError: an unknown format or group, a model without a layer of `pyllm.nn` that can be
             quantised and is not yet, a pattern that is no layer's, or weights that are not finite; the model is as it
             was, or, for the last, quantised in part.
     """
     if weights not in FORMATS:
         raise ValueError(f"[quantize] weights must be one of {', '.join(FORMATS)}, but got {weights!r}")
-    if group != 32 and (weights != "int8" or group not in LARGER_GROUPS):
-        raise ValueError(f"[quantize] group must be 32 or, for int8, 64, 128 or 256, but got {group} for {weights}")
+    if group not in (PIECE, *LARGER_GROUPS):
+        raise ValueError(f"[quantize] group must be 32, 64, 128 or 256, but got {group}")
     found = {weight.name: weight for weight in _weights(model)}
     if not found:
         raise ValueError("[quantize] the model must have linear or recurrent layers of pyllm.nn that are not quantised "

@@ -9,11 +9,11 @@ from pyllm.checkpoint import CheckpointError
 from pyllm.quantization import FORMATS
 
 
-def quantised(weights):
+def quantised(weights, group=32):
     """The config and the weights of a model."""
     torch.manual_seed(1)
     model = pyllm.Decoder(50, 64, 2, 4, num_kv_heads=2, context_length=64, intermediate_size=80)
-    pyllm.quantize(model, weights)
+    pyllm.quantize(model, weights, group=group)
     return model.config, dict(model.state_dict())
 
 
@@ -68,6 +68,30 @@ def test_spoilt_quantised_weights_are_refused(spoil, tmp_path):
     pyllm.checkpoint.save_checkpoint(tmp_path, model_type="decoder", config=config, weights=weights)
     with pytest.raises(CheckpointError):
         pyllm.load(tmp_path)
+
+
+@pytest.mark.parametrize("group", [64, 256])
+@pytest.mark.parametrize("weights", ["int4", "int4-min"])
+def test_scales_that_are_no_multiples_of_a_unit_are_refused(weights, group, tmp_path):
+    config, right = quantised(weights, group)
+    name = "blocks.1.feed_forward.down.weight"
+    layout = right[f"{name}.layout"]
+    minimums = weights == "int4-min"
+    for scale, minimum in ((1 + 2.0**-10, 0.0), (1.0, 1 + 2.0**-10), (float("nan"), 0.0), (1.0, float("inf"))):
+        wrong, panels = dict(right), right[f"{name}.panels"].clone()
+        scales = panels[..., -2 * (1 + minimums) * (panels.shape[2] // (16 + 2 * (1 + minimums))) :].view(torch.float16)
+        of_each = scales.unflatten(-1, (1 + minimums, -1))
+        of_each[:, :2, 0] = 0.125
+        of_each[0, 1, 0, 3] = scale
+        if minimums:
+            of_each[0, 1, 1, 3] = minimum
+        elif scale == 1.0:
+            continue
+        wrong[f"{name}.panels"] = panels
+        pyllm.checkpoint.save_checkpoint(tmp_path, model_type="decoder", config=config, weights=wrong)
+        assert layout[1] == group
+        with pytest.raises(CheckpointError, match=rf"{name}.*whole multiples"):
+            pyllm.load(tmp_path)
 
 
 @torch.no_grad()

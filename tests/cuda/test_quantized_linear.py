@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from ops.test_quantized_linear import random_weight
@@ -45,6 +47,16 @@ def test_the_bits_of_the_cpu(bits, minimums, group, dtype, device, on_cpu):
                 close = 0 if fused else 4 * torch.finfo(dtype).eps * theirs.abs().max().item()
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=close)
     pyllm.synchronize()
+
+
+@pytest.mark.parametrize(("bits", "minimums", "group"), [(8, False, 128), (4, False, 256), (4, True, 64)])
+def test_larger_groups_are_taken_piece_by_piece(bits, minimums, group, device):
+    weight = random_weight(45, 300, bits, minimums, group=group)
+    pieces = dataclasses.replace(weight, group=32)
+    for rows in (3, 70):
+        x = torch.randn(rows, 300, device=device)
+        found, expected = (ops.quantized_linear(x, packed_on(device, w)[1]) for w in (weight, pieces))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("bits", "minimums", "group"), FORMATS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import pyllm
-from pyllm import _C, nn
+from pyllm import _C, nn, ops
 from pyllm.data import SequenceLoader, embedded_corpus, split
 from pyllm.quantization import FORMATS, quantize_weight
 from pyllm.quantization.compensation import quantize_compensated
@@ -111,20 +111,49 @@ def test_a_quantised_model_computes_learns_about_its_inputs_and_comes_back(kind,
     assert torch.equal(copied(given), after)
 
 
-def test_larger_groups_are_coarser_and_come_back(tmp_path):
+@pytest.mark.parametrize("calibration", [None, [ids]])
+@pytest.mark.parametrize(("weights", "group", "bound"), [("int8", 128, 2), ("int4", 128, 1.3), ("int4-min", 64, 1.3)])
+def test_larger_groups_are_coarser_and_come_back(weights, group, bound, calibration, tmp_path):
     errors = []
-    for group in (32, 128):
+    for size in (32, group):
         torch.manual_seed(1)
-        model = pyllm.Decoder(50, 64, 2, 4, context_length=64, intermediate_size=128).eval()
+        model = pyllm.Decoder(50, 64, 2, 4, context_length=64, intermediate_size=144).eval()
         before = model(ids)
-        model.quantize("int8", group=group, calibration=[ids])
+        model.quantize(weights, group=size, calibration=calibration)
         errors.append((model(ids) - before).norm())
-    assert 0.9 * errors[0] < errors[1] < 2 * errors[0]
-    assert {w.group for w in model.quantized_weights()} == {128} and not pyllm.check(model)
+    assert 0.8 * errors[0] < errors[1] < bound * errors[0]
+    assert {w.group for w in model.quantized_weights()} == {group} and not pyllm.check(model)
     pyllm.save(model, tmp_path)
     assert torch.equal(pyllm.load(tmp_path)[0](ids), model(ids))
-    with pytest.raises(ValueError, match="group must be 32 or, for int8, 64, 128 or 256, but got 64 for int4"):
-        pyllm.quantize(decoder(), "int4", group=64)
+    with pytest.raises(ValueError, match="group must be 32, 64, 128 or 256, but got 16"):
+        pyllm.quantize(decoder(), weights, group=16)
+
+
+@pytest.mark.parametrize("minimums", [False, True])
+@pytest.mark.parametrize("group", [64, 128, 256])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_scales_of_larger_groups_of_four_bits_are_multiples_of_a_unit(group, minimums, compensated):
+    """Of weights of all sizes that float16 has scales for, and of zeros; packing refuses what is not one."""
+    weight = torch.randn(24, 300) * 2.0 ** torch.randint(-6, 3, (24, 300))
+    weight[3:12] *= 2.0 ** torch.linspace(-26, 12, 9)[:, None]
+    weight[0], weight[1], weight[2, :40] = 0.0, 0.5, 0.0
+    if compensated:
+        x = torch.randn(500, 300)
+        quantized = quantize_compensated(weight, x.T @ x, 4, minimums=minimums, group=group)
+    else:
+        quantized = quantize_weight(weight, 4, minimums=minimums, importance=torch.rand(300), group=group)
+    assert torch.equal(ops.pack_quantized(quantized).unpack().scales, quantized.scales)
+    near = quantized.dequantize()
+    assert ((near - weight).norm(dim=1) <= 0.2 * weight.norm(dim=1) + 1e-6).all()
+    assert torch.equal(near[0], weight[0])
+
+
+@pytest.mark.parametrize(("minimums", "bound"), [(False, 1.1), (True, 1.15)])
+def test_units_cost_little(minimums, bound):
+    weight = torch.randn(64, 512)
+    errors = [(quantize_weight(weight, 4, minimums=minimums, group=g).dequantize() - weight).square().sum()
+              for g in (32, 64, 128, 256)]  # fmt: skip
+    assert max(errors) < bound * errors[0]
 
 
 @pytest.mark.parametrize("weights", FORMATS)
