@@ -19,29 +19,33 @@ SIZES = {  # (rows, in, out)
     "usual": [(1, 896, 4864), (512, 896, 4864)],
     "full": [(1, 896, 4864), (1, 896, 151936), (8, 896, 4864), (32, 896, 4864), (512, 896, 4864)],
 }
+LARGER = 128  # elements of a group, with which many rows take less time
 
 
 def cases(sizes: str) -> Iterator[Case]:
     for bits in (8, 4):
         for m, k, n in SIZES[sizes]:
             yield _linear(m, k, n, bits)
+            yield _linear(m, k, n, bits, LARGER)
         for k, n in dict.fromkeys((k, n) for _, k, n in SIZES[sizes]):
             yield _pack(k, n, bits)
             yield _embedding(k, n, bits)
 
 
-def _weight(k: int, n: int, bits: int) -> ops.QuantizedWeight:
+def _weight(k: int, n: int, bits: int, group: int = 32) -> ops.QuantizedWeight:
     values = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
-    return ops.QuantizedWeight(values, torch.rand(n, k // 32).half(), None, bits, (n, k))
+    scales = torch.rand(n, k // 32) if group == 32 else torch.full((n, k // 32), 0.5)
+    return ops.QuantizedWeight(values, scales.half(), None, bits, (n, k), group)
 
 
-def _linear(m: int, k: int, n: int, bits: int) -> Case:
+def _linear(m: int, k: int, n: int, bits: int, group: int = 32) -> Case:
     def setup() -> Providers:
-        x, weight = torch.randn(m, k), _weight(k, n, bits)
+        x, weight = torch.randn(m, k), _weight(k, n, bits, group)
         packed, dense = ops.pack_quantized(weight), weight.dequantize()
         return {"pyllm": lambda: ops.quantized_linear(x, packed), "torch": lambda: F.linear(x, dense)}
 
-    return Case("quantized_linear", f"{m} x {k} -> {n}, {bits} bits fp32", setup, flops=2 * m * n * k,
+    groups = "" if group == 32 else f" in groups of {group}"
+    return Case("quantized_linear", f"{m} x {k} -> {n}, {bits} bits{groups} fp32", setup, flops=2 * m * n * k,
                 bytes=_bytes(k, n, bits) + 4 * m * (k + n))  # fmt: skip
 
 

@@ -28,7 +28,7 @@ THREADS = 2
 CONVERSIONS = {
     "16": ("bf16", "model.bfloat16()"),
     "8": ("bf16-int8-128", "model.bfloat16(); model.quantize('int8', group=128)"),
-    "4": ("bf16-int4", "model.bfloat16(); model.quantize('int4')"),
+    "4": ("bf16-int4-128", "model.bfloat16(); model.quantize('int4', group=128)"),
 }
 GREEDY = pyllm.SamplingParams(temperature=0)
 SEEDS = itertools.count()
