@@ -8,6 +8,7 @@ from pyllm.ops.gradients import Function, once_differentiable
 from pyllm.ops.linear import linear
 
 _BLOCK = 1 << 24  # logits that exist at a time while gradients are computed
+_BLOCK_ROWS = 768  # the most of their rows: a cache should serve the passes over them
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0,
@@ -100,8 +101,10 @@ def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False,
         return _linear_on_cuda(x, weight, targets, bias, options, dloss, needed)
     result, losses, total = _results(targets, options[2])
     classes = weight.shape[0]
-    rows, columns = (max(120, _BLOCK // max(classes, 1)), classes) if any(needed) else (512, min(classes, 8192))
-    block = torch.empty((max(1, min(rows, targets.numel())), columns), dtype=torch.float32)
+    most = max(120, min(_BLOCK_ROWS, _BLOCK // max(classes, 1))) if any(needed) else 512
+    blocks = max(1, -(-targets.numel() // most))  # of equal size
+    columns = classes if any(needed) else min(classes, 8192)
+    block = torch.empty((max(1, -(-targets.numel() // blocks)), columns), dtype=torch.float32)
     dx = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
     dweight = torch.empty(weight.shape, dtype=torch.float32) if needed[1] else None
     dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None

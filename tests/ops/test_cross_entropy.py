@@ -112,6 +112,34 @@ def test_linear_layouts(kernels):
         check_twin(ops.linear_cross_entropy, reference.linear_cross_entropy, inputs, slack=32)
 
 
+def test_linear_of_many_rows_and_long_sums(kernels):
+    for rows, width, classes in ((300, 1500, 270), (70, 31, 2000)):
+        inputs = {"x": torch.randn(rows, width), "weight": torch.randn(classes, width) / width**0.5}
+        inputs |= {"bias": torch.randn(classes), "targets": targets_for((rows,), classes)}
+        check_twin(ops.linear_cross_entropy, reference.linear_cross_entropy, inputs)
+
+
+def test_linear_of_numbers_of_any_size(kernels):
+    x, weight = torch.randn(40, 64), torch.randn(50, 64)
+    targets = torch.randint(50, (40,))
+    for size in (1e30, 1e-30):
+        inputs = {"x": x * size, "weight": weight / size, "targets": targets}
+        check_twin(ops.linear_cross_entropy, reference.linear_cross_entropy, inputs)
+    expected = ops.linear_cross_entropy(x, weight, targets, reduction="none")
+    for row, value in ((3, torch.inf), (21, -torch.inf), (39, torch.nan)):
+        x[row, 5] = value
+    for rows in (slice(0, 40), slice(0, 7), slice(3, 4)):
+        losses = ops.linear_cross_entropy(x[rows], weight, targets[rows], reduction="none")
+        finite = x[rows].isfinite().all(-1)
+        assert torch.equal(losses[finite], expected[rows][finite]) and not losses[~finite].isfinite().any()
+    bias = torch.zeros(50)
+    bias[10:20] = -torch.inf  # masked classes
+    x, targets = torch.randn(40, 64), targets % 10
+    losses = ops.linear_cross_entropy(x, weight, targets, bias, reduction="none")
+    logits = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
 def test_linear_with_some_gradients():
     x, w, b, targets = torch.randn(9, 5), torch.randn(11, 5), torch.randn(11), targets_for((9,), 11)
     for which in range(3):

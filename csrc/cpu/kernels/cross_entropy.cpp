@@ -13,7 +13,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/kernels/functions.h"
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm_parts.h"
 
 namespace pyllm::ISA {
 namespace {
@@ -213,8 +213,8 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
     for (int64_t c0 = 0; c0 < a.classes; c0 += a.block_columns) {
       const int64_t columns = std::min(a.block_columns, a.classes - c0), across = chunks_of(columns);
       const Matrix transposed{a.weight + c0 * a.weight_row * element, a.dtype, a.weight_column, a.weight_row};
-      product({rows, columns, a.width, x, transposed, nullptr, bias ? bias + c0 : nullptr, a.block, DType::f32,
-               a.block_columns, false});
+      product_in_parts({rows, columns, a.width, x, transposed, nullptr, bias ? bias + c0 : nullptr, a.block, DType::f32,
+                        a.block_columns, false});
       parallel_for(rows * across, grain_for(columns), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           const int64_t row = i / across, column = i % across * kChunk, n = std::min(kChunk, columns - column);
@@ -254,19 +254,19 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
     const int64_t step = narrow ? 2 * a.classes : a.classes;
     const Matrix dlogits{a.block, dtype, step, 1}, columns{a.block, dtype, 1, step};
     if (a.dx)
-      product({rows,
-               a.width,
-               a.classes,
-               dlogits,
-               {a.weight, a.dtype, a.weight_row, a.weight_column},
-               nullptr,
-               nullptr,
-               a.dx + r0 * a.width * element,
-               a.dtype,
-               a.width,
-               false});
+      product_in_parts({rows,
+                        a.width,
+                        a.classes,
+                        dlogits,
+                        {a.weight, a.dtype, a.weight_row, a.weight_column},
+                        nullptr,
+                        nullptr,
+                        a.dx + r0 * a.width * element,
+                        a.dtype,
+                        a.width,
+                        false});
     if (a.dweight)
-      product({a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, DType::f32, a.width, more});
+      product_in_parts({a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, DType::f32, a.width, more});
   }
   if (a.loss.reduction != Reduction::none) *a.total = total_of(losses, a.rows, count);
 }

@@ -8,6 +8,7 @@
 #include "cpu/kernels/gemm.h"
 
 #include "cpu/kernels/gemm_panels.h"
+#include "cpu/kernels/gemm_pieces.h"
 
 namespace pyllm::ISA {
 
@@ -406,28 +407,9 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
   }
 }
 
-// Equal pieces for the threads, of the shape that packs least: the more pieces the sooner a thread that was late is helped,
-// but each copies its share of A and B anew.
 void product(const Product& p) {
-  if (p.m == 0 || p.n == 0) return;
-  const int64_t threads = p.m * p.n * p.k < 1 << 15 ? 1 : cpu::num_threads();
-  int64_t height = p.m, width = p.n, best = INT64_MAX;
-  for (int64_t count = threads; threads > 1 && count <= 3 * threads; count += threads)
-    for (int64_t down = 1; down <= count; down++) {
-      const int64_t across = count / down;
-      const int64_t h = round_up((p.m + down - 1) / down, kTile), w = round_up((p.n + across - 1) / across, kPanel);
-      const int64_t pieces = ((p.m + h - 1) / h) * ((p.n + w - 1) / w), rounds = (pieces + threads - 1) / threads;
-      const int64_t packed = 12 * w * ((h + max_rows(p.k) - 1) / max_rows(p.k)) + 12 * h;
-      const int64_t cost = (32 * rounds + 1) * (std::min(h, p.m) * std::min(w, p.n) + packed + 512);
-      if (cost < best) best = cost, height = h, width = w;
-    }
-  const int64_t across = (p.n + width - 1) / width, pieces = (p.m + height - 1) / height * across;
-  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; piece++) {
-      const int64_t i = piece / across * height, j = piece % across * width;
-      product_block(p, i, std::min(i + height, p.m), j, std::min(j + width, p.n));
-    }
-  });
+  const auto packed = [&](int64_t h, int64_t w) { return 12 * w * ((h + max_rows(p.k) - 1) / max_rows(p.k)) + 12 * h; };
+  in_pieces(p, kTile, kPanel, packed, product_block);
 }
 
 }  // namespace pyllm::ISA

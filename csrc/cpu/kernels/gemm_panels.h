@@ -49,7 +49,7 @@ void widen_pairs(const T* p, int64_t count, float* out) {  // `count` rows of a 
     }
 }
 template <>
-void widen_pairs(const float*, int64_t, float*) {}
+[[maybe_unused]] void widen_pairs(const float*, int64_t, float*) {}
 
 // `count` rows of a panel of columns that do not lie side by side.
 template <class T>
