@@ -41,6 +41,7 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
   alignas(64) int8_t bytes[kMostSpan * kGroup];
   const int64_t size = w.span * kGroup, part = w.in_units() ? kGroup : size;
   const int offset = w.has_minimums ? 0 : 1 << (w.bits - 1);
+  const bool summed = !out.on_tiles || (w.has_minimums && !w.in_units());
   for (int64_t s = 0; s < out.spans; s++) {
     const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
     V largest{}, bad{};
@@ -51,11 +52,11 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
       bad = bad + v * 0.0f;
     }
     const float most = max(largest), scale = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-    const bool finite = sum(bad) == 0.0f;
+    const bool finite = !bits(bad != V{});
     for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
     const int64_t at = out.at(row, s);
     out.scales[at] = finite ? scale : __builtin_nanf("");
-    for (int64_t begin = 0; begin < filled; begin += part) {
+    for (int64_t begin = 0; begin < filled && summed; begin += part) {
       int32_t total = 0;
       for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += bytes[j];
       const int64_t to = w.in_units() ? row * out.parts + s * w.span + begin / part : at;

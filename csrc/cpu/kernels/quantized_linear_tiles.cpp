@@ -3,8 +3,8 @@
 // in the vector registers. The next groups' products run meanwhile.
 //
 // Larger groups (spans of those in memory) need that less often: 32 rows by the panel's columns are products of tiles of 64
-// along k, four at a time, and the fp32 sums wait in memory. A weight in units is widened to whole numbers of units: two of
-// its values by their groups' multiple in one product of 16 bits.
+// along k, four at a time, and the fp32 sums wait in memory. A weight
+// in units is widened to whole numbers of these: two of its values by their group's multiple in one product of 16 bits.
 //
 // A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise. Of
 // spans, two groups lie as one, and scales, or units, are [span][kPanel].
@@ -127,7 +127,9 @@ void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
   const int64_t group_bytes = w.group_bytes(kPanel), quads = w.value_bytes() / 4, tile = 2 * quads * 64;
   auto* units = reinterpret_cast<float*>(out + value_bytes(w));
   if (w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
-  for (int64_t first = 0; first < w.groups; first += w.span, units += kPanel)
+  for (int64_t first = 0; first < w.groups; first += w.span, units += kPanel) {
+    const char* next = panel + (first + w.span) * group_bytes;  // of the next panel, in the end
+    for (int64_t byte = 0; byte < w.span * group_bytes; byte += 64) __builtin_prefetch(next + byte);
     for (int64_t half = 0; half < 2; half++) {
       const int64_t count = std::min(w.span, w.groups - first);
       const Units unit = units_of(w, panel + first * group_bytes, count, half * W);
@@ -156,6 +158,7 @@ void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
         }
       }
     }
+  }
 }
 
 }  // namespace
