@@ -116,16 +116,25 @@ VEC V sqrt(V x) {
 #endif
 }
 
-// The lanes combined pairwise, always in this order.
+template <int kBy>
+VEC V lanes_from(V x) {  // lane k becomes that of k + kBy, in a circle
+  VI from;
+  UNROLL for (int k = 0; k < W; k++) from[k] = (k + kBy) % W;
+  return __builtin_shuffle(x, from);
+}
+// The lanes combined pairwise, always in this order: those of the upper half to those of the lower one.
+template <class F>
+VEC float fold(V x, const F& combine) {
+  if constexpr (W > 8) x = combine(x, lanes_from<8>(x));
+  if constexpr (W > 4) x = combine(x, lanes_from<4>(x));
+  x = combine(x, lanes_from<2>(x));
+  return combine(x, lanes_from<1>(x))[0];
+}
 VEC float sum(V x) {
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; k++) x[k] += x[k + half];
-  return x[0];
+  return fold(x, [](V a, V b) { return a + b; });
 }
 VEC float max(V x) {
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; k++) x[k] = x[k] > x[k + half] ? x[k] : x[k + half];
-  return x[0];
+  return fold(x, [](V a, V b) { return max(a, b); });
 }
 
 template <int kDistance>
