@@ -35,6 +35,8 @@ constexpr int64_t kStoring = 4;                     // steps between two stores
 constexpr int64_t kCutting = 34;                    // multiply-adds in the time of cutting an element
 constexpr int64_t kShallow = 128, kDeep = 256;      // k for which as many lines are held as fit
 
+constexpr int64_t kLeastSide = 64, kLeastDepth = 16;  // that pay
+
 struct Floats {  // where a factor's lines (A's rows, B's columns) lie, in elements
   const float* data;
   int64_t step, k_step, count;
@@ -315,10 +317,15 @@ void product_in_parts(const Product& p) {
       many_rows);
 }
 
+bool parts_pay(const Product& p) { return cuts(p) && p.m >= kLeastSide && p.n >= kLeastSide && p.k >= kLeastDepth; }
+
 #else
 
 void product_in_parts(const Product& p) { product(p); }
+bool parts_pay(const Product&) { return false; }
 
 #endif
+
+void gradient_product(const Product& p) { (parts_pay(p) ? product_in_parts : product)(p); }
 
 }  // namespace pyllm::ISA

@@ -9,4 +9,9 @@ namespace pyllm::ISA {
 // batch, and for any number of threads. A bias and `accumulate` exclude each other.
 void product_in_parts(const Product& p);
 
+// Whether that is faster than `product`, as it is but for a few rows, columns or sums.
+bool parts_pay(const Product& p);
+// The faster of the two: for gradients, whose bits may depend on their size.
+void gradient_product(const Product& p);
+
 }  // namespace pyllm::ISA

@@ -1,9 +1,11 @@
 // A recurrent layer, backward. Chunk after chunk of steps, from the last one taken: the time loop turns dy and the
 // gradient carried from the step after into gradients of the gates' sums (dgates) and carries dgates w_hh on; then the
 // chunk's dgates, while they are in the cache, give dx, and are added to the gradients of weights and biases in products
-// over all rows of the chunk. Nothing is recomputed. A chunk's size depends on the batch alone, so that the weights'
-// gradients do not depend on threads.
+// over all rows of the chunk, on the tile registers where those pay. Nothing is recomputed. A chunk's size depends on the
+// batch alone, so that the weights' gradients do not depend on threads.
 #include "cpu/kernels/recurrent.h"
+
+#include "cpu/kernels/gemm_parts.h"
 
 namespace pyllm::ISA {
 namespace {
@@ -58,8 +60,8 @@ class Backward {
     if (a_.dw_ih) std::fill(dw_ih_, dw_ih_ + width_ * s_.inputs, 0.0f);
     if (a_.dw_hh) std::fill(dw_hh_, dw_hh_ + width_ * hidden_, 0.0f);
     pack({s_.w_hh.data, s_.dtype, s_.w_hh.row, s_.w_hh.column}, hidden_, width_, w_hh_);
-    const Matrix w_ih = {s_.w_ih.data, s_.dtype, s_.w_ih.row, s_.w_ih.column};
-    if (a_.dx) pack(w_ih, s_.inputs, width_, w_ih_);
+    const bool packs = a_.dx && !parts_pay(input_product(0, chunk_, nullptr));
+    if (packs) pack({s_.w_ih.data, s_.dtype, s_.w_ih.row, s_.w_ih.column}, s_.inputs, width_, w_ih_);
     for (int64_t done = 0; done < s_.time; done += chunk_) {
       const int64_t count = std::min(chunk_, s_.time - done);
       const int64_t first = s_.reverse ? done : s_.time - done - count;  // the forward pass's last steps come first
@@ -79,23 +81,21 @@ class Backward {
                          kGru);
         }
       });
-      if (a_.dx)
-        product({count * batch_, s_.inputs, width_, rows_of(dgates_), w_ih, w_ih_, nullptr,
-                 a_.dx + first * batch_ * s_.inputs * size_of(a_.dx_dtype), a_.dx_dtype, s_.inputs, a_.add_dx});
+      if (a_.dx) gradient_product(input_product(first, count, packs ? w_ih_ : nullptr));
       add_weight_gradients(first, count);
     }
     if (starts())
-      product({width_,
-               hidden_,
-               batch_,
-               transposed(rows_of(first_)),
-               {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column},
-               nullptr,
-               nullptr,
-               dw_hh_,
-               DType::f32,
-               hidden_,
-               true});
+      gradient_product({width_,
+                        hidden_,
+                        batch_,
+                        transposed(rows_of(first_)),
+                        {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column},
+                        nullptr,
+                        nullptr,
+                        dw_hh_,
+                        DType::f32,
+                        hidden_,
+                        true});
     if (kNarrow && a_.dw_ih) copy(dw_ih_, width_ * s_.inputs, a_.dw_ih);
     if (kNarrow && a_.dw_hh) copy(dw_hh_, width_ * hidden_, a_.dw_hh);
     if (a_.db_ih) copy(db_ih_, width_, a_.db_ih);
@@ -109,6 +109,21 @@ class Backward {
 
  private:
   bool starts() const { return a_.dw_hh && s_.h0.data; }  // what the first steps' dgates, by sequence, are kept for
+
+  // The gradient of x, of `count` steps.
+  Product input_product(int64_t first, int64_t count, const float* packed) const {
+    return {count * batch_,
+            s_.inputs,
+            width_,
+            rows_of(dgates_),
+            {s_.w_ih.data, s_.dtype, s_.w_ih.row, s_.w_ih.column},
+            packed,
+            nullptr,
+            a_.dx + first * batch_ * s_.inputs * size_of(a_.dx_dtype),
+            a_.dx_dtype,
+            s_.inputs,
+            a_.add_dx};
+  }
 
   Matrix rows_of(const float* dgates) const { return {dgates, DType::f32, width_, 1}; }
   static Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.column_step, m.row_step}; }
@@ -196,33 +211,33 @@ class Backward {
 
   void add_weight_gradients(int64_t first, int64_t count) {
     if (a_.dw_ih)
-      product({width_,
-               s_.inputs,
-               count * batch_,
-               transposed(rows_of(dgates_)),
-               {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column},
-               nullptr,
-               nullptr,
-               dw_ih_,
-               DType::f32,
-               s_.inputs,
-               true});
+      gradient_product({width_,
+                        s_.inputs,
+                        count * batch_,
+                        transposed(rows_of(dgates_)),
+                        {at<T>(s_.x.data, first * batch_ * s_.x.row), s_.dtype, s_.x.row, s_.x.column},
+                        nullptr,
+                        nullptr,
+                        dw_ih_,
+                        DType::f32,
+                        s_.inputs,
+                        true});
     // The hidden state before a step is y's of the step before; what came from h0 is added at the end.
     const int64_t from = !s_.reverse && first == 0 ? 1 : 0;
     const int64_t to = s_.reverse && first + count == s_.time ? count - 1 : count;
     if (a_.dw_hh && to > from) {
       const T* before = at<T>(a_.y, (first + from + (s_.reverse ? 1 : -1)) * batch_ * a_.y_step);
-      product({width_,
-               hidden_,
-               (to - from) * batch_,
-               transposed(rows_of(dhidden_ + from * batch_ * width_)),
-               {before, s_.dtype, a_.y_step, 1},
-               nullptr,
-               nullptr,
-               dw_hh_,
-               DType::f32,
-               hidden_,
-               true});
+      gradient_product({width_,
+                        hidden_,
+                        (to - from) * batch_,
+                        transposed(rows_of(dhidden_ + from * batch_ * width_)),
+                        {before, s_.dtype, a_.y_step, 1},
+                        nullptr,
+                        nullptr,
+                        dw_hh_,
+                        DType::f32,
+                        hidden_,
+                        true});
     }
     if (a_.db_ih) add_column_sums(dgates_, count * batch_, db_ih_);
     if (a_.db_hh) add_column_sums(dhidden_, count * batch_, db_hh_);
