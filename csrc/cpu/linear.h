@@ -6,14 +6,14 @@
 namespace pyllm {
 
 // c (m x n, contiguous) = a (m x k) b (k x n) + bias (n, or null); a and b of any strides, in elements. With `packed`, b
-// is what pack_weight made.
+// is what pack_weight made. A gradient's bits may depend on m and n.
 struct MatmulArgs {
   int64_t m, n, k;
   const char *a, *b, *bias;
   char* c;
   DType a_dtype, b_dtype, bias_dtype, c_dtype;
   int64_t a_row, a_column, b_row, b_column;
-  bool packed = false;
+  bool packed = false, gradient = false;
 };
 
 // panels, (n / panel_width() rounded up) x panel_rows() x panel_width(), of b (k x n, of any strides) and of its type.

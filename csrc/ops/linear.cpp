@@ -69,7 +69,7 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, co
   }
   cpu::prefer_large_pages(c.data, c.numel() * size_of(c.dtype));
   pyllm::matmul({a.size(0), b.size(1), a.size(1), a.data, b.data, bias.data, c.data, a.dtype, b.dtype, bias.dtype,
-                 c.dtype, a.step(0), a.step(1), b.step(0), b.step(1)});
+                 c.dtype, a.step(0), a.step(1), b.step(0), b.step(1), false, true});
 }
 
 void column_sum(const TensorView& a, const TensorView& sums) {

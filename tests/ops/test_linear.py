@@ -10,7 +10,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "n"),
-    [((1, 1), 1), ((3, 5), 7), ((2, 13, 40), 33), ((1, 300), 100), ((25, 513), 65), ((0, 4), 3), ((2, 0), 3)],
+    [
+        ((1, 1), 1),
+        ((3, 5), 7),
+        ((2, 13, 40), 33),
+        ((1, 300), 100),
+        ((25, 513), 65),
+        ((2, 70, 300), 100),
+        ((0, 4), 3),
+        ((2, 0), 3),
+    ],
 )
 def test_equals_its_twin(shape, n, dtype, kernels):
     inputs = {"x": torch.randn(shape), "weight": torch.randn(n, shape[-1]), "bias": torch.randn(n)}

@@ -1,24 +1,25 @@
 #include "cpu/linear.h"
 
-#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm_parts.h"
 
 namespace pyllm::ISA {
 
 void matmul(const MatmulArgs& a) {
   auto* buffer = static_cast<float*>(cpu::scratch(a.n * sizeof(float) + 64, 0));
   const bool wide = a.packed && a.b_dtype == DType::f32;
-  product({a.m,
-           a.n,
-           a.k,
-           {a.a, a.a_dtype, a.a_row, a.a_column},
-           {a.b, a.b_dtype, a.b_row, a.b_column},
-           wide ? reinterpret_cast<const float*>(a.b) : nullptr,
-           a.bias ? as_floats(a.bias, a.bias_dtype, a.n, buffer) : nullptr,
-           a.c,
-           a.c_dtype,
-           a.n,
-           false,
-           a.packed && !wide ? a.b : nullptr});
+  const Product p = {a.m,
+                     a.n,
+                     a.k,
+                     {a.a, a.a_dtype, a.a_row, a.a_column},
+                     {a.b, a.b_dtype, a.b_row, a.b_column},
+                     wide ? reinterpret_cast<const float*>(a.b) : nullptr,
+                     a.bias ? as_floats(a.bias, a.bias_dtype, a.n, buffer) : nullptr,
+                     a.c,
+                     a.c_dtype,
+                     a.n,
+                     false,
+                     a.packed && !wide ? a.b : nullptr};
+  a.gradient ? gradient_product(p) : product(p);
 }
 
 void pack_weight(const PackWeightArgs& a) {
