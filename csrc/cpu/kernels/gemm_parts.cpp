@@ -1,14 +1,16 @@
-// fp32 by fp32 on the tile registers, which multiply bf16 alone: a factor is cut into three parts of bf16 that add up to it,
-// high + middle + low, and six products of parts are summed where vectors would sum one. Those that are left out (middle by
-// low, low by middle, low by low) are below 2^-23 of the product, and of either sign. An instruction multiplies sixteen
-// times as much as one of vectors, so that six of them are still 2.7 times as fast, less the cutting.
+// fp32 by fp32 on the tile registers, which multiply bf16 alone: a factor is cut into three parts of bf16 that add up
+// to it, high + middle + low, and six products of parts are summed where vectors would sum one. Those that are left out
+// (middle by low, low by middle, low by low) are below 2^-23 of the product, and of either sign. An instruction
+// multiplies sixteen times as much as one of vectors, so that six of them are still 2.7 times as fast, less the
+// cutting.
 //
-// Of A's rows and B's columns the fewer are held: cut, for a block of k, into a share of the second-level cache. The others
-// pass by, 32 at a time, each cut once; what is cut next is fetched meanwhile. C's squares of 32 x 32 are summed in the
-// registers, and rest in C itself between blocks of k. A step multiplies 32 of k, in an order of the six products in which
-// one part changes at a time: more tiles would have to be loaded otherwise. It takes 120 ns, the cutting of 32 x 32 elements
-// as much, so that everything is shaped to cut little. At most 16 rows of A change places with B, whose columns are then
-// cut without a transposition where k lies along them, each step while the one before is multiplied.
+// Of A's rows and B's columns the fewer are held: cut, for a block of k, into a share of the second-level cache. The
+// others pass by, 32 at a time, each cut once; what is cut next, and the part of C that is added to next, are fetched
+// meanwhile. C's squares of 32 x 32 are summed in the registers, and rest in C itself between blocks of k. A step
+// multiplies 32 of k, in an order of the six products in which one part changes at a time: more tiles would have to be
+// loaded otherwise. It takes 120 ns, the cutting of 32 x 32 elements as much, so that everything is shaped to cut
+// little. At most 16 rows of A change places with B, whose columns are then cut without a transposition where k lies
+// along them, each step while the one before is multiplied.
 //
 // An element of C is one chain over k's tiles and the six products of each, from zero, the bias, or what was in C.
 // Parts below 2^-126 count as zero, as the registers have it, and an infinite factor gives NaN: its middle part is one.
@@ -42,8 +44,8 @@ struct Floats {  // where a factor's lines (A's rows, B's columns) lie, in eleme
   int64_t step, k_step, count;
 };
 
-// The parts of two vectors, each as words of an element of `first` and one of `second`, to a row of a tile. The high part is
-// cut off, so that no number overflows, the middle one is rounded.
+// The parts of two vectors, each as words of an element of `first` and one of `second`, to a row of a tile. The high
+// part is cut off, so that no number overflows, the middle one is rounded.
 VEC void cut(V first, V second, char* out) {
   constexpr auto kUpper = static_cast<int32_t>(0xffff0000);
   const auto upper = [](V v) { return as_float(as_int(v) & kUpper); };
@@ -63,8 +65,8 @@ VEC void cut(V first, V second, char* out) {
   put_words(kLow, rest[0] - upper(middle[0]), rest[1] - upper(middle[1]));
 }
 
-// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros, to a tile for each part: a left tile's rows,
-// a line each, or a right one's, with what is multiplied together in the same places: k and k + 16 side by side.
+// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros, to a tile for each part: a left tile's
+// rows, a line each, or a right one's, with what is multiplied together in the same places: k and k + 16 side by side.
 void cut_lines(const Floats& x, int64_t k, int64_t line, int64_t k0, bool right, char* out) {
   const int64_t lines = std::min(x.count - line, kTileSide), depth = std::min(kDepth, k - k0);
   const int64_t row_step = right ? x.k_step : x.step, column_step = right ? x.step : x.k_step;
@@ -97,8 +99,8 @@ void cut_square(const Floats& x, int64_t k, int64_t line, int64_t k0, int64_t de
     for (int side = 0; side < 2; side++) cut_lines(x, k, line + side * kTileSide, at, right, out + side * kCutBytes);
 }
 
-// Lines of memory, fetched while others are multiplied: `rows` pieces of `width` bytes, `step` apart, in as many parts as
-// `times` says.
+// Lines of memory, fetched while others are multiplied: `rows` pieces of `width` bytes, `step` apart, in as many parts
+// as `times` says.
 class Ahead {
  public:
   Ahead(const void* corner, int64_t rows, int64_t step, int64_t width, int64_t times)
@@ -124,9 +126,10 @@ struct Sums {  // a square's, rows `step` bytes apart
   float* below() const { return reinterpret_cast<float*>(reinterpret_cast<char*>(data) + kTileSide * step); }
 };
 
-// 32 lines by 32 over `steps` of k: from `start`, or zero, to `end`. The first store after some 600 ns without one takes the
-// time of two steps, so that some come between, of sums that nobody reads.
-void square(const char* left, const char* right, int64_t steps, const Sums& start, const Sums& end, Ahead& next) {
+// 32 lines by 32 over `steps` of k: from `start`, or zero, to `end`. The first store after some 600 ns without one
+// takes the time of two steps, so that some come between, of sums that nobody reads.
+void square(const char* left, const char* right, int64_t steps, const Sums& start, const Sums& end, Ahead& source,
+            Ahead& sums) {
   alignas(64) char unread[kTileBytes];
   if (start.data) {
     load_tile<0>(start.data, start.step), load_tile<1>(start.data + W, start.step);
@@ -135,7 +138,8 @@ void square(const char* left, const char* right, int64_t steps, const Sums& star
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   }
   for (int64_t s = 0; s < steps; s++, left += kStepBytes, right += kStepBytes) {
-    next.fetch();
+    source.fetch();
+    sums.fetch();
     const auto left_part = [&](Part part) {
       load_tile<4>(left + part * kTileBytes, 64), load_tile<5>(left + kCutBytes + part * kTileBytes, 64);
     };
@@ -203,7 +207,7 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
         cut_square(held.lines, p.k, h0 + s * kSide, k0, count, held.right, copy + s * lines_bytes);
       for (int64_t line = passing.begin; line < passing.end; line += kSide) {
         cut_square(passing.lines, p.k, line, k0, count, passing.right, passes);
-        Ahead next = source_of(passing, line + kSide, k0, count, squares * steps);
+        Ahead source = source_of(passing, line + kSide, k0, count, squares * steps);
         for (int64_t s = 0; s < squares; s++) {
           const char* holds = copy + s * lines_bytes;
           const int64_t h = h0 + s * kSide, i = hold_left ? h : line, j = hold_left ? line : h;
@@ -225,7 +229,12 @@ void many_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
             each([&](float* to, float* sums, int64_t column, int64_t n) {
               store(sums, get(starts ? p.bias + j + column : to, n));
             });
-          square(hold_left ? holds : passes, hold_left ? passes : holds, steps, start, end, next);
+          const bool more = s + 1 < squares;
+          const int64_t next_h = more ? h + kSide : h0, next_line = more ? line : line + kSide;
+          const int64_t next_i = hold_left ? next_h : next_line, next_j = hold_left ? next_line : next_h;
+          Ahead next_sums(c + next_i * p.c_step + next_j, std::clamp<int64_t>(i1 - next_i, 0, kSide), p.c_step * 4,
+                          kSide * 4, steps);
+          square(hold_left ? holds : passes, hold_left ? passes : holds, steps, start, end, source, next_sums);
           if (!whole) each([&](float* to, float* sums, int64_t, int64_t n) { write(to, load(sums), n); });
         }
       }
@@ -241,7 +250,6 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   auto* x = static_cast<char*>(cpu::scratch((steps + 2 * kWide) * kCutBytes, 7));
   char* block = x + steps * kCutBytes;
   for (int64_t s = 0; s < steps; s++) cut_lines(rows, p.k, i0, s * kDepth, true, x + s * kCutBytes);
-  alignas(64) char unread[kTileBytes];
   alignas(64) float sums[kWide][kTileSide * kTileSide];
   auto* c = static_cast<float*>(p.c);
   const TileShapes shapes(kTileSide, kPairs);
@@ -279,7 +287,6 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
         load_tile<7>(from + kSum * kCutBytes + kHigh * kTileBytes, 64);
         dot_bf16_tiles<kSum, 7, 5>(), dot_bf16_tiles<kSum, 7, 4>(), dot_bf16_tiles<kSum, 7, 6>();
       };
-      if (s > 0) store_tile<0>(unread, 64);
       tile.template operator()<0>(), tile.template operator()<1>();
       tile.template operator()<2>(), tile.template operator()<3>();
     }

@@ -4,9 +4,9 @@
 
 namespace pyllm::ISA {
 
-// C = A B, with the error of fp32 arithmetic. Where A, B and C are fp32 and the processor has tile registers, an element is
-// a sum in an order of its own (gemm_parts.cpp), else that of `product`; either way a row has the same bits alone, in a
-// batch, and for any number of threads. A bias and `accumulate` exclude each other.
+// C = A B, with the error of fp32 arithmetic. Where A, B and C are fp32 and the processor has tile registers, an
+// element is a sum in an order of its own (gemm_parts.cpp), else that of `product`; either way a row has the same bits
+// alone, in a batch, and for any number of threads. A bias and `accumulate` exclude each other.
 void product_in_parts(const Product& p);
 
 // Whether that is faster than `product`, as it is but for a few rows, columns or sums.

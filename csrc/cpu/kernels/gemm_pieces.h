@@ -7,9 +7,9 @@
 namespace pyllm::ISA {
 namespace {
 
-// Equal pieces of C for the threads, of the shape that packs least: the more pieces the sooner a thread that was late is
-// helped, but each copies its share of A and B anew. packed(height, width): what that costs a piece, in the time of as many
-// multiply-adds for each of k; block(p, i0, i1, j0, j1) computes one.
+// Equal pieces of C for the threads, of the shape that packs least: the more pieces the sooner a thread that was late
+// is helped, but each copies its share of A and B anew. packed(height, width): what that costs a piece, in the time of
+// as many multiply-adds for each of k; block(p, i0, i1, j0, j1) computes one.
 template <class Packed, class Block>
 void in_pieces(const Product& p, int64_t row_step, int64_t column_step, const Packed& packed, const Block& block) {
   if (p.m == 0 || p.n == 0) return;
