@@ -44,7 +44,19 @@ VEC void fetch(const T* p, int64_t i) {
   if (sizeof(T) == 2 && i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i, kWrite);
 }
 
-int64_t grain_for(int64_t cols) { return cols >= 16384 ? 1 : 16384 / (cols + 1) + 1; }
+// Whether two rows stay in the first-level cache.
+template <class T>
+bool by_pairs(int64_t cols) {
+  return cols * sizeof(T) <= 4096;
+}
+
+// As even shares of the rows as are worth a thread each.
+template <class T>
+int64_t grain_for(int64_t rows, int64_t cols) {
+  const int64_t worth = 16384 / (cols + 1) + 1, pieces = std::max<int64_t>(1, (rows + worth - 1) / worth);
+  const int64_t share = (rows + pieces - 1) / pieces;
+  return by_pairs<T>(cols) ? (share + 1) / 2 * 2 : share;
+}
 
 // R rows from `row` on: two at a time where both stay in the first-level cache, so that one's sums need not wait for the
 // other's, and the weights (backward: their gradients) cross the registers once for both.
@@ -154,7 +166,7 @@ void backward_rows(const NormBackwardArgs& a, const float* weight, int64_t row, 
 template <class T, class F>
 VEC void by_twos(int64_t begin, int64_t end, int64_t cols, const F& rows) {
   int64_t row = begin;
-  if (cols * sizeof(T) <= 4096)
+  if (by_pairs<T>(cols))
     for (; row + 2 <= end; row += 2) rows(row, std::integral_constant<int, 2>());
   for (; row < end; row++) rows(row, std::integral_constant<int, 1>());
 }
@@ -164,7 +176,7 @@ void forward(const NormArgs& a) {
   auto* buffer = static_cast<float*>(cpu::scratch(2 * a.cols * sizeof(float) + 128, 0));
   const float* weight = a.weight ? as_floats(a.weight, a.weight_dtype, a.cols, buffer) : nullptr;
   const float* bias = a.bias ? as_floats(a.bias, a.weight_dtype, a.cols, buffer + a.cols) : nullptr;
-  parallel_for(a.x_rows.count, grain_for(a.cols), [&](int64_t begin, int64_t end) {
+  parallel_for(a.x_rows.count, grain_for<T>(a.x_rows.count, a.cols), [&](int64_t begin, int64_t end) {
     by_twos<T>(begin, end, a.cols,
                [&](int64_t row, auto count) { forward_rows<kCentred, T, count>(a, weight, bias, row); });
   });
