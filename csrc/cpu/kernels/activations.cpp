@@ -17,7 +17,8 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int64_t kPiece = 8192;  // elements that are worth waking a thread for
+constexpr int64_t kPiece = 4096;
+constexpr int64_t kFew = 12288;  // elements that are computed before another thread is awake
 
 VEC V within(V x, float limit) {  // NaN stays NaN
   return max(set(-limit), min(set(limit), x));
@@ -61,7 +62,8 @@ VEC V activate(V x, V* slope) {
 template <class F>
 void each_piece(int64_t rows, int64_t cols, const F& body) {
   const int64_t across = (cols + kPiece - 1) / kPiece;
-  const int64_t grain = std::max<int64_t>(1, kPiece / (std::min(cols, kPiece) + 16));
+  const int64_t worth = rows * cols <= kFew ? rows * across : 2 * kPiece / (std::min(cols, kPiece) + 16);
+  const int64_t grain = std::max<int64_t>(1, worth);
   parallel_for(rows * across, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t first = i % across * kPiece;
