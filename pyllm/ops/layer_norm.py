@@ -97,8 +97,8 @@ class _Norm(Function):
         h, weight, statistics = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
         dh = torch.empty_like(h, memory_format=torch.contiguous_format) if needs_x or needs_residual else None
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-        dbias = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_bias else None
+        dweight = torch.empty_like(weight) if needs_weight else None
+        dbias = torch.empty_like(weight) if needs_bias else None
         _C.norm_backward(_rows(dy), None if dsum is None else _rows(dsum), _rows(h), _whole(weight), statistics, dh,
                          dweight, dbias, ctx.centred)  # fmt: skip
         return None, dh, dweight, dbias, dh if needs_residual else None, None
