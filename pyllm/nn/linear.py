@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from pyllm import ops
+from pyllm import _C, ops
 from pyllm.nn.quantized import Quantizable
+
+_FEW = 4  # rows, for which a product is as fast with a weight that lies transposed
 
 
 class Linear(Quantizable, torch.nn.Linear):
@@ -14,11 +17,31 @@ class Linear(Quantizable, torch.nn.Linear):
     """
 
     parts: tuple[int, ...]  # the rows of each, where the weight is that of several layers in one
+    transposed = False  # whether the weight is a float32 file's, which has it so: until that would cost something
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return ops.quantized_linear(x, self.packed, self.bias)
+        if self.transposed and _C.recording() and x.numel() > _FEW * self.in_features:
+            self._lay_out()
         return ops.linear(x, self.weight, self.bias)
+
+    def train(self, mode: bool = True) -> Linear:
+        if mode:
+            self._lay_out()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # what `to` does
+        super()._apply(fn, recurse)
+        if self.weight is not None and self.weight.dtype != torch.float32:
+            self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        if self.transposed and self.weight is not None:
+            with _disable_current_modes():  # it is not of a step that is recorded
+                self.weight.data = self.weight.data.contiguous()
+            self.transposed = False
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         return {"weight": (self.out_features, self.in_features)}

@@ -1,5 +1,6 @@
 """Where `pyllm.load` looks, and what it says where there is nothing."""
 
+import copy
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ from checkpoint import malformed
 
 import pyllm
 from pyllm.checkpoint import CheckpointError, hub
+from pyllm.engine import generate_ids
 
 
 @pytest.fixture
@@ -59,6 +61,33 @@ def test_weights_are_mapped_and_their_files_never_changed(folder, tmp_path, ours
     weight = "blocks.0.feed_forward.down.weight"
     assert copied.state_dict()[weight].any() and not mapped.state_dict()[weight].any()
     assert torch.equal(again[weight], learning.state_dict()[weight])
+
+
+def test_transposed_weights_lie_in_their_file_until_that_costs_something(tmp_path):
+    options = {"position": "learned", "norm": "layer_norm", "activation": "gelu_tanh", "bias": True, "qkv_bias": True}
+    pyllm.Decoder(61, 32, 2, 4, context_length=64, **options).save(tmp_path / "gpt2")
+    mapped, copied = (pyllm.load(tmp_path / "gpt2", mapped=m)[0] for m in (True, False))
+
+    def turned(model):
+        return {m.weight.is_contiguous() for b in model.blocks for m in b.modules() if isinstance(m, pyllm.nn.Linear)}
+
+    for shape in ((1, 1), (1, 5), (3, 40)):
+        ids = torch.arange(shape[0] * shape[1]).view(shape) % 61
+        assert torch.equal(mapped(ids), copied(ids))
+    for rows in (4, 5):
+        assert turned(mapped) == {False} and turned(copied) == {True}
+        prompts = [[i, 7] for i in range(rows)]
+        sampling = pyllm.SamplingParams(seed=1)
+        ids = [list(generate_ids(model, prompts, sampling, max_tokens=6)) for model in (mapped, copied)]
+        assert ids[0] == ids[1]
+    assert turned(mapped) == {True} and same(mapped, copied)
+    other = pyllm.load(tmp_path / "gpt2")[0]
+    other.to("cpu").eval()
+    assert turned(other) == {False} and turned(copy.deepcopy(other).bfloat16()) == {True}
+    optimizer = pyllm.training.AdamW(other.train().parameters())
+    other.loss(ids := torch.ones(1, 4, dtype=torch.int64), ids).backward()
+    optimizer.step()
+    assert turned(other) == {True} and not same(other, copied)
 
 
 def test_the_tokenizer_can_be_left_unread(folder, tmp_path):
