@@ -159,15 +159,24 @@ class PackedQuantizedWeight:
         return moved
 
     def _panels_of(self, width: int) -> Tensor:
-        own, values = self.width, self.piece * self.bits // 8 * self.width
+        own, few = self.width, min(width, self.width)  # rows that stay together
+        splits, joins = own // few, width // few  # one of them is 1
+        count, groups, size = -(-self.shape[0] // width), self.panels.shape[1], self.panels.shape[2] // own
+        panels = self.panels.new_zeros(count, groups, size * width)
+        values, scale = self.piece * self.bits // 8, torch.int16 if self.half_scales else torch.int32
+        for part, word in ((slice(values), torch.int32), (slice(values, size), scale)):
 
-        def regroup(part: Tensor, size: int) -> Tensor:  # in pieces of so many bytes, of all rows of a panel in turn
-            rows = part.unflatten(-1, (-1, own, size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, -len(rows) % width))
-            return rows.unflatten(0, (-1, width)).permute(0, 2, 3, 1, 4).flatten(2)
+            def words(panels: Tensor, rows: int, part: slice = part, word: torch.dtype = word) -> Tensor:
+                """(panels, groups, words of a row, rows / few, few): a word of all rows in turn."""
+                begin, end, _ = part.indices(size)
+                return panels[..., begin * rows : end * rows].view(word).unflatten(-1, (-1, rows // few, few))
 
-        parts = regroup(self.panels[..., :values], 4), regroup(self.panels[..., values:], 2 if self.half_scales else 4)
-        return torch.cat(parts, -1)[: -(-self.shape[0] // width)].contiguous()
+            source, out = words(self.panels, own), words(panels, width)
+            for i in range(max(splits, joins)):
+                to, found = out[i % splits :: splits, :, :, i % joins], source[i % joins :: joins, :, :, i % splits]
+                shared = min(len(to), len(found))
+                to[:shared] = found[:shared]
+        return panels
 
     @property
     def format(self) -> str:
