@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyllm import _C, ops
+from pyllm.ops.elementwise import common_shape
 
 aten = torch.ops.aten
 
@@ -122,7 +123,7 @@ def _binary(kind: str, a: Tensor, b: Tensor | float, *, alpha: float = 1, out: T
         raise NotRecordable(f"{kind} of {a.dtype} to {dtype} cannot be recorded")
     y = _operand(b, a)
     if out is None:
-        out = torch.empty(torch.broadcast_shapes(a.shape, y.shape), dtype=dtype)
+        out = torch.empty(common_shape(a, y), dtype=dtype)
     return ops.elementwise(kind, a, y, out=out)
 
 

@@ -245,7 +245,8 @@ had = {"torch._dynamo", "sympy"} & {*sys.modules}
 import pyllm
 from pyllm.engine import generate_ids
 model = pyllm.LanguageModel(9, 8, 1)
-assert len(list(generate_ids(model, [[1, 2]], max_tokens=4))) == 4
+for generating in (model, pyllm.Decoder(9, 8, 1, 2, position="learned"), pyllm.Decoder(9, 8, 1, 2, num_experts=2)):
+    assert len(list(generate_ids(generating, [[1, 2]], max_tokens=4))) == 4
 assert pyllm.Engine(model).generate([[1, 2]], max_tokens=4)[0].reason
 print(sorted({"torch._dynamo", "sympy"} & {*sys.modules} - had))
 """
