@@ -56,7 +56,8 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: s
 
     Weights that stay as the checkpoint has them, in dtype and order, are not copied: they lie in its files' pages,
     which the system reads when they are used and shares among processes. Those files may be replaced, but must not be
-    written to while the model lives. Training changes copies of the pages.
+    written to while the model lives. Training changes copies of the pages. Those of GPT-2 in float32, which it has
+    transposed, lie there too: such a weight is not contiguous until it is trained or converted.
 
     Args:
         path: a checkpoint of our own; a Hugging Face folder (config.json, with safetensors in one file or in shards, or
