@@ -85,8 +85,14 @@ struct type_caster<pyllm::TensorView> {
       value = pyllm::TensorView::absent();
       return true;
     }
-    if (pyllm::recording)  // a replay needs the tensor still; a Program is destroyed where the GIL is held
-      pyllm::recording->keep({source.inc_ref().ptr(), [](PyObject* o) { Py_DECREF(o); }});
+    if (pyllm::recording) {  // a replay needs the memory still, wherever the tensor's `data` are put meanwhile
+      PyObject* kept = PyObject_CallMethod(source.ptr(), "untyped_storage", nullptr);
+      if (!kept) {  // no tensor of torch's
+        PyErr_Clear();
+        kept = source.inc_ref().ptr();
+      }
+      pyllm::recording->keep({kept, [](PyObject* o) { Py_DECREF(o); }});  // a Program ends where the GIL is held
+    }
     if (const auto* api = pyllm::exchange_api(Py_TYPE(source.ptr()))) {
       Tensor t;
       if (api->tensor_from_py_no_sync(source.ptr(), &t) != 0) throw error_already_set();

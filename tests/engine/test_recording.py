@@ -54,6 +54,13 @@ def test_what_recording_names_stays_alive():
     program.run()
     assert torch.equal(out, ops.layer_norm(x) * 2)
     assert program.ops.count("norm_forward") == 1 and set(program.ops) == {"norm_forward", "elementwise"}
+    weight = torch.nn.Parameter(torch.randn(8))
+    program, out = recorded(lambda: ops.layer_norm(x, weight))
+    program.run()
+    before, weight.data = out.clone(), torch.zeros(8)
+    others = [torch.ones(8) for _ in range(20)]
+    program.run()
+    assert torch.equal(out, before) and len(others) == 20
 
 
 @pytest.mark.parametrize(
