@@ -129,19 +129,21 @@ def test(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], criter
     device = device_of(model)
     model.eval()
     loss, right, tokens, state = 0.0, 0, 0, None
-    for inputs, targets in loader:
-        if make_state:
-            state = next_state(make_state, state, len(inputs))
-        inputs, targets = moved(inputs, device), targets.to(device)
-        logits, flat = logits_of(model, inputs, state).flatten(0, -2), targets.flatten()
-        kept = flat != IGNORED
-        count = int(kept.sum())
-        if count:
-            mean = ops.cross_entropy(logits, flat) if criterion is None else criterion(logits, flat)
-            loss += float(mean) * count
-            right += int(((logits.argmax(-1) == flat) & kept).sum())
-            tokens += count
-    model.train(was_training)
+    try:
+        for inputs, targets in loader:
+            if make_state:
+                state = next_state(make_state, state, len(inputs))
+            inputs, targets = moved(inputs, device), targets.to(device)
+            logits, flat = logits_of(model, inputs, state).flatten(0, -2), targets.flatten()
+            kept = flat != IGNORED
+            count = int(kept.sum())
+            if count:
+                mean = ops.cross_entropy(logits, flat) if criterion is None else criterion(logits, flat)
+                loss += float(mean) * count
+                right += int(((logits.argmax(-1) == flat) & kept).sum())
+                tokens += count
+    finally:
+        model.train(was_training)
     if not tokens:
         raise ValueError("the loader gave no target to score")
     return Metrics(loss / tokens, right / tokens, tokens)

@@ -63,6 +63,13 @@ def test_metrics_are_those_of_the_plain_formulas(tokenizer, loader):
     assert metrics.bits_per_byte(metrics.tokens) == pytest.approx(metrics.loss / 0.6931472, rel=1e-6)
 
 
+def test_a_model_trains_on_after_a_test_that_failed(tokenizer, loader):
+    model, _ = new("gpt", tokenizer)
+    with pytest.raises(IndexError):
+        pyllm.test(model.train(), [(torch.full((1, 4), 10**6), torch.zeros(1, 4, dtype=torch.int64))])
+    assert model.training
+
+
 def test_state_is_carried_between_batches_on_purpose(tokenizer, loader):
     model, optimizer = new("lstm", tokenizer)
     carried, fresh = (pyllm.test(model, loader, carry_state=c).loss for c in (None, False))
