@@ -200,10 +200,13 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
   with_dtype(p.c_dtype, [&](auto* tag) { write(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, v, n); });
 }
 
-// R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers.
+// R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers. A few lines of each
+// column are asked for ahead: so many columns at once are more than the processor foresees, and what a whole panel would
+// take ahead is gone again before its turn, where the columns are long.
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
-  const int64_t step = p.b.column_step, ahead = kPanel * step;
+  constexpr int64_t kAhead = 256 / sizeof(T);
+  const int64_t step = p.b.column_step;
   for (int64_t j = j0; j < j1; j += kPanel) {
     const T* corner = static_cast<const T*>(p.b.data) + j * step;
     const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
@@ -220,7 +223,7 @@ void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int
           V rows[W];
           if (columns[1] == W && height == W) {
             if (k % (64 / sizeof(T)) == 0)
-              for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + (g * W + l) * step + ahead);
+              for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + (g * W + l) * step + kAhead);
             load_transposed(corner + k + g * W * step, step, rows);
             UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) s[r][g] =
                 fma(set(x[r * p.k + l]), rows[l], s[r][g]);
