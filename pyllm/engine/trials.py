@@ -105,7 +105,8 @@ def run_trials(model: Model, count: int, neighbours: int, seed: int,
     rng, threads = random.Random(seed), _C.num_threads()
     try:
         for i in range(count):
-            trial = Trial(model, rng, neighbours)
+            # Its own chance: how often the one before it was asked for depends on how fast steps were.
+            trial = Trial(model, random.Random(rng.getrandbits(64)), neighbours)
             _C.set_num_threads(trial.threads)
             request = trial.run()
             _C.set_num_threads(threads)
