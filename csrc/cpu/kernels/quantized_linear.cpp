@@ -231,6 +231,9 @@ void run(const QuantizedLinearArgs& p) {
         for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += step) {
           alignas(64) float sums[std::max<int64_t>(kRows, 2 * kTileRows) * kPanel];
           const int64_t rows = std::min(step, i1 - i), j = panel * kPanel;
+          for (int64_t r = 0; r < rows && on_tiles; r++)  // what is written comes to the cache meanwhile
+            for (int64_t byte = 0; byte < std::min(kPanel, n - j) * size_of(p.dtype); byte += 64)
+              __builtin_prefetch(p.c + ((i + r) * n + j) * size_of(p.dtype) + byte, 1);
           on_tiles ? quantized_tiles(w, x, i, wide, sums)
                    : tile_of<kBits, kGroup, kDot>(w, rows)(w, x, i, packed, sums);
           with_dtype(p.dtype, [&](auto* tag) {
