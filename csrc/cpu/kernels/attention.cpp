@@ -22,7 +22,6 @@ namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kSplit = 512;
-constexpr int64_t kMaxTileRows = 2 * kMaxRows;  // on tile registers, where to pack a block costs more of the time
 
 // ---- Many rows.
 
@@ -99,7 +98,7 @@ void walk_panels(const AttentionArgs& a, const Rows& rows, const Panel* panels, 
 
 // `part` joins `all`; each has `rows` rounded up to whole panels.
 void merge(bool few, int64_t rows, int64_t sums_step, State part, State all) {
-  alignas(64) float keep[kMaxTileRows], join[kMaxTileRows];
+  alignas(64) float keep[kMaxRows], join[kMaxRows];
   for (int64_t i = 0; i < rows; i += W) {
     const V old_max = load(all.max + i), new_max = load(part.max + i), m = max(old_max, new_max);
     const V k = rescale(old_max, m), j = rescale(new_max, m);
@@ -139,10 +138,8 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     on_bytes = takes_bytes(a);
     few = on_bytes || all_rows < W;
     sums_step = on_tiles ? round_up(a.value_dim + 1, W) : few ? round_up(a.value_dim, W) : a.value_dim;
-    tile_rows = on_bytes   ? std::min(all_rows, kByteRows)
-                : few      ? all_rows
-                : on_tiles ? kMaxTileRows
-                           : (a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows);
+    const int64_t most = !on_tiles && a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
+    tile_rows = on_bytes ? std::min(all_rows, kByteRows) : few ? all_rows : most;
     const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
     const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
     while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
@@ -171,9 +168,7 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     State all, part;
   };
 
-  int64_t panels_bytes() const {
-    return round_up((few ? 1 : (on_tiles ? kMaxTileRows : kMaxRows) / kLanes) * sizeof(Panel), 64);
-  }
+  int64_t panels_bytes() const { return round_up((few ? 1 : kMaxRows / kLanes) * sizeof(Panel), 64); }
   int64_t queries_bytes() const {
     if (on_bytes) return byte_query_bytes(a, tile_rows);
     if (on_tiles) return tile_query_bytes(a, few ? tile_rows : padded_rows());

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kKeys = kKeyTile;  // keys of a block; blocks are counted from key 0
 constexpr int64_t kLanes = 2 * W;    // rows of a panel
-constexpr int64_t kMaxRows = 128;    // rows of a tile: some panels that share each block of keys
+constexpr int64_t kMaxRows = 256;    // rows of a tile: some panels that share each block of keys
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 #if ISA_AVX512
 constexpr int64_t kHigh = 12;  // rows of a register tile
