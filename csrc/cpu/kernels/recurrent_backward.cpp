@@ -84,18 +84,7 @@ class Backward {
       if (a_.dx) gradient_product(input_product(first, count, packs ? w_ih_ : nullptr));
       add_weight_gradients(first, count);
     }
-    if (starts())
-      gradient_product({width_,
-                        hidden_,
-                        batch_,
-                        transposed(rows_of(first_)),
-                        {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column},
-                        nullptr,
-                        nullptr,
-                        dw_hh_,
-                        DType::f32,
-                        hidden_,
-                        true});
+    if (starts()) add_state_weight_gradients(batch_, first_, {s_.h0.data, s_.dtype, s_.h0.row, s_.h0.column});
     if (kNarrow && a_.dw_ih) copy(dw_ih_, width_ * s_.inputs, a_.dw_ih);
     if (kNarrow && a_.dw_hh) copy(dw_hh_, width_ * hidden_, a_.dw_hh);
     if (a_.db_ih) copy(db_ih_, width_, a_.db_ih);
@@ -227,20 +216,17 @@ class Backward {
     const int64_t to = s_.reverse && first + count == s_.time ? count - 1 : count;
     if (a_.dw_hh && to > from) {
       const T* before = at<T>(a_.y, (first + from + (s_.reverse ? 1 : -1)) * batch_ * a_.y_step);
-      gradient_product({width_,
-                        hidden_,
-                        (to - from) * batch_,
-                        transposed(rows_of(dhidden_ + from * batch_ * width_)),
-                        {before, s_.dtype, a_.y_step, 1},
-                        nullptr,
-                        nullptr,
-                        dw_hh_,
-                        DType::f32,
-                        hidden_,
-                        true});
+      add_state_weight_gradients((to - from) * batch_, dhidden_ + from * batch_ * width_,
+                                 {before, s_.dtype, a_.y_step, 1});
     }
     if (a_.db_ih) add_column_sums(dgates_, count * batch_, db_ih_);
     if (a_.db_hh) add_column_sums(dhidden_, count * batch_, db_hh_);
+  }
+
+  // Of `rows` rows of dgates, and the states before them.
+  void add_state_weight_gradients(int64_t rows, const float* dgates, const Matrix& states) const {
+    gradient_product({width_, hidden_, rows, transposed(rows_of(dgates)), states, nullptr, nullptr, dw_hh_, DType::f32,
+                      hidden_, true});
   }
 
   void add_column_sums(const float* dgates, int64_t rows, float* sums) const {
