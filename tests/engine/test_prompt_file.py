@@ -45,7 +45,7 @@ PARAMS = pyllm.SamplingParams(temperature=1.1, seed=3)
 def test_a_line_that_asks_for_too_much_ends_alone(made, tmp_path):
     model, tokenizer = made
     if model.context_length is None:
-        pytest.skip("it would go on")
+        pytest.skip("a model without a limited context has room for it")
     file, out = (
         write(tmp_path / "in.jsonl", [{"prompt": "the", "max_tokens": 10**12}, LINES[0]]),
         tmp_path / "out.jsonl",

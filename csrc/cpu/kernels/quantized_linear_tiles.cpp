@@ -3,8 +3,8 @@
 // in the vector registers. The next groups' products run meanwhile.
 //
 // Larger groups (spans of those in memory) need that less often: 32 rows by the panel's columns are products of tiles of 64
-// along k, four at a time, and the fp32 sums wait in memory. A weight
-// in units is widened to whole numbers of these: two of its values by their group's multiple in one product of 16 bits.
+// along k, four at a time, and the fp32 sums wait in memory. A weight in units is widened to whole numbers of these: two of
+// its values by their group's multiple in one product of 16 bits.
 //
 // A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise. Of
 // spans, two groups lie as one, and scales, or units, are [span][kPanel].
