@@ -41,6 +41,7 @@ class Bursts:
         """
         if rows != self.rows:
             self._gather(rows)
+            self.count = max(1, int(seconds / self.took)) if self.took else 1
         continues, self.continued = rows is self.continued, None
         found = self.steps.program(continues)
         if found is None or not self.fit:
@@ -77,7 +78,7 @@ class Bursts:
     def _gather(self, rows: list[Any]) -> None:
         here = self.steps.ids.device.type == "cpu"  # no graph draws
         self.fit = self.plain and here and not any(row.params.looks_back or row.bias is not None for row in rows)
-        self.rows, self.count = list(rows), 1
+        self.rows = list(rows)
         if not self.fit:
             return
         for name, own in self.settings.items():

@@ -262,8 +262,7 @@ class Engine:
         """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read.
 
         Args:
-            seconds: where all prompts are read, more ids are drawn for about so long, until a sequence ends. What
-                others ask for meanwhile waits.
+            seconds: more ids are drawn for about so long, until a sequence ends. What others ask for meanwhile waits.
         """
         with self.lock:
             self.look_at_model()
@@ -281,7 +280,7 @@ class Engine:
                 if reading:
                     self._admit()  # samples of a prompt that has just been read
                     # Who has just drawn an id goes on in the next step, so that it can be heard of.
-                    self._decode([r for r in self._running if r.decodes and not (r.ids and r in reading)])
+                    self._decode([r for r in self._running if r.decodes and not (r.ids and r in reading)], seconds)
                 else:  # whoever waits does so until a sequence ends
                     self._decode(list(self._running), seconds)
             except BaseException:  # an interruption: whoever goes on does so from what is noted
