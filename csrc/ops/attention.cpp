@@ -80,6 +80,7 @@ AttentionArgs inputs(const char* op, bool reads, const TensorView& q, const Tens
   check_shape(op, "k", k, page_table.present() ? k.size(0) : a.batch, k.size(1), a.kv_heads,
               bytes ? int8_width(a.dim) : a.dim);
   check_shape(op, "v", v, k.size(0), k.size(1), a.kv_heads, bytes ? int8_width(a.value_dim) : a.value_dim);
+  if (bytes) check_contiguous(op, "k", k), check_contiguous(op, "v", v);
   for (const int64_t* dim : {&a.dim, &a.value_dim})
     check(*dim >= 1 && *dim <= kMaxDim, "[", op, "] ", dim == &a.dim ? "q" : "v", " must have a head size of 1 to ",
           kMaxDim, ", but got ", *dim);

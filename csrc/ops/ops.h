@@ -115,6 +115,7 @@ void recurrent_steps_backward(const char* op, int kind, bool reverse, const Tens
                               const TensorView& dc0_or_none);
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals, int64_t capacity);
 int64_t page_tile();  // a page holds a multiple of so many positions
+void prefer_large_pages(const TensorView& t);  // of the system's memory, for what has just been allocated
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
                  const TensorView& positions);
 // GGML's blocks (rows, blocks, bytes) as parts of a quantised weight; whether all scales and minimums are finite.

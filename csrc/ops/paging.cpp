@@ -9,6 +9,12 @@ namespace pyllm::ops {
 
 int64_t page_tile() { return kKeyTile; }
 
+void prefer_large_pages(const TensorView& t) {
+  const Place place("prefer_large_pages", "t", t);
+  check_contiguous("prefer_large_pages", "t", t);
+  place.prefer_large_pages(t);
+}
+
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals,
                     int64_t capacity) {
   const char* op = "next_positions";
@@ -62,6 +68,8 @@ void write_pages(const TensorView& pages, const TensorView& rows, const TensorVi
   check_shape(op, "rows", rows, batch, time, pages.size(2), dim);
   check(!bytes || pages.size(3) == int8_width(dim), "[", op, "] pages must have ", int8_width(dim),
         " bytes for a head of ", dim, ", but got ", pages.size(3));
+  check(!bytes || page_size % kKeyTile == 0, "[", op, "] a page of int8 must have a multiple of ", kKeyTile,
+        " positions, but got ", page_size);
   check_dtype(op, "page_table", page_table, DType::i32);
   check_ndim(op, "page_table", page_table, 2);
   check_inner_stride(op, "page_table", page_table);

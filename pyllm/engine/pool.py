@@ -17,7 +17,7 @@ from pyllm.engine.pages import Holding, Pages
 from pyllm.models import Model
 from pyllm.nn import AttentionState, KeyValueCache, RecurrentState
 from pyllm.nn.state import PAGE_SIZE
-from pyllm.ops.paging import page_width
+from pyllm.ops.paging import new_pages
 
 
 class AttentionPool:
@@ -28,8 +28,8 @@ class AttentionPool:
     def __init__(self, model: Model, caches: Sequence[KeyValueCache], num_pages: int, longest: int, reuse: bool,
                  dtype: torch.dtype | None = None):  # fmt: skip
         def pool(t: Tensor) -> Tensor:
-            kind = dtype or t.dtype  # one more page than there are, for what is padding
-            return t.new_zeros(num_pages + 1, *t.shape[1:3], page_width(t.shape[3], kind), dtype=kind)
+            # One more page than there are, for what is padding.
+            return new_pages(num_pages + 1, *t.shape[1:], dtype=dtype or t.dtype, device=t.device)
 
         self.caches = [KeyValueCache(pool(c.keys), pool(c.values), c.page_table) for c in caches]
         self.pages = Pages(num_pages, PAGE_SIZE, reuse=reuse)

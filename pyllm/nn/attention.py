@@ -10,7 +10,7 @@ from pyllm import ops
 from pyllm.nn.linear import Linear
 from pyllm.nn.position import alibi_slopes, rope_frequencies
 from pyllm.nn.state import PAGE_SIZE, KeyValueCache
-from pyllm.ops.paging import page_width
+from pyllm.ops.paging import new_pages
 
 
 class Attention(torch.nn.Module):
@@ -91,8 +91,8 @@ class Attention(torch.nn.Module):
         return ops.rope(x, positions, rotary_dim=self.rotary_dim, inv_freq=self.inv_freq, scale=self.rope_scale)
 
     def new_cache(self, page_table: Tensor, num_pages: int, dtype: torch.dtype) -> KeyValueCache:
-        shape = (num_pages, PAGE_SIZE, self.num_kv_heads, page_width(self.head_dim, dtype))
-        keys, values = (torch.zeros(shape, dtype=dtype, device=page_table.device) for _ in range(2))
+        keys, values = (new_pages(num_pages, PAGE_SIZE, self.num_kv_heads, self.head_dim, dtype=dtype,
+                                  device=page_table.device) for _ in range(2))  # fmt: skip
         return KeyValueCache(keys, values, page_table)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,8 @@ INT8_GROUP = 32  # numbers of an int8 page that share a scale
 
 
 def page_width(head_size: int, dtype: torch.dtype) -> int:
-    """The last size of pages: a head's numbers and, where they are int8, 2 bytes for the scale of each group of 32."""
+    """The last size of pages: a head's numbers and, where they are int8, 2 bytes for the scale of each group of 32. How
+    those of int8 lie is between `write_pages` and `attention`."""
     return head_size + (2 * -(-head_size // INT8_GROUP) if dtype == torch.int8 else 0)
 
 
@@ -18,6 +19,16 @@ def head_size(pages: Tensor) -> int:
     """How many numbers a head has in pages, of which `page_width` is the last size."""
     width = pages.shape[-1]
     return width - 2 * -(-width // (INT8_GROUP + 2)) if pages.dtype == torch.int8 else width
+
+
+def new_pages(count: int, page_size: int, num_heads: int, head_size: int, *, dtype: torch.dtype,
+              device: torch.device) -> Tensor:  # fmt: skip
+    """Pages of zeros, (count, page_size, num_heads, `page_width`). On the CPU the system is asked for large pages of
+    memory: each step reads the keys and values of all sequences, of which hardly anything is in a cache."""
+    pages = torch.zeros(count, page_size, num_heads, page_width(head_size, dtype), dtype=dtype, device=device)
+    if pages.device.type == "cpu":
+        _C.prefer_large_pages(pages)
+    return pages
 
 
 def next_positions(lengths: Tensor, count: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -50,8 +61,8 @@ def write_pages(pages: Tensor, rows: Tensor, page_table: Tensor, positions: Tens
     number that is not finite is NaN.
 
     Args:
-        pages: (pages, page size, H, D), contiguous, float32, bfloat16 or float16; or, on the CPU, int8, with the bytes
-            of the scales behind the D numbers of each head: (pages, page size, H, `paging.page_width(D, int8)`).
+        pages: (pages, page size, H, D), contiguous, float32, bfloat16 or float16; or, on the CPU, int8, with room for
+            the scales: (pages, page size, H, `paging.page_width(D, int8)`), the page size a multiple of 64.
         rows: (B, T, H, D), pages' dtype or, where that is int8, any of the other three.
         page_table: (B, P), int32: position j of sequence b is row j % page size of page page_table[b, j // page size].
         positions: (B, T), int64 or int32; each row's own.

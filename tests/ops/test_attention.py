@@ -398,6 +398,7 @@ def test_int8_pages_are_checked():
         (ValueError, r"k must have shape \(5, 64, 2, 33\), but got \(5, 64, 2, 35\)", {"k": wide}),
         (ValueError, r"v must have shape \(5, 64, 2, 33\), but got \(5, 64, 2, 35\)", {"v": wide}),
         (ValueError, "v must have a head size of 1 to 256, but got 257", {"v": pages.new_zeros(5, 64, 2, 275)}),
+        (ValueError, "k must be contiguous", {"k": pages.new_zeros(5, 64, 4, 33)[:, :, :2]}),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             ops.attention(**(good | arguments))

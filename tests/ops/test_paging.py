@@ -60,6 +60,7 @@ def test_bad_int8_pages():
         (TypeError, "rows must be float32, bfloat16 or float16, but got int8", bytes, rows.to(torch.int8)),
         (ValueError, "pages must have 33 bytes for a head of 31, but got 35", bytes.new_zeros(5, 64, 2, 35), rows),
         (TypeError, "pages must be float32, bfloat16 or float16, but got uint8", bytes.view(torch.uint8), rows),
+        (ValueError, "a page of int8 must have a multiple of 64 positions, but got 32", bytes[:, :32].clone(), rows),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             ops.write_pages(pages, given, TABLE, POSITIONS)

@@ -249,7 +249,6 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     for (int64_t first = keys.lo; first < keys.hi; first += kKeys)
       for (int64_t i = 0; i < count; i++) {
         if (on_bytes) {
-          if (first + kKeys < keys.hi) prefetch_next(a, t->rows, first + kKeys, count, i, count);
           walk_bytes(a, t[i].rows, t[i].panels[0], t[i].byte_buffers, first, sums_step, t[i].*state);
           continue;
         }

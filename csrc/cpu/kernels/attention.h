@@ -202,24 +202,37 @@ Range live_keys(const AttentionArgs& a, const Panel& p, const Block& b) {
   return r.lo < r.hi ? r : Range{0, 0};
 }
 
-// Rows as they are stored, `step` elements apart: floating-point numbers, or bytes with the scales of their groups behind
-// them, see args/paging.h. Number d of row i is numbers * scale.
+// Rows as they are stored, `step` elements apart: number d of row i is numbers * scale, where there are scales.
 template <class S>
 struct Stored {
-  static constexpr bool kScaled = std::is_same_v<S, int8_t>;
+  static constexpr bool kScaled = false;
   const S* data;
   int64_t step, dim;
 
   V numbers(int64_t i, int64_t d, int64_t n) const { return get(data + i * step + d, n); }
+  float scale(int64_t, int64_t) const { return 1.0f; }
+  V get_row(int64_t i, int64_t d, int64_t n) const { return numbers(i, d, n); }
+};
+
+// Of int8 pages it is a head's tile, see args/paging.h. Numbers are asked for from a multiple of four on.
+template <>
+struct Stored<int8_t> {
+  static constexpr bool kScaled = true;
+  const int8_t* data;
+  int64_t dim;
+
+  V numbers(int64_t i, int64_t d, int64_t n) const {
+    int8_t bytes[W] = {};
+    for (int64_t j = 0; j < n; j += kInt8Quad)
+      std::memcpy(bytes + j, data + int8_at(dim, i, d + j), d + j + kInt8Quad <= dim ? kInt8Quad : dim - d - j);
+    return load(bytes);
+  }
   float scale(int64_t i, int64_t d) const {
     bf16 s;
-    std::memcpy(&s, data + i * step + dim + d / kInt8Group * 2, sizeof s);
+    std::memcpy(&s, data + int8_scale_at(dim, i, d), sizeof s);
     return to_float(s);
   }
-  V get_row(int64_t i, int64_t d, int64_t n) const {
-    if constexpr (kScaled) return numbers(i, d, n) * scale(i, d);
-    return numbers(i, d, n);
-  }
+  V get_row(int64_t i, int64_t d, int64_t n) const { return numbers(i, d, n) * scale(i, d); }
 };
 
 // The first `count` rows as contiguous floats; whether all of them are finite.
@@ -347,13 +360,16 @@ const T* row_at(const char* data, const int64_t* step, int64_t batch, int64_t po
   return reinterpret_cast<const T*>(data) + batch * step[0] + position * step[1] + head * step[2];
 }
 
-// k, or v, from key `first` on; the rest of its block follows, in the same page where there are pages.
+// k, or v, from key `first` on, where a block begins; the rest of it follows, in the same page where there are pages.
 template <class S>
 Stored<S> block_at(const AttentionArgs& a, const char* data, const int64_t* step, int64_t dim, const Rows& rows,
                    int64_t first) {
-  if (!a.page_table) return {row_at<S>(data, step, rows.batch, first, rows.kv_head), step[1], dim};
-  const int64_t page = a.page_table[rows.batch * a.table_step + first / a.page_size];
-  return {row_at<S>(data, step, page, first % a.page_size, rows.kv_head), step[1], dim};
+  const int64_t page = a.page_table ? a.page_table[rows.batch * a.table_step + first / a.page_size] : rows.batch;
+  const int64_t at = a.page_table ? first % a.page_size : first;
+  if constexpr (Stored<S>::kScaled)
+    return {row_at<S>(data, step, page, at, rows.kv_head * kKeyTile), dim};
+  else
+    return {row_at<S>(data, step, page, at, rows.kv_head), step[1], dim};
 }
 template <class S>
 Stored<S> stored_keys(const AttentionArgs& a, const Rows& rows, int64_t first) {

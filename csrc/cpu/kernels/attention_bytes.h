@@ -4,7 +4,10 @@
 // up to, over a group of elements or a block of 64 keys, meets the scales, in order. What that rounds is less than what a
 // page's bytes have lost by a factor of 256.
 //
-// Keys go across the lanes by fours of elements, values' elements by fours of keys: packed once for all rows of a tile.
+// Keys go across the lanes by fours of elements, as pages have them; values' elements by fours of keys, for which they are
+// packed, once for all rows of a tile. To fetch blocks ahead brought nothing, whether at once, line by line or every second
+// line: of one row in memory that no cache has, the time is that of reading and that of computing, and large pages of
+// memory (see ops.new_pages) make the former 1.2 times as fast.
 #pragma once
 #include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/bytes.h"
@@ -28,33 +31,26 @@ bool takes_bytes(const AttentionArgs& a) {
 constexpr int64_t byte_groups(int64_t dim) { return (dim + kInt8Group - 1) / kInt8Group; }
 
 struct ByteBuffers {
-  int8_t* queries;                   // [row][plane][element]
-  float* query_scales;               // [row][group]
-  int32_t* query_sums;               // [row][group]: what the keys' offset by 128 adds to a product
-  char* keys;                        // [quad of elements][key][element], offset by 128
-  char* values;                      // [tile of W elements][quad of keys][element][key]
-  float *key_scales, *value_scales;  // [group][key]
-  uint8_t* weights;                  // [row of some][plane][group][key]
+  int8_t* queries;      // [row][plane][element]
+  float* query_scales;  // [row][group]
+  int32_t* query_sums;  // [row][group]: what the keys' offset by 128 adds to a product
+  char* values;         // [tile of W elements][quad of keys][element][key]
+  uint8_t* weights;     // [row of some][plane][group][key]
 };
 
 int64_t byte_query_bytes(const AttentionArgs& a, int64_t rows) {
   return round_up(rows * (2 * a.dim + 8 * byte_groups(a.dim)), 64);
 }
 int64_t byte_buffer_bytes(const AttentionArgs& a) {  // without the queries
-  const int64_t groups = byte_groups(a.dim), value_groups = byte_groups(a.value_dim);
-  return kKeys * (a.dim + a.value_dim + (groups + value_groups) * static_cast<int64_t>(sizeof(float)) +
-                  kAtOnce * 2 * value_groups);
+  return kKeys * (a.value_dim + kAtOnce * 2 * byte_groups(a.value_dim));
 }
 ByteBuffers byte_buffers_at(const AttentionArgs& a, char* queries, int64_t rows, char* rest) {
   ByteBuffers w;
   w.query_scales = reinterpret_cast<float*>(queries);
   w.query_sums = reinterpret_cast<int32_t*>(w.query_scales + rows * byte_groups(a.dim));
   w.queries = reinterpret_cast<int8_t*>(w.query_sums + rows * byte_groups(a.dim));
-  w.keys = rest;
-  w.values = w.keys + kKeys * a.dim;
-  w.key_scales = reinterpret_cast<float*>(w.values + kKeys * a.value_dim);
-  w.value_scales = w.key_scales + byte_groups(a.dim) * kKeys;
-  w.weights = reinterpret_cast<uint8_t*>(w.value_scales + byte_groups(a.value_dim) * kKeys);
+  w.values = rest;
+  w.weights = reinterpret_cast<uint8_t*>(w.values + kKeys * a.value_dim);
   return w;
 }
 
@@ -113,57 +109,6 @@ void pack_byte_query(const AttentionArgs& a, const T* x, int64_t row, const Byte
   }
 }
 
-// Four bytes, or two and zeros, of each of W rows.
-template <bool kTwo>
-VEC VI lanes_of_rows(const int8_t* p, int64_t step) {
-  VI v{};
-  UNROLL for (int64_t l = 0; l < W; l++) {
-    if constexpr (kTwo) {
-      uint16_t x;
-      std::memcpy(&x, p + l * step, sizeof x);
-      v[l] = x;
-    } else {
-      int32_t x;
-      std::memcpy(&x, p + l * step, sizeof x);
-      v[l] = x;
-    }
-  }
-  return v;
-}
-
-// The scales of a block's rows, two groups of each at once.
-void load_byte_scales(const Stored<int8_t>& x, float* out) {
-  const int64_t groups = byte_groups(x.dim);
-  for (int64_t g = 0; g < groups; g += 2, out += 2 * kKeys) {
-    const int8_t* from = x.data + x.dim + 2 * g;
-    for (int64_t j = 0; j < kKeys; j += W, from += W * x.step) {
-      if (g + 1 == groups) {
-        store(out + j, as_float(lanes_of_rows<true>(from, x.step) << 16));
-        continue;
-      }
-      const VI pair = lanes_of_rows<false>(from, x.step);
-      store(out + j, as_float(pair << 16));
-      store(out + kKeys + j, as_float(pair & static_cast<int32_t>(0xffff0000)));
-    }
-  }
-}
-
-void pack_byte_keys(const Stored<int8_t>& k, char* out) {
-  const VI offset = set_int(static_cast<int32_t>(0x80808080));
-  for (int64_t d = 0; d < k.dim; d += 4 * W)
-    for (int64_t side = 0; side < kSides; side++) {
-      const int64_t quads = std::min<int64_t>(W, (k.dim - d) / 4);
-      const int8_t* from = k.data + side * W * k.step + d;
-      V x[W];
-      for (int64_t l = 0; l < W; l++) x[l] = get(reinterpret_cast<const float*>(from + l * k.step), quads);
-      transpose(x);
-      for (int64_t q = 0; q < quads; q++) {
-        const VI bytes = as_int(x[q]) ^ offset;
-        std::memcpy(out + ((d / 4 + q) * kSides + side) * 64, &bytes, sizeof bytes);
-      }
-    }
-}
-
 VEC VI four_rows(const int8_t* p, int64_t step) {  // 16 bytes of each
 #if __AVX512F__
   const auto row = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step)); };
@@ -178,21 +123,28 @@ VEC VI four_rows(const int8_t* p, int64_t step) {  // 16 bytes of each
 #endif
 }
 
+// In each 16 bytes, four by four, columns become rows.
+VEC VI transpose_fours(VI x) {
+  VB places;
+  UNROLL for (int i = 0; i < 4 * W; i++) places[i] = static_cast<int8_t>(i / 16 * 16 + i % 4 * 4 + i % 16 / 4);
+  return reinterpret_cast<VI>(__builtin_shuffle(reinterpret_cast<VB>(x), places));
+}
+
 void pack_byte_values(const Stored<int8_t>& v, char* out) {
-  VI lanes;
-  VB bytes;
-  UNROLL for (int i = 0; i < W; i++) lanes[i] = i % 4 * 4 + i / 4;
-  UNROLL for (int i = 0; i < 4 * W; i++) bytes[i] = static_cast<int8_t>(i / 16 * 16 + i % 4 * 4 + i % 16 / 4);
   for (int64_t d = 0; d < v.dim; d += W)
     for (int64_t quad = 0; quad < kQuads; quad++, out += 64) {
-      const VI by_elements = __builtin_shuffle(four_rows(v.data + quad * 4 * v.step + d, v.step), lanes);
-      const VB packed = __builtin_shuffle(reinterpret_cast<VB>(by_elements), bytes);
+      const VI packed = transpose_fours(four_rows(v.data + d * kKeys + quad * 16, kInt8Quad * kKeys));
       std::memcpy(out, &packed, sizeof packed);
     }
 }
 
+V load_byte_scales(const Stored<int8_t>& x, int64_t group, int64_t key) {
+  return load(reinterpret_cast<const bf16*>(x.data + int8_scale_at(x.dim, key, group * kInt8Group)));
+}
+
 // Scores of a row against a block's keys, to x.
-void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, float* x) {
+void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, const Stored<int8_t>& k, float* x) {
+  const VI offset = set_int(static_cast<int32_t>(0x80808080));  // makes keys unsigned
   const int64_t groups = byte_groups(a.dim);
   const int8_t *high = w.queries + row * 2 * a.dim, *low = high + a.dim;
   V score[kSides] = {};
@@ -205,17 +157,16 @@ void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, floa
     const int64_t end = std::min(a.dim, (g + 1) * kInt8Group);
     for (int64_t d = g * kInt8Group; d < end; d += 4) {
       const VI h = broadcast_lane(high + d), l = broadcast_lane(low + d);
-      const char* keys = w.keys + d / 4 * kSides * 64;
       UNROLL for (int64_t side = 0; side < kSides; side++) {
-        const VI k = load_lanes(keys + side * 64);
-        of_high[side] = dot_bytes(of_high[side], k, h);
-        of_low[side] = dot_bytes(of_low[side], k, l);
+        const VI keys = load_lanes(k.data + d * kKeys + side * 64) ^ offset;
+        of_high[side] = dot_bytes(of_high[side], keys, h);
+        of_low[side] = dot_bytes(of_low[side], keys, l);
       }
     }
     const V worth = set(w.query_scales[row * groups + g]);
     UNROLL for (int64_t side = 0; side < kSides; side++) {
       const V whole = __builtin_convertvector((of_high[side] << 8) + of_low[side], V);
-      score[side] = fma(whole * worth, load(w.key_scales + g * kKeys + side * W), score[side]);
+      score[side] = fma(whole * worth, load_byte_scales(k, g, side * W), score[side]);
     }
   }
   UNROLL for (int64_t side = 0; side < kSides; side++) store(x + side * W, score[side]);
@@ -224,7 +175,7 @@ void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, floa
 // From a row's scores to its weights, times the scales of the values, as whole numbers, to place `at`; what they are
 // worth, by groups of values. What the row's sums are to be multiplied by.
 float weigh_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t row, int64_t at, const Block& block,
-                  Range seen, const ByteBuffers& w, float* x, State s, float* worth) {
+                  Range seen, const ByteBuffers& w, const Stored<int8_t>& v, float* x, State s, float* worth) {
   const int64_t groups = byte_groups(a.value_dim);
   const V m = max(set(max(finish_row(a, rows, p, row, block, seen, x))), set(s.max[row])), base = finite_or_zero(m);
   const float factor = rescale(set(s.max[row]), m)[0];
@@ -243,7 +194,7 @@ float weigh_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, int6
     V scaled[kSides], largest{};
     VI bad{};
     UNROLL for (int64_t i = 0; i < kSides; i++) {
-      scaled[i] = select(masked[i], V{}, weight[i] * load(w.value_scales + g * kKeys + i * W));
+      scaled[i] = select(masked[i], V{}, weight[i] * load_byte_scales(v, g, i * W));
       largest = max(scaled[i], largest);
       bad |= not_finite(scaled[i]);
     }
@@ -284,10 +235,45 @@ void add_bytes(const AttentionArgs& a, const ByteBuffers& w, const float (*worth
   }
 }
 
-void prefetch_bytes(const Stored<int8_t>& first, int64_t heads, int64_t at, int64_t shares) {
-  const int64_t bytes = heads * int8_width(first.dim);
-  for (int64_t i = kKeys * at / shares; i < kKeys * (at + 1) / shares; i++)
-    for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(first.data + i * first.step + d, 0, 2);
+// Lanes 4 i to 4 i + 3 of the result are what the four such fours of x[i] add up to.
+VEC VI add_fours(const VI* x) {
+  VI even, odd;
+  UNROLL for (int i = 0; i < W; i++) {
+    even[i] = i / 4 * 8 + i % 4;
+    odd[i] = i / 4 * 8 + 4 + i % 4;
+  }
+  const auto half = [&](VI a, VI b) { return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd); };
+  return half(half(x[0], x[1]), half(x[2], x[3]));
+}
+
+// The same for one row, without packing: keys lie across the lanes by fours, and join in the end.
+void add_bytes_of_one(const AttentionArgs& a, const ByteBuffers& w, const Stored<int8_t>& v, const float* worth,
+                      float factor, float* sums) {
+  const int64_t groups = byte_groups(a.value_dim);
+  VI spread[kSides];
+  UNROLL for (int side = 0; side < kSides; side++) UNROLL for (int i = 0; i < W; i++) spread[side][i] =
+      side * 4 + i / 4;
+  for (int64_t g = 0; g < groups; g++) {
+    VI high[kSides], low[kSides];
+    UNROLL for (int64_t side = 0; side < kSides; side++) {
+      high[side] = __builtin_shuffle(load_lanes(w.weights + g * kKeys), spread[side]);
+      low[side] = __builtin_shuffle(load_lanes(w.weights + (groups + g) * kKeys), spread[side]);
+    }
+    for (int64_t d = g * kInt8Group; d < std::min(a.value_dim, (g + 1) * kInt8Group); d += W) {
+      VI whole[4];
+      UNROLL for (int64_t i = 0; i < 4; i++) {
+        VI of_high{}, of_low{};
+        UNROLL for (int64_t side = 0; side < kSides; side++) {
+          const VI values = transpose_fours(load_lanes(v.data + (d + i * kInt8Quad) * kKeys + side * 64));
+          of_high = dot_bytes(of_high, high[side], values);
+          of_low = dot_bytes(of_low, low[side], values);
+        }
+        whole[i] = (of_high << 8) + of_low;
+      }
+      const V added = __builtin_convertvector(add_fours(whole), V);
+      store(sums + d, fma(added, set(worth[g]), load(sums + d) * factor));
+    }
+  }
 }
 
 // The block of keys from `first` on, for up to kByteRows rows.
@@ -298,27 +284,19 @@ void walk_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, const 
   const Range live = live_keys(a, p, block), seen{live.lo / W * W, live.hi};
   if (live.lo == live.hi) return;
   const Stored<int8_t> k = stored_keys<int8_t>(a, rows, first), v = stored_values<int8_t>(a, rows, first);
-  load_byte_scales(k, w.key_scales);
-  pack_byte_keys(k, w.keys);
-  load_byte_scales(v, w.value_scales);
-  pack_byte_values(v, w.values);
+  if (rows.count > 1) pack_byte_values(v, w.values);
   for (int64_t r0 = 0; r0 < rows.count; r0 += kAtOnce) {
     const int64_t some = std::min(kAtOnce, rows.count - r0);
     float factor[kAtOnce], worth[kAtOnce][byte_groups(256)];
     for (int64_t r = 0; r < some; r++) {
       alignas(64) float x[2 * kKeys];
-      score_bytes(a, r0 + r, w, x);
-      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, x, s, worth[r]);
+      score_bytes(a, r0 + r, w, k, x);
+      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, v, x, s, worth[r]);
     }
+    if (rows.count == 1) return add_bytes_of_one(a, w, v, worth[0], factor[0], s.sums);
     const auto add = std::array{add_bytes<1>, add_bytes<2>, add_bytes<3>, add_bytes<4>};
     add[some - 1](a, w, worth, factor, s.sums + r0 * sums_step, sums_step);
   }
-}
-
-// Fetches share `at` of `shares` of the block that is read next, of so many heads from that of the rows on.
-void prefetch_next(const AttentionArgs& a, const Rows& rows, int64_t next, int64_t heads, int64_t at, int64_t shares) {
-  prefetch_bytes(stored_keys<int8_t>(a, rows, next), heads, at, shares);
-  prefetch_bytes(stored_values<int8_t>(a, rows, next), heads, at, shares);
 }
 
 #else  // there are none
@@ -333,7 +311,6 @@ ByteBuffers byte_buffers_at(const AttentionArgs&, char*, int64_t, char*) { retur
 template <class T>
 void pack_byte_query(const AttentionArgs&, const T*, int64_t, const ByteBuffers&) {}
 void walk_bytes(const AttentionArgs&, const Rows&, const Panel&, const ByteBuffers&, int64_t, int64_t, State) {}
-void prefetch_next(const AttentionArgs&, const Rows&, int64_t, int64_t, int64_t, int64_t) {}
 
 #endif
 

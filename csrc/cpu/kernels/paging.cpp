@@ -10,9 +10,9 @@
 namespace pyllm::ISA {
 namespace {
 
-// What is not finite has no nearest byte: its group is not a number.
+// To its position of a head's tile. What is not finite has no nearest byte: its group is not a number.
 template <class T>
-void quantize(const T* x, int64_t dim, char* to) {
+void quantize(const T* x, int64_t dim, int64_t position, char* tile) {
   for (int64_t first = 0; first < dim; first += kInt8Group) {
     const int64_t count = std::min(kInt8Group, dim - first);
     alignas(64) float block[kInt8Group];
@@ -32,8 +32,9 @@ void quantize(const T* x, int64_t dim, char* to) {
     const V by = set(to_float(scale));
     for (int64_t j = 0; j < kInt8Group; j += W)
       store_bytes(bytes + j, finite && scale.bits ? load(block + j) / by : V{});
-    std::memcpy(to + first, bytes, count);
-    std::memcpy(to + dim + first / kInt8Group * 2, &scale, 2);
+    for (int64_t d = first; d < first + count; d += kInt8Quad)
+      std::memcpy(tile + int8_at(dim, position, d), bytes + d - first, int8_count(dim, d));
+    std::memcpy(tile + int8_scale_at(dim, position, first), &scale, 2);
   }
 }
 
@@ -48,13 +49,14 @@ void write_pages(const WritePagesArgs& a) {
       const int64_t position = a.positions_dtype == DType::i64 ? reinterpret_cast<const int64_t*>(a.positions)[i]
                                                                : reinterpret_cast<const int32_t*>(a.positions)[i];
       const int64_t page = a.page_table[batch * a.table_step + position / a.page_size];
-      char* to = a.pages + page * a.page_step + position % a.page_size * a.position_step;
+      const int64_t place = position % a.page_size, in_tile = a.int8 ? place % kKeyTile : 0;
+      char* to = a.pages + page * a.page_step + (place - in_tile) * a.position_step;
       const char* from = a.rows + batch * a.row_batch + i % a.time * a.row_time;
       if (a.int8)
         with_dtype(a.dtype, [&](auto* tag) {
           for (int64_t h = 0; h < a.heads; h++)
             quantize(reinterpret_cast<const std::remove_pointer_t<decltype(tag)>*>(from + h * a.row_head), a.dim,
-                     to + h * a.bytes);
+                     in_tile, to + h * a.bytes * kKeyTile);
         });
       else if (whole)
         std::memcpy(to, from, size);
