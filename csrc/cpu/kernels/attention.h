@@ -20,14 +20,15 @@
 namespace pyllm::ISA {
 namespace {
 
-constexpr int64_t kKeys = kKeyTile;  // keys of a block; blocks are counted from key 0
-constexpr int64_t kLanes = 2 * W;    // rows of a panel
-constexpr int64_t kMaxRows = 256;    // rows of a tile: some panels that share each block of keys
+constexpr int64_t kKeys = kKeyTile;                     // keys of a block; blocks are counted from key 0
+constexpr int64_t kHalf = 32, kHalves = kKeys / kHalf;  // keys that tile registers add to the sums together
+constexpr int64_t kLanes = 2 * W;                       // rows of a panel
+constexpr int64_t kMaxRows = 256;                       // rows of a tile: some panels that share each block of keys
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 #if ISA_AVX512
-constexpr int64_t kHigh = 12;  // rows of a register tile
+constexpr int64_t kRegisterRows = 12;  // rows of a register tile
 #else
-constexpr int64_t kHigh = 6;
+constexpr int64_t kRegisterRows = 6;
 #endif
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -45,6 +46,23 @@ VEC V exp2(V x) {
   p = fma(p, r, set(6.931472028550421e-1f));
   p = fma(p, r, set(1.0f));
   return select(x < -126.0f, V{}, p * as_float((as_int(shifted) << 23) + (127 << 23)));
+}
+
+// 2^x for x <= 0 or slightly above, to about 17 bits; 0 where that would be denormal, or at -infinity; NaN stays NaN.
+VEC V exp2_short(V x) {
+#if __AVX512F__
+  V r;
+  asm("vreduceps $9, %1, %0" : "=v"(r) : "v"(x));  // x less the next integer below
+  V p = set(1.342668571e-02f);
+  p = fma(p, r, set(5.224247277e-02f));
+  p = fma(p, r, set(2.412802130e-01f));
+  p = fma(p, r, set(6.930448413e-01f));
+  p = fma(p, r, set(1.0f));
+  asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(x));
+  return p;
+#else
+  return exp2(x);
+#endif
 }
 
 VEC V finite_or_zero(V m) { return select(m == -kInfinity, V{}, m); }  // what to subtract when nothing was seen
@@ -81,9 +99,9 @@ void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t rows, int64
                             register_tile<11, N>, register_tile<12, N>
 #endif
   };
-  for (int64_t r = 0; r < rows; r += kHigh)
-    tiles[std::min(kHigh, rows - r) - 1](a + r * a_row, a_row, a_step, count, b, b_step, c + r * c_step, c_step,
-                                         factor);
+  for (int64_t r = 0; r < rows; r += kRegisterRows)
+    tiles[std::min(kRegisterRows, rows - r) - 1](a + r * a_row, a_row, a_step, count, b, b_step, c + r * c_step, c_step,
+                                                 factor);
 }
 
 // `vectors` is 1 or 2.
@@ -103,11 +121,23 @@ int64_t length_of(const AttentionArgs& a, int64_t batch) {
 // What a query is multiplied by, so that its scores come in units of log 2 (or as what tanh takes, with a softcap).
 float query_factor(const AttentionArgs& a) { return a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e; }
 
+// What products are multiplied by before they become scores, and what scores are multiplied by where an exponential is
+// taken. Where no softcap and no bias need the scores themselves, the two are one, and there is no pass for it.
+struct Scale {
+  float before, after;
+};
+[[maybe_unused]] Scale scale_of(const AttentionArgs& a) {
+  const float factor = query_factor(a);
+  return a.softcap > 0 || a.bias || !(factor > 0) ? Scale{factor, 1} : Scale{1, factor};
+}
+
 // Keys [lo, hi) that a query sees, segments apart.
 struct Range {
   int64_t lo, hi;
   bool meets(int64_t from, int64_t to) const { return lo < to && from < hi; }
 };
+
+[[maybe_unused]] Range halves_of(Range live) { return {live.lo / kHalf, (live.hi + kHalf - 1) / kHalf}; }
 
 Range visible(const AttentionArgs& a, int64_t length, int64_t query) {
   const int64_t last = length - a.queries + query;  // the key that a causal query stands at

@@ -20,9 +20,8 @@ struct Ahead {  // the block of keys and values that is read next, `count` long
 
 #if ISA_AVX512
 
-constexpr int64_t kHalf = kDepth, kHalves = kKeys / kHalf;  // keys that join the sums together
 constexpr int64_t kKeyTiles = kHalf / kTileSide;
-static_assert(kKeyTiles == 2 && kHalves == 2 && kLanes == 2 * kTileSide);
+static_assert(kHalf == kDepth && kKeyTiles == 2 && kHalves == 2 && kLanes == 2 * kTileSide);
 
 bool takes_tiles(const AttentionArgs& a) {
   return a.dtype == DType::bf16 && a.stored == DType::bf16 && a.dim > 0 && cpu::has_amx();
@@ -53,33 +52,6 @@ TileBuffers tile_buffers_at(const AttentionArgs& a, char* queries, char* rest) {
   w.weights = reinterpret_cast<bf16*>(w.scores + kKeys * kLanes);
   std::memset(w.values, 0, value_tiles(a) * kHalves * kTileBytes);
   return w;
-}
-
-// 2^x for x <= 0 or slightly above, to about 17 bits; 0 where that would be denormal, or at -infinity; NaN stays NaN.
-VEC V exp2_short(V x) {
-#if __AVX512F__
-  V r;
-  asm("vreduceps $9, %1, %0" : "=v"(r) : "v"(x));  // x less the next integer below
-  V p = set(1.342668571e-02f);
-  p = fma(p, r, set(5.224247277e-02f));
-  p = fma(p, r, set(2.412802130e-01f));
-  p = fma(p, r, set(6.930448413e-01f));
-  p = fma(p, r, set(1.0f));
-  asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(x));
-  return p;
-#else
-  return exp2(x);
-#endif
-}
-
-// What products are multiplied by before they become scores, and what scores are multiplied by where an exponential is
-// taken. Where no softcap and no bias need the scores themselves, the two are one, and there is no pass for it.
-struct Scale {
-  float before, after;
-};
-Scale scale_of(const AttentionArgs& a) {
-  const float factor = query_factor(a);
-  return a.softcap > 0 || a.bias || !(factor > 0) ? Scale{factor, 1} : Scale{1, factor};
 }
 
 // The rows of panel i as right factors, zeros beyond the last; few have one side.
@@ -151,8 +123,6 @@ void add_marked_tiles(int64_t rows, const bf16* v, int64_t v_step, Range halves,
         *sum(r, d) += chain[0] + chain[1];
       }
 }
-
-Range halves_of(Range live) { return {live.lo / kHalf, (live.hi + kHalf - 1) / kHalf}; }
 
 // Whole halves take in keys of the block that no row sees: their weights are 0, but their values may not be finite.
 bool takes_unseen(Range live, const Block& b) {

@@ -1,8 +1,4 @@
-// fp32 by fp32 on the tile registers, which multiply bf16 alone: a factor is cut into three parts of bf16 that add up
-// to it, high + middle + low, and six products of parts are summed where vectors would sum one. Those that are left out
-// (middle by low, low by middle, low by low) are below 2^-23 of the product, and of either sign. An instruction
-// multiplies sixteen times as much as one of vectors, so that six of them are still 2.7 times as fast, less the
-// cutting.
+// fp32 by fp32 on the tile registers, as three parts of bf16 (kernels/parts.h).
 //
 // Of A's rows and B's columns the fewer are held: cut, for a block of k, into a share of the second-level cache. The
 // others pass by, 32 at a time, each cut once; what is cut next, and the part of C that is added to next, are fetched
@@ -19,7 +15,7 @@
 #include "cpu/amx.h"
 #include "cpu/kernels/gemm_panels.h"
 #include "cpu/kernels/gemm_pieces.h"
-#include "cpu/kernels/tiles.h"
+#include "cpu/kernels/parts.h"
 
 namespace pyllm::ISA {
 
@@ -27,71 +23,14 @@ namespace pyllm::ISA {
 
 namespace {
 
-enum Part { kHigh, kMiddle, kLow, kParts };
-
-constexpr int64_t kSide = 2 * kTileSide;            // of a square
-constexpr int64_t kCutBytes = kParts * kTileBytes;  // 16 lines by 32 of k: a tile for each part
-constexpr int64_t kStepBytes = 2 * kCutBytes;       // of a square's lines
-constexpr int64_t kHeldBytes = 7 << 17;             // a share of the second-level cache
-constexpr int64_t kStoring = 4;                     // steps between two stores
-constexpr int64_t kCutting = 34;                    // multiply-adds in the time of cutting an element
-constexpr int64_t kShallow = 128, kDeep = 256;      // k for which as many lines are held as fit
+constexpr int64_t kSide = 2 * kTileSide;        // of a square
+constexpr int64_t kStepBytes = 2 * kCutBytes;   // of a square's lines
+constexpr int64_t kHeldBytes = 7 << 17;         // a share of the second-level cache
+constexpr int64_t kStoring = 4;                 // steps between two stores
+constexpr int64_t kCutting = 34;                // multiply-adds in the time of cutting an element
+constexpr int64_t kShallow = 128, kDeep = 256;  // k for which as many lines are held as fit
 
 constexpr int64_t kLeastSide = 64, kLeastDepth = 16;  // that pay
-
-struct Floats {  // where a factor's lines (A's rows, B's columns) lie, in elements
-  const float* data;
-  int64_t step, k_step, count;
-};
-
-// The parts of two vectors, each as words of an element of `first` and one of `second`, to a row of a tile. The high
-// part is cut off, so that no number overflows, the middle one is rounded.
-VEC void cut(V first, V second, char* out) {
-  constexpr auto kUpper = static_cast<int32_t>(0xffff0000);
-  const auto upper = [](V v) { return as_float(as_int(v) & kUpper); };
-  const auto put_words = [&](Part part, V a, V b) {
-    const VI lower = as_int(a) >> 16;
-#if __AVX512F__
-    const auto words = _mm512_mask_blend_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(lower), _mm512_castps_si512(b));
-#else
-    const VI words = (lower & ~kUpper) | (as_int(b) & kUpper);
-#endif
-    std::memcpy(out + part * kTileBytes, &words, sizeof words);
-  };
-  const V rest[2] = {first - upper(first), second - upper(second)};
-  const V middle[2] = {as_float(as_int(rest[0]) + 0x8000), as_float(as_int(rest[1]) + 0x8000)};
-  put_words(kHigh, first, second);
-  put_words(kMiddle, middle[0], middle[1]);
-  put_words(kLow, rest[0] - upper(middle[0]), rest[1] - upper(middle[1]));
-}
-
-// 16 lines from `line` on by 32 of k from k0 on, those beyond the factor zeros, to a tile for each part: a left tile's
-// rows, a line each, or a right one's, with what is multiplied together in the same places: k and k + 16 side by side.
-void cut_lines(const Floats& x, int64_t k, int64_t line, int64_t k0, bool right, char* out) {
-  const int64_t lines = std::min(x.count - line, kTileSide), depth = std::min(kDepth, k - k0);
-  const int64_t row_step = right ? x.k_step : x.step, column_step = right ? x.step : x.k_step;
-  const int64_t half = W * x.k_step;  // from one row's first vector to its second
-  const float* from = x.data + line * x.step + k0 * x.k_step;
-  if (lines == kTileSide && depth == kDepth && column_step == 1) {
-    UNROLL for (int r = 0; r < W; r++) cut(load(from + r * row_step), load(from + half + r * row_step), out + r * 64);
-    return;
-  }
-  V first[W], second[W];
-  if (lines == kTileSide && depth == kDepth && row_step == 1) {
-    load_transposed(from, column_step, first);
-    load_transposed(from + half, column_step, second);
-  } else {
-    const auto gather = [&](const float* at, int64_t count, V* rows) {
-      float block[W][W] = {};
-      for (int64_t r = 0; r < (right ? count : lines); r++)
-        for (int64_t j = 0; j < (right ? lines : count); j++) block[r][j] = at[r * row_step + j * column_step];
-      for (int r = 0; r < W; r++) rows[r] = load(block[r]);
-    };
-    gather(from, std::min<int64_t>(depth, W), first);
-    gather(from + half, depth - W, second);
-  }
-  UNROLL for (int r = 0; r < W; r++) cut(first[r], second[r], out + r * 64);
-}
 
 // A square's lines: step after step, 16 lines and 16 more.
 void cut_square(const Floats& x, int64_t k, int64_t line, int64_t k0, int64_t depth, bool right, char* out) {
@@ -140,22 +79,8 @@ void square(const char* left, const char* right, int64_t steps, const Sums& star
   for (int64_t s = 0; s < steps; s++, left += kStepBytes, right += kStepBytes) {
     source.fetch();
     sums.fetch();
-    const auto left_part = [&](Part part) {
-      load_tile<4>(left + part * kTileBytes, 64), load_tile<5>(left + kCutBytes + part * kTileBytes, 64);
-    };
-    const auto right_part = [&](Part part) {
-      load_tile<6>(right + part * kTileBytes, 64), load_tile<7>(right + kCutBytes + part * kTileBytes, 64);
-    };
-    const auto multiply = [] {
-      dot_bf16_tiles<0, 4, 6>(), dot_bf16_tiles<1, 4, 7>(), dot_bf16_tiles<2, 5, 6>(), dot_bf16_tiles<3, 5, 7>();
-    };
     if (s % kStoring == kStoring - 1) store_tile<0>(unread, 64);
-    left_part(kHigh), right_part(kLow), multiply();
-    right_part(kMiddle), multiply();
-    left_part(kMiddle), multiply();
-    right_part(kHigh), multiply();
-    left_part(kHigh), multiply();
-    left_part(kLow), multiply();
+    dot_step<kParts, 2, 2>(left, kCutBytes, right, kCutBytes);
   }
   store_tile<0>(end.data, end.step), store_tile<1>(end.data + W, end.step);
   store_tile<2>(end.below(), end.step), store_tile<3>(end.below() + W, end.step);
