@@ -94,12 +94,12 @@ template <class T, class Work>
 struct Backward : Gradients<T> {
   using Gradients<T>::f, Gradients<T>::a, Gradients<T>::group, Gradients<T>::dim_step, Gradients<T>::value_step;
   using Gradients<T>::delta, Gradients<T>::offset;
-  static constexpr int64_t kRows = Work::kRows;
-  int64_t tiles, blocks;
+  static constexpr int64_t kLeastRows = VectorWork<T>::kRows;  // of a tile, where there are more
+  int64_t most, tiles, blocks;                                 // rows of a tile at most; tiles and blocks of a head
 
   explicit Backward(const AttentionBackwardArgs& args) : Gradients<T>(args) {
-    tiles = (a.queries * group + kRows - 1) / kRows;
     blocks = (a.keys + kKeys - 1) / kKeys;
+    set_tiles(Work::most_rows(a));
   }
 
   void set_delta() const {
@@ -116,7 +116,12 @@ struct Backward : Gradients<T> {
     });
   }
 
-  void clear_dq(Work& work) const { std::fill_n(work.dq, kRows * dim_step, 0.0f); }
+  void set_tiles(int64_t rows) {
+    most = std::min(rows, round_up(std::max<int64_t>(a.queries * group, 1), kLanes));
+    tiles = (a.queries * group + most - 1) / most;
+  }
+
+  void clear_dq(Work& work) const { std::fill_n(work.dq, most * dim_step, 0.0f); }
 
   void write_keys(int64_t batch, int64_t kv_head, int64_t first, int64_t count, const float* dk, const float* dv,
                   float factor) const {
@@ -143,11 +148,11 @@ struct Backward : Gradients<T> {
       for (int64_t i = begin; i < end; i++) {
         const int64_t batch = i / a.kv_heads, kv_head = i % a.kv_heads;
         float *dk = clear_keys(blocks * kKeys), *dv = dk + blocks * kKeys * dim_step;
-        Work work(*this);
+        Work work(*this, most);
         RowTile t;
         for (int64_t tile = 0; tile < tiles; tile++) {
           clear_dq(work);
-          if (this->set_rows(t, batch, kv_head * group, group, tile * kRows, kRows)) {
+          if (this->set_rows(t, batch, kv_head * group, group, tile * most, most)) {
             work.load_rows(t, true);
             for (int64_t k = t.keys.lo / kKeys * kKeys; k < t.keys.hi; k += kKeys) {
               work.load_block(t.rows, k, t.keys);
@@ -167,11 +172,11 @@ struct Backward : Gradients<T> {
         const int64_t head = i / blocks, first = i % blocks * kKeys, batch = head / a.kv_heads,
                       kv_head = head % a.kv_heads;
         float *dk = clear_keys(kKeys), *dv = dk + kKeys * dim_step;
-        Work work(*this);
+        Work work(*this, most);
         RowTile t;
         bool loaded = false;
         for (int64_t tile = 0; tile < tiles; tile++) {
-          if (!this->set_rows(t, batch, kv_head * group, group, tile * kRows, kRows) ||
+          if (!this->set_rows(t, batch, kv_head * group, group, tile * most, most) ||
               !t.keys.meets(first, first + kKeys))
             continue;
           if (!loaded) work.load_block(t.rows, first, {0, a.keys});
@@ -188,10 +193,10 @@ struct Backward : Gradients<T> {
     parallel_for(a.batch * a.kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t head = i / tiles, tile = tiles - 1 - i % tiles;  // the longest first
-        Work work(*this);
+        Work work(*this, most);
         RowTile t;
         clear_dq(work);
-        if (this->set_rows(t, head / a.kv_heads, head % a.kv_heads * group, group, tile * kRows, kRows)) {
+        if (this->set_rows(t, head / a.kv_heads, head % a.kv_heads * group, group, tile * most, most)) {
           work.load_rows(t, false);
           for (int64_t k = t.keys.lo / kKeys * kKeys; k < t.keys.hi; k += kKeys) {
             work.load_block(t.rows, k, t.keys);
@@ -203,19 +208,16 @@ struct Backward : Gradients<T> {
     });
   }
 
-  void run() const {
+  void run() {
     set_delta();
     const int64_t heads = a.batch * a.kv_heads, threads = cpu::num_threads();
-    if (f.dk) {
-      // Products a thread waits for: five for each of its heads, or its share of seven.
-      if ((heads + threads - 1) / threads * 5 * threads <= 7 * heads) {
-        heads_at_once();
-      } else {
-        gradients_of_keys();
-        if (f.dq) gradients_of_queries();
-      }
-    } else if (f.dq) {
-      gradients_of_queries();
+    // Products a thread waits for: five for each of its heads, or its share of seven.
+    if (f.dk && (heads + threads - 1) / threads * 5 * threads <= 7 * heads) {
+      heads_at_once();
+    } else {
+      set_tiles(std::min(most, std::max(kLeastRows, round_up(heads * a.queries * group / (8 * threads), kLanes))));
+      if (f.dk) gradients_of_keys();
+      if (f.dq) gradients_of_queries();
     }
     if (f.dbias) BiasGradient<T>(*this).run();
   }

@@ -5,9 +5,11 @@
 namespace pyllm::ISA {
 namespace {
 
+constexpr int64_t kMostTileRows = 512;  // of a tile
+
 struct RowTile {
   Rows rows;
-  Panel panels[kMaxRows / kLanes];
+  Panel panels[kMostTileRows / kLanes];
   Range keys;  // that some row sees
 };
 

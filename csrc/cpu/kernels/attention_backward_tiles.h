@@ -29,15 +29,24 @@ template <class T>
 class TileWork {
  public:
   static constexpr int kOf = std::is_same_v<T, bf16> ? 1 : kParts;
-  static constexpr int64_t kRows = std::is_same_v<T, bf16> ? kMaxRows : kMaxRows / 2, kPanels = kRows / kLanes;
   float* dq;  // [panel][dim_step][kLanes]
 
   static bool takes(const AttentionArgs& a) {
     return (a.dtype == DType::bf16 || a.dtype == DType::f32) && cpu::has_amx();
   }
 
-  explicit TileWork(const Gradients<T>& gradients)
-      : g(gradients), a(g.a), shapes(static_cast<int>(kTileSide), static_cast<int>(kPairs)) {
+  // Rows of a tile: as many as leave its factors in the second-level cache, as keys are packed anew for each tile. How
+  // many enter no sum's order.
+  static int64_t most_rows(const AttentionArgs& a) {
+    const int64_t bytes = 2 * kOf * (2 * (a.dim + a.value_dim) + 2 * kKeys) + 4 * a.dim;  // of a row
+    return std::clamp<int64_t>(kHeldBytes / bytes / kLanes * kLanes, kLanes, kMostTileRows);
+  }
+
+  TileWork(const Gradients<T>& gradients, int64_t most)
+      : g(gradients),
+        a(g.a),
+        most_panels(most / kLanes),
+        shapes(static_cast<int>(kTileSide), static_cast<int>(kPairs)) {
     dim_steps = (a.dim + kDepth - 1) / kDepth;
     value_steps = (a.value_dim + kDepth - 1) / kDepth;
     dim_tiles = g.dim_step / kTileSide;
@@ -45,13 +54,13 @@ class TileWork {
     width = std::max(dim_steps, value_steps) * kDepth;
     char** const factors[] = {&queries, &dout,      &query_rows, &dout_rows, &keys,
                               &values,  &keys_down, &weights,    &dscores,   &dscores_right};
-    const int64_t tiles[] = {2 * kPanels * dim_steps, 2 * kPanels * value_steps,
-                             dim_tiles * kPanels,     value_tiles * kPanels,
-                             kKeySides * dim_steps,   kKeySides * value_steps,
-                             dim_tiles * kHalves,     kKeySides * kPanels,
-                             kKeySides * kPanels,     2 * kHalves};
+    const int64_t tiles[] = {2 * most_panels * dim_steps, 2 * most_panels * value_steps,
+                             dim_tiles * most_panels,     value_tiles * most_panels,
+                             kKeySides * dim_steps,       kKeySides * value_steps,
+                             dim_tiles * kHalves,         kKeySides * most_panels,
+                             kKeySides * most_panels,     2 * kHalves};
     float** const floats[] = {&dq, &scores, &products, &capped, &lse, &level};
-    const int64_t counts[] = {kRows * g.dim_step, kKeys * kLanes, kKeys * kLanes, kKeys * kLanes, kRows, kRows};
+    const int64_t counts[] = {most * g.dim_step, kKeys * kLanes, kKeys * kLanes, kKeys * kLanes, most, most};
     int64_t bytes = kKeys * width * sizeof(T);
     for (int64_t n : tiles) bytes += n * kFactor;
     for (int64_t n : counts) bytes += n * sizeof(float);
@@ -70,7 +79,7 @@ class TileWork {
       const auto load = [&](int64_t dim, int64_t steps, int64_t tiles, char* across, char* down, const auto& row_of) {
         for (int64_t l = 0; l < kLanes; l++) copy_row(l < p.count ? row_of(l) : nullptr, dim, rows + l * width);
         pack(kLanes, steps, true, across + i * 2 * steps * kFactor, steps);
-        if (by_rows) pack_down(kLanes, tiles, true, down + i * kFactor, kPanels);
+        if (by_rows) pack_down(kLanes, tiles, true, down + i * kFactor, most_panels);
       };
       load(a.dim, dim_steps, dim_tiles, queries, query_rows, [&](int64_t l) { return g.query(t.rows, p, l); });
       load(a.value_dim, value_steps, value_tiles, dout, dout_rows, [&](int64_t l) { return g.dout(t.rows, p, l); });
@@ -95,8 +104,8 @@ class TileWork {
 
   // The tile against the block: dq, the block's dk and dv, each where it is wanted.
   void step(const RowTile& t, bool want_dq, float* dk, float* dv) {
-    Range halves[kPanels], panels[kHalves];
-    for (Range& r : panels) r = {kPanels, 0};
+    Range halves[kMostTileRows / kLanes], panels[kHalves];
+    for (Range& r : panels) r = {most_panels, 0};
     const int64_t count = (t.rows.count + kLanes - 1) / kLanes;
     for (int64_t i = 0; i < count; i++) {
       const Range live = live_keys(a, t.panels[i], block);
@@ -115,19 +124,21 @@ class TileWork {
             for (int64_t side = 0; side < 2; side++) std::memset(x + left_at(2 * h + side, i), 0, kFactor);
       const int64_t at = panels[h].lo * kFactor, steps = panels[h].hi - panels[h].lo;
       if (steps <= 0) continue;
-      add_product(weights + left_at(2 * h, panels[h].lo), kPanels, 2, dout_rows + at, kPanels, value_tiles, steps,
-                  dv + h * kHalf * g.value_step, g.value_step, true);
-      add_product(dscores + left_at(2 * h, panels[h].lo), kPanels, 2, query_rows + at, kPanels, dim_tiles, steps,
-                  dk + h * kHalf * g.dim_step, g.dim_step, true);
+      add_product(weights + left_at(2 * h, panels[h].lo), most_panels, 2, dout_rows + at, most_panels, value_tiles,
+                  steps, dv + h * kHalf * g.value_step, g.value_step, true);
+      add_product(dscores + left_at(2 * h, panels[h].lo), most_panels, 2, query_rows + at, most_panels, dim_tiles,
+                  steps, dk + h * kHalf * g.dim_step, g.dim_step, true);
     }
   }
 
  private:
   static constexpr int64_t kFactor = kOf * kTileBytes;  // of a tile
   static constexpr int64_t kKeySides = kKeys / kTileSide;
+  static constexpr int64_t kHeldBytes = 5 << 18;
 
   const Gradients<T>& g;
   const AttentionArgs& a;
+  const int64_t most_panels;  // of a tile
   const TileShapes shapes;
   int64_t dim_steps, value_steps, dim_tiles, value_tiles, width;
   char *queries, *dout;               // right factors [panel][side][step]
@@ -140,7 +151,7 @@ class TileWork {
   T* rows;  // as they are packed from, `width` apart
   Block block;
 
-  static int64_t left_at(int64_t side, int64_t panel) { return (side * kPanels + panel) * kFactor; }
+  int64_t left_at(int64_t side, int64_t panel) const { return (side * most_panels + panel) * kFactor; }
 
   void copy_row(const T* from, int64_t dim, T* to) const {
     const int64_t count = from ? dim : 0;

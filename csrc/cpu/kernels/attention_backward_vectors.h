@@ -14,7 +14,9 @@ class VectorWork {
   static constexpr int64_t kRows = 64, kPanels = kRows / kLanes;  // of a tile
   float* dq;                                                      // [panel][dim_step][kLanes]
 
-  explicit VectorWork(const Gradients<T>& gradients) : g(gradients), a(g.a) {
+  static int64_t most_rows(const AttentionArgs&) { return kRows; }
+
+  explicit VectorWork(const Gradients<T>& gradients, int64_t = kRows) : g(gradients), a(g.a) {
     const int64_t sizes[] = {kRows * a.dim,
                              kRows * a.value_dim,
                              kRows * g.dim_step,
