@@ -1,5 +1,6 @@
 // TensorView: a non-owning view of someone else's tensor, the typed error, and the checks that every op shares.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -71,12 +72,19 @@ struct TensorView {
     for (int i = ndim - 2; i >= 0; i--) r.add(shape[i], stride[i]);
     return r;
   }
-  std::string shape_text() const {
-    std::string s = "(";
-    for (int i = 0; i < ndim; i++) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + (ndim == 1 ? ",)" : ")");
+  struct ShapeText;  // written only where a check fails: most calls have no use for the text
+  ShapeText shape_text() const;
+};
+
+struct TensorView::ShapeText {
+  const TensorView& t;
+  friend std::ostream& operator<<(std::ostream& out, const ShapeText& text) {
+    out << '(';
+    for (int i = 0; i < text.t.ndim; i++) out << (i ? ", " : "") << text.t.shape[i];
+    return out << (text.t.ndim == 1 ? ",)" : ")");
   }
 };
+inline TensorView::ShapeText TensorView::shape_text() const { return {*this}; }
 
 // An argument that is one number for all rows, or a tensor with one for each.
 struct Setting {
@@ -120,14 +128,13 @@ inline void check_ndim(const char* op, const char* arg, const TensorView& t, int
 template <class... Sizes>
 void check_shape(const char* op, const char* arg, const TensorView& t, Sizes... sizes) {
   const int64_t expected[] = {static_cast<int64_t>(sizes)...};
+  bool same = t.ndim == sizeof...(sizes);
+  for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == expected[i];
+  if (same) return;
   TensorView e;
   e.ndim = sizeof...(sizes);
-  bool same = t.ndim == e.ndim;
-  for (int i = 0; i < e.ndim; i++) {
-    e.shape[i] = expected[i];
-    same = same && t.shape[i] == expected[i];
-  }
-  check(same, "[", op, "] ", arg, " must have shape ", e.shape_text(), ", but got ", t.shape_text());
+  std::copy_n(expected, e.ndim, e.shape);
+  fail(Error::value, "[", op, "] ", arg, " must have shape ", e.shape_text(), ", but got ", t.shape_text());
 }
 inline void check_shape_of(const char* op, const char* arg, const TensorView& t, const TensorView& like) {
   bool same = t.ndim == like.ndim;

@@ -74,12 +74,15 @@ def _gelu_kind(op: str, approximate: str) -> str:
 
 
 def _activation(op: str, kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
-    gate = _rows(gate)
+    whole = gate.is_contiguous()
+    if not whole:
+        gate = _rows(gate)
     if up is not None:
         up = _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         return _Activation.apply(gate, up, (op, kind))
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    # a memory format that is spelled out costs a call 0.2 us
+    out = torch.empty_like(gate) if whole else torch.empty_like(gate, memory_format=torch.contiguous_format)
     _C.activation_forward(gate, up, out, op, kind)
     return out
 
