@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyllm import _C
+from pyllm.ops import memory
 from pyllm.ops.gradients import Function, once_differentiable
 from pyllm.ops.linear import linear
 
@@ -90,7 +91,7 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx, dloss):
         logits, targets, statistics = ctx.saved_tensors
-        dlogits = logits.new_empty(logits.shape)
+        dlogits = logits.new_empty(logits.shape) if logits.is_cuda else memory.empty(logits.shape, logits.dtype)
         _C.cross_entropy_backward(logits, targets, statistics, dloss.contiguous(), dlogits, *ctx.options)
         return dlogits, None, None
 
@@ -104,7 +105,7 @@ def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False,
     most = max(120, min(_BLOCK_ROWS, _BLOCK // max(classes, 1))) if any(needed) else 512
     blocks = max(1, -(-targets.numel() // most))  # of equal size
     columns = classes if any(needed) else min(classes, 8192)
-    block = torch.empty((max(1, -(-targets.numel() // blocks)), columns), dtype=torch.float32)
+    block = memory.empty((max(1, -(-targets.numel() // blocks)), columns), torch.float32)
     dx = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
     dweight = torch.empty(weight.shape, dtype=torch.float32) if needed[1] else None
     dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None

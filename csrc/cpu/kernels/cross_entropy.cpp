@@ -1,8 +1,13 @@
-// Cross-entropy over rows of logits. Forward reads memory once: a row is taken in chunks that fit the first-level cache,
-// each walked twice (its largest logit, then the sum of exp(logit - largest)), and the chunks are combined in order.
-// Threads take chunks, so that one long row keeps all of them busy, and the bits depend on the row alone. Backward is one
-// pass more: the softmax again from the saved maximum and sum, scaled, minus the target. It writes fresh memory, which
-// costs more than its arithmetic unless it comes in huge pages (ops/ asks for them).
+// Cross-entropy over rows of logits. Forward walks a row once, in chunks that are combined in order: exponentials are
+// relative to the largest of a chunk's first few logits, and the chunk's largest of all is found on the way. Threads take
+// chunks, so that one long row keeps all of them busy, and the bits depend on the row alone. Backward is one pass more:
+// the softmax again from the saved maximum and sum, scaled, minus the target.
+//
+// Both passes do as much arithmetic as memory leaves time for, so that they must overlap: lines are asked for ahead (a walk
+// for the largest and one for the sum, from the cache, took a third longer), and exponentials come from a table in a
+// register. Fresh memory for the gradient takes as long to clear as both passes: ops/ asks for huge pages, and
+// pyllm/ops/memory.py keeps the last block. Stores past the caches made no difference there, and took twice as long on
+// fresh memory, which the system has just left in them.
 //
 // The linear form makes a block of rows of logits by a matrix product, turns it into losses and, in place, into the
 // gradient of that block, and adds its share to the gradients of x, weight and bias; blocks come in order, each product
@@ -12,6 +17,7 @@
 #include <type_traits>
 
 #include "cpu/amx.h"
+#include "cpu/kernels/each.h"
 #include "cpu/kernels/functions.h"
 #include "cpu/kernels/gemm_parts.h"
 
@@ -19,6 +25,8 @@ namespace pyllm::ISA {
 namespace {
 
 constexpr int64_t kChunk = 4096;
+constexpr float kLeast = -87;    // the exponential of less counts as 0
+constexpr float kFarAbove = 40;  // exponentials of more are not summed
 
 struct Part {     // of one chunk
   float largest;  // logit
@@ -26,40 +34,55 @@ struct Part {     // of one chunk
   float spread;   // sum of logit - largest, where labels are smoothed
 };
 
+// Exponentials are taken relative to the largest of the first few logits, so that one walk finds the largest of all and the
+// sum; where that one is too far above, a second walk follows.
 template <class T>
 Part part_of(const T* x, int64_t n, bool smooth) {
-  V m0 = set(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    m0 = max(load(x + i), m0);  // a NaN is passed over here, and found by the sum
-    m1 = max(load(x + i + W), m1);
-    m2 = max(load(x + i + 2 * W), m2);
-    m3 = max(load(x + i + 3 * W), m3);
-  }
-  for (; i + W <= n; i += W) m0 = max(load(x + i), m0);
-  if (i < n) m1 = max(load_n(x + i, n - i, -kInfinity), m1);
-  const float largest = max(max(max(m0, m1), max(m2, m3)));
+  constexpr int64_t kStep = 4 * W, kBytes = kStep * sizeof(T), kAhead = 4096;
+  float largest, total;
+  const auto walk = [&](float reference) {
+    const V from = set(reference);
+    V m0 = set(-kInfinity), m1 = m0, m2 = m0, m3 = m0, s0{}, s1{}, s2{}, s3{};
+    const auto add = [&](V v, V& m, V& s) {
+      V p, power;
+      m = max(v, m);  // a NaN is passed over here, and is in the sum
+      exp_in_parts(max(set(kLeast), v - from), p, power);
+      s = fma(p, power, s);
+    };
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      UNROLL for (int64_t line = 0; line < kBytes; line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead + line, 0, 2);
+      V a, b, c, d;
+      load_pair(x + i, a, b), load_pair(x + i + 2 * W, c, d);
+      add(a, m0, s0), add(b, m1, s1), add(c, m2, s2), add(d, m3, s3);
+    }
+    for (; i + W <= n; i += W) add(load(x + i), m0, s0);
+    if (i < n) add(load_n(x + i, n - i, -kInfinity), m1, s1);
+    largest = max(max(max(m0, m1), max(m2, m3)));
+    total = sum((s0 + s1) + (s2 + s3));
+  };
+  V first = set(-kInfinity);
+  for (int64_t i = 0; i < std::min(n, kStep); i += W)
+    first = max(n - i < W ? load_n(x + i, n - i, -kInfinity) : load(x + i), first);
+  const float glance = max(first);
+  walk(glance == -kInfinity ? 0.0f : glance);
   const V from = set(largest == -kInfinity ? 0.0f : largest);
+  if (largest - glance <= kFarAbove)
+    total *= exp_nonpositive(glance - from)[0];
+  else
+    walk(from[0]);
 
-  V s0{}, s1{}, s2{}, s3{};
-  for (i = 0; i + 4 * W <= n; i += 4 * W) {
-    s0 = s0 + exp_nonpositive(load(x + i) - from);
-    s1 = s1 + exp_nonpositive(load(x + i + W) - from);
-    s2 = s2 + exp_nonpositive(load(x + i + 2 * W) - from);
-    s3 = s3 + exp_nonpositive(load(x + i + 3 * W) - from);
-  }
-  for (; i + W <= n; i += W) s0 = s0 + exp_nonpositive(load(x + i) - from);
-  if (i < n) s1 = s1 + exp_nonpositive(load_n(x + i, n - i, -kInfinity) - from);
-
+  int64_t i = 0;
   V d0{}, d1{};
   if (smooth) {
-    for (i = 0; i + 2 * W <= n; i += 2 * W) {
+    for (; i + 2 * W <= n; i += 2 * W) {
       d0 = d0 + (load(x + i) - from);
       d1 = d1 + (load(x + i + W) - from);
     }
     for (; i < n; i += W) d0 = d0 + keep(get(x + i, std::min<int64_t>(W, n - i)) - from, n - i, 0);
   }
-  return {largest, sum((s0 + s1) + (s2 + s3)), sum(d0 + d1)};
+  return {largest, total, sum(d0 + d1)};
 }
 
 Part combined(const Part* parts, int64_t classes) {
@@ -85,21 +108,17 @@ float loss_of(const Part& row, float right, int64_t classes, float smoothing) {
 template <class T>
 void gradient(const T* x, T* out, int64_t begin, int64_t end, int64_t classes, int64_t target, float largest, float sum,
               float scale, float smoothing) {
+  constexpr Digits kDigits = std::is_same_v<T, bf16> ? Digits::rough : Digits::all;
   const V from = set(largest), factor = set(scale / sum), level = set(scale * smoothing / classes);
   const bool has_target = target >= begin && target < end;
-  const V at_target = has_target ? set(to_float(x[target])) : V{};
-  const auto value = [&](V v) { return exp_nonpositive(v - from) * factor - level; };
-  int64_t i = begin;
-  for (; i + 2 * W <= end; i += 2 * W) {
-    const V a = value(load(x + i)), b = value(load(x + i + W));
-    store(out + i, a);
-    store(out + i + W, b);
-  }
-  for (; i < end; i += W) {
-    const int64_t n = std::min<int64_t>(W, end - i);
-    write(out + i, value(get(x + i, n)), n);
-  }
-  if (has_target) put(out + target, value(at_target)[0] - scale * (1 - smoothing));
+  const V at_target = has_target ? set(to_float(x[target])) : V{};  // out may be x
+  each<1, 1, T>(end - begin, {x + begin}, {out + begin}, [&](const V(&v)[1], V(&d)[1]) {
+    V p, power;
+    const V y = v[0] - from;
+    exp_in_parts<kDigits>(y, p, power);
+    d[0] = fma(y < kLeast ? V{} : p * power, factor, -level);
+  });
+  if (has_target) put(out + target, (exp_nonpositive(at_target - from) * factor - level)[0] - scale * (1 - smoothing));
 }
 
 // What the losses are divided by.

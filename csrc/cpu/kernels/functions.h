@@ -86,6 +86,34 @@ VEC V exp_nonpositive(V x) {
   return x < -87.0f ? V{} : times_normal_power(p, shifted);
 }
 
+// exp(x) = p power for x in [-87, 0]: a product that the caller may have in a sum. The nearest W-th part of a power of two
+// comes from a table in a register, so that p is a short polynomial: fewer instructions than exp_nonpositive, whose chain
+// of them is longer than what a core looks ahead.
+template <Digits kDigits = Digits::all>
+VEC void exp_in_parts(V x, V& p, V& power) {
+#if ISA_AVX512 || ISA_AVX2
+  constexpr float kStep = 0.693147180559945309f / W, kMost = kStep / 2;  // of what is left
+  constexpr int kBits = W == 16 ? 4 : 3;
+  V powers;
+  UNROLL for (int i = 0; i < W; i++) powers[i] = static_cast<float>(__builtin_exp2(static_cast<double>(i) / W));
+  VI table = as_int(powers);
+  UNROLL for (int i = 0; i < W; i++) table[i] -= i << (23 - kBits);
+  const V shifted = fma(x, set(1 / kStep), set(kShift)), r = fma(shifted - kShift, set(-kStep), x);
+  power = as_float(__builtin_shuffle(table, as_int(shifted)) + (as_int(shifted) << (23 - kBits)));
+  if constexpr (kDigits == Digits::rough) {
+    p = fma(r, set(0.5f), set(1 + kMost * kMost / 8));
+  } else {
+    p = fma(r, set(1.66666667e-1f), set(0.5f + kMost * kMost * 0.0345f));
+    p = fma(p, r, set(1.0f));
+  }
+  p = fma(p, r, set(1.0f));
+#else
+  V shifted;
+  p = exp_near_zero(less_powers(x, shifted));
+  power = as_float((as_int(shifted) << 23) + as_int(set(1.0f)));
+#endif
+}
+
 // log: error below 1 unit in the last place; log(0) = -infinity, negative numbers and NaN give NaN.
 VEC V log(V x) {
   const VI tiny = x < 0x1p-126f;
