@@ -64,7 +64,18 @@ def test_errors_name_the_argument():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "k", "n"), [(1, 300, 70), (2, 5, 3), (3, 513, 33), (40, 600, 130), (0, 4, 3), (2, 0, 3)]
+    ("rows", "k", "n"),
+    [
+        (1, 300, 70),
+        (1, 301, 300),
+        (2, 5, 3),
+        (2, 259, 140),
+        (3, 513, 33),
+        (4, 258, 70),
+        (40, 600, 130),
+        (0, 4, 3),
+        (2, 0, 3),
+    ],
 )
 def test_a_packed_weight_gives_the_same_bits(rows, k, n, dtype, kernels):
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (k, n), (n,)))

@@ -4,7 +4,8 @@
 // threads allow. A tile leaves the processor no slack to wait for memory: between a few k and the next few it fetches
 // some lines of what comes after, its own part of C and the block of B that is read next.
 // For a few rows packing would cost more than the product: B is read in place, transposed in registers where its
-// columns lie along memory, and memory's speed is the limit.
+// columns lie along memory, and memory's speed is the limit. Narrow panels are widened in registers, too: through the
+// first-level cache, one row of bf16 took longer than torch's.
 #include "cpu/kernels/gemm.h"
 
 #include "cpu/kernels/gemm_panels.h"
@@ -287,7 +288,50 @@ void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, in
   }
 }
 
-constexpr int64_t kFewRowsDown = 4, kFewRowsAlong = 4;
+// R rows by kAcross of B's narrow panels from column j on, widened in registers: several, as the chain of one sum would wait
+// for itself.
+template <int R, int kAcross, class T>
+void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j, int64_t j1) {
+  constexpr int kVectors = 2 * kAcross;
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  const int64_t step = narrow_rows(p.k) * kPanel;
+  const T* panels = static_cast<const T*>(p.packed_narrow) + j / kPanel * step;
+  const auto columns = [&](int v) { return std::clamp<int64_t>(j1 - j - v * W, 0, W); };
+  V total[R][kVectors];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < kVectors; v++) total[r][v] =
+      columns(v) ? begin_c(p, i0 + r, j + v * W, columns(v)) : V{};
+  for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
+    const int64_t end = std::min(k0 + kBlockK, p.k);
+    V s[R][kVectors] = {};
+    for (int64_t k = k0; k < end; k += 2) {
+      const float* x = a + k;
+      const bool both = k + 1 < end;
+      UNROLL for (int v = 0; v < kVectors; v++) {
+        const T* pairs = panels + v / 2 * step + k * kPanel + v % 2 * 2 * W;
+        __builtin_prefetch(pairs + kAhead);
+        const VI words = load_pairs(pairs);
+        const V even = widen_low<T>(words), odd = widen_high<T>(words);
+        UNROLL for (int r = 0; r < R; r++) s[r][v] = fma(set(x[r * p.k]), even, s[r][v]);
+        if (both) UNROLL for (int r = 0; r < R; r++) s[r][v] = fma(set(x[r * p.k + 1]), odd, s[r][v]);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < kVectors; v++) total[r][v] =
+        k0 || p.accumulate ? total[r][v] + s[r][v] : s[r][v];
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < kVectors; v++) if (columns(v))
+      end_c(p, i0 + r, j + v * W, columns(v), total[r][v]);
+}
+template <int R, class T>
+void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
+  constexpr int kAcross = R == 1 ? 4 : R == 2 ? 2 : 1;
+  if constexpr (!std::is_same_v<T, float>) {
+    int64_t j = j0;
+    for (; j + kAcross * kPanel <= j1; j += kAcross * kPanel) few_rows_narrow<R, kAcross, T>(p, a, i0, j, j1);
+    for (; j < j1; j += kPanel) few_rows_narrow<R, 1, T>(p, a, i0, j, std::min(j + kPanel, j1));
+  }
+}
+
+constexpr int64_t kFewRowsDown = 4, kFewRowsAlong = 4, kFewRowsNarrow = 4;
 
 void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0;
@@ -307,7 +351,9 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>, few_rows_down<3, T>, few_rows_down<4, T>};
     static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
                                      few_rows_along<4, T>};
-    (p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
+    static constexpr Rows narrow[] = {few_rows_narrow<1, T>, few_rows_narrow<2, T>, few_rows_narrow<3, T>,
+                                      few_rows_narrow<4, T>};
+    (p.packed_narrow ? narrow : p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
   });
 }
 
@@ -332,8 +378,11 @@ Ahead ahead_of(const Product& p, int64_t j0, int64_t j1, int64_t k0, int64_t cou
 void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (i0 >= i1 || j0 >= j1) return;
   if (on_tiles(p)) return tiles_block(p, i0, i1, j0, j1);
-  const int64_t few = p.b.column_step == 1 ? kFewRowsAlong : p.b.row_step == 1 ? kFewRowsDown : 0;
-  if (!p.packed && !p.packed_narrow && p.k > 0 && i1 - i0 <= few) return few_rows(p, i0, i1, j0, j1);
+  const int64_t few = p.packed_narrow        ? kFewRowsNarrow
+                      : p.b.column_step == 1 ? kFewRowsAlong
+                      : p.b.row_step == 1    ? kFewRowsDown
+                                             : 0;
+  if (!p.packed && p.k > 0 && i1 - i0 <= few) return few_rows(p, i0, i1, j0, j1);
   const bool direct = p.c_dtype == DType::f32;
   const int64_t passes = (i1 - i0 - 1) / max_rows(p.k) + 1, height = round_up((i1 - i0 + passes - 1) / passes, kTile);
   const int64_t max_tiles = height / kTile, blocks = std::max<int64_t>((p.k + kBlockK - 1) / kBlockK, 1);

@@ -1,6 +1,7 @@
 // Panels of B as a tile reads them, [k][kPanel], made from a matrix of any strides.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels/gemm.h"
 
@@ -34,18 +35,29 @@ VEC void store_pairs(T* p, V even, V odd) {
 VEC void store_pairs(float*, V, V) {}  // with_dtype's third case, which has no narrow panels
 
 template <class T>
-VEC V widen_bits(VI low_halves) {
-  const VH h = __builtin_convertvector(low_halves, VH);
+VEC V widen_low(VI pairs) {
+  if constexpr (std::is_same_v<T, bf16>) return as_float(pairs << 16);
+  const VH h = __builtin_convertvector(pairs, VH);
   return load(reinterpret_cast<const T*>(&h));
+}
+template <class T>
+VEC V widen_high(VI pairs) {
+  if constexpr (std::is_same_v<T, bf16>) return as_float(pairs & static_cast<int32_t>(0xffff0000));
+  return widen_low<T>(pairs >> 16);
+}
+template <class T>
+VEC VI load_pairs(const T* p) {
+  VI pairs;
+  std::memcpy(&pairs, static_cast<const void*>(p), sizeof pairs);
+  return pairs;
 }
 template <class T>
 void widen_pairs(const T* p, int64_t count, float* out) {  // `count` rows of a narrow panel
   for (int64_t i = 0; i < count; i += 2, out += 2 * kPanel)
     for (int64_t j = 0; j < kPanel; j += W, p += 2 * W) {
-      VI pairs;
-      std::memcpy(&pairs, static_cast<const void*>(p), sizeof pairs);
-      store(out + j, widen_bits<T>(pairs));
-      if (i + 1 < count) store(out + kPanel + j, widen_bits<T>(pairs >> 16));
+      const VI pairs = load_pairs(p);
+      store(out + j, widen_low<T>(pairs));
+      if (i + 1 < count) store(out + kPanel + j, widen_high<T>(pairs));
     }
 }
 template <>
