@@ -7,8 +7,9 @@
 // top-p and, with closeness to the entropy as the key, typical sampling: `border` finds it by bisection, and shrinks its
 // list as it goes. Where top-k leaves a short list everything else happens on that list. Else (`wide`) top-p
 // estimates its border from the block maxima and one more logit of each block, and the pass that sums the weights of
-// each chunk also sums those above two thresholds around the estimate. That says between which two the border lies,
-// and only the logits there are listed. The estimate decides how long that list is, never what the border is.
+// each chunk also sums those above two thresholds around the estimate, and lists the logits between them: where the border
+// lies there, as it nearly always does, no other pass follows. The estimate decides how long that list is, never what the
+// border is.
 //
 // The draw walks the chunks' sums, then one chunk. All sums have an order that the row's own length fixes.
 #include "cpu/sample.h"
@@ -25,18 +26,24 @@ namespace {
 constexpr int64_t kBlock = 64, kChunk = 1024, kBlocksPerChunk = kChunk / kBlock;
 constexpr int64_t kShort = 2048;  // rows up to this are one list from the start
 
-// exp(x) for x <= 0, within 2 units in the last place; never below exp(-87), so that sums need no care for denormals.
-VEC V exp_of_negative(V x) {
-  x = x < -87.0f ? set(-87.0f) : x;
-  const V shifted = fma(x, set(1.44269504088896341f), set(12582912.0f));
-  const V k = shifted - 12582912.0f, r = fma(k, set(-0.69314718056f), x);
-  V p = set(8.297619104e-3f);
-  p = fma(p, r, set(4.191563027e-2f));
-  p = fma(p, r, set(1.666757655e-1f));
-  p = fma(p, r, set(4.999889265e-1f));
-  p = fma(p, r, set(9.999996911e-1f));
-  p = fma(p, r, set(1.0f));
-  return as_float(as_int(p) + (as_int(shifted) << 23));
+// sum + exp(x) for x <= 0; never less than exp(-87), so that sums need no care for denormals.
+VEC V plus_exp(V sum, V x) {
+  V p, power;
+  exp_in_parts(max(set(-87.0f), x), p, power);
+  return fma(p, power, sum);
+}
+
+// Writes the lanes of v that are true, one after the other, and maybe what lies behind them up to p + W; their number.
+VEC int64_t put_lanes(float* p, V v, VI mask) {
+  const uint32_t lanes = bits(mask);
+#if __AVX512F__
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), v));
+#else
+  float all[W];
+  store(all, v);
+  for (uint32_t left = lanes; left; left &= left - 1) *p++ = all[__builtin_ctz(left)];
+#endif
+  return __builtin_popcount(lanes);
 }
 
 // Scratch memory for one row.
@@ -130,31 +137,32 @@ struct Row {
     m.bad[c] = (bits(raw_bad) != 0) | (bits(bad) != 0) << 1;
   }
 
-  // Sums of exp over the chunk, each relative to the chunk's own largest.
-  template <class U, class F>
-  void sum_chunk(int64_t c, const U* p, float reference, const F& f) const {
-    const float r = reference == -kInfinity ? 0.0f : reference;
-    each(c * kChunk, end_of(c), [&](int64_t i, int64_t n) { f(get_or_lowest(p + i, n), r); });
-  }
-
-  void sum_raw(int64_t c) const {
-    V s{};
-    sum_chunk(c, x, m.raw_max[c], [&](V v, float r) { s = s + exp_of_negative(v - r); });
-    m.raw[c] = sum(s);
-  }
-
-  void sum_weights(int64_t c, bool thresholds, float low, float high) const {
-    V all{}, above_low{}, above_high{};
-    sum_chunk(c, z, m.chunk_max[c], [&](V v, float r) {
-      const V w = exp_of_negative((v - r) * cold);
+  // Sums over the chunk, relative to its own largest, of exp(logit) and, where kWeights says so, of the weights; with
+  // kBand also of the weights above two thresholds, and the logits between these go to keys + c * kChunk.
+  template <bool kRaw, bool kWeights, bool kBand, class U>
+  void sum_chunk(int64_t c, const U* p, float largest, float low = 0, float high = 0) const {
+    const V reference = set(largest == -kInfinity ? 0.0f : largest);
+    V raw{}, all{}, above_low{}, above_high{};
+    float* listed = m.keys + c * kChunk;
+    each(c * kChunk, end_of(c), [&](int64_t i, int64_t n) {
+      const V v = get_or_lowest(p + i, n), x = v - reference;
+      if constexpr (kRaw) raw = plus_exp(raw, x);
+      if constexpr (!kWeights) return;
+      const V w = plus_exp(V{}, x * cold);
       all = all + w;
-      if (!thresholds) return;
-      above_low = above_low + select(v > low, w, V{});
-      above_high = above_high + select(v > high, w, V{});
+      if constexpr (!kBand) return;
+      const VI over_low = v > low, over_high = v > high;
+      above_low = above_low + select(over_low, w, V{});
+      above_high = above_high + select(over_high, w, V{});
+      listed += put_lanes(listed, v, over_low & ~over_high);
     });
-    m.all[c] = sum(all);
-    m.low[c] = sum(above_low);
-    m.high[c] = sum(above_high);
+    if constexpr (kRaw) m.raw[c] = sum(raw);
+    if constexpr (kWeights) m.all[c] = sum(all);
+    if constexpr (kBand) {
+      m.low[c] = sum(above_low);
+      m.high[c] = sum(above_high);
+      m.counts[c] = listed - (m.keys + c * kChunk);
+    }
   }
 
   // scale = exp((maxima - top) * factor); the total of sums * scale.
@@ -338,26 +346,25 @@ struct Row {
     double above = scaled_total(m.high);
     const float *base = nullptr, *sums[] = {m.high, m.low};
     float from = high, to = kInfinity;
+    bool listed = false;
     if (above >= target) {
       above = 0;
     } else {
       const double above_low = scaled_total(m.low);
-      base = above_low >= target ? sums[0] : sums[1];
-      from = above_low >= target ? low : -kInfinity;
-      to = above_low >= target ? high : low;
-      above = above_low >= target ? above : above_low;
+      listed = above_low >= target;
+      base = listed ? sums[0] : sums[1];
+      from = listed ? low : -kInfinity;
+      to = listed ? high : low;
+      above = listed ? above : above_low;
     }
     const float first = from == kInfinity ? from : unordered(ordered(from) + 1);
-    each_chunk([&](int64_t c) {
-      m.counts[c] = gather(c, first, to, c * kChunk);
-      weigh(c * kChunk, m.counts[c]);
-    });
+    if (!listed) each_chunk([&](int64_t c) { m.counts[c] = gather(c, first, to, c * kChunk); });
     int64_t n = 0;
     for (int64_t c = 0; c < chunks; c++) {
       std::memmove(m.keys + n, m.keys + c * kChunk, m.counts[c] * sizeof(float));
-      std::memmove(m.weights + n, m.weights + c * kChunk, m.counts[c] * sizeof(float));
       n += m.counts[c];
     }
+    weigh(0, n);
     const float t = n ? border_of(m.keys, m.weights, n, target - above) : to;
     for (int64_t c = 0, i = 0; c < chunks; c++) {
       V kept{};
@@ -417,8 +424,16 @@ struct Row {
     const bool same = wide && !altered && cold == 1;  // the weights are the exponentials of the logits
     float low = -kInfinity, high = -kInfinity;
     const auto sums = [&](int64_t c) {
-      if (wide) sum_weights(c, thresholds, low, high);
-      same ? void(m.raw[c] = m.all[c]) : sum_raw(c);
+      const float raw = m.raw_max[c], largest = m.chunk_max[c];
+      if (!wide || altered) sum_chunk<true, false, false>(c, x, raw);
+      if (!wide) return;
+      if (thresholds)
+        altered ? sum_chunk<false, true, true>(c, z, largest, low, high)
+                : sum_chunk<true, true, true>(c, z, largest, low, high);
+      else if (same)
+        sum_chunk<true, false, false>(c, z, largest), m.all[c] = m.raw[c];
+      else
+        altered ? sum_chunk<false, true, false>(c, z, largest) : sum_chunk<true, true, false>(c, z, largest);
     };
     each_chunk([&](int64_t c) {
       scan(c);
