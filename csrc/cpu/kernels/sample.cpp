@@ -33,9 +33,31 @@ VEC V plus_exp(V sum, V x) {
   return fma(p, power, sum);
 }
 
-// Writes the lanes of v that are true, one after the other, and maybe what lies behind them up to p + W; their number.
-VEC int64_t put_lanes(float* p, V v, VI mask) {
-  const uint32_t lanes = bits(mask);
+// Where v is above a border: the compiler would make whole vectors of the truth.
+VEC uint32_t lanes_above(V v, V border) {
+#if __AVX512F__
+  return _mm512_cmp_ps_mask(v, border, _CMP_GT_OQ);
+#else
+  return bits(v > border);
+#endif
+}
+VEC uint32_t lanes_not_finite(V v) {  // -infinity, which masks, is well
+#if __AVX512F__
+  return _mm512_cmp_ps_mask(v, set(kInfinity), _CMP_NLT_UQ);
+#else
+  return bits(~(v < kInfinity));
+#endif
+}
+VEC V add_above(V sum, V w, V v, V border) {
+#if __AVX512F__
+  return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(v, border, _CMP_GT_OQ), sum, w);
+#else
+  return sum + select(v > border, w, V{});
+#endif
+}
+
+// Writes these lanes of v, one after the other, and maybe what lies behind them up to p + W; their number.
+VEC int64_t put_lanes(float* p, V v, uint32_t lanes) {
 #if __AVX512F__
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), v));
 #else
@@ -111,30 +133,34 @@ struct Row {
     return max(v);
   }
 
-  // Copies the chunk's logits where they need to be changed or widened, and takes its maxima.
+  // Copies the chunk's logits where they need to be changed (kAltered) or widened, and takes its maxima.
+  template <bool kAltered>
   void scan(int64_t c) const {
     V raw = set(-kInfinity), chunk = set(-kInfinity);
-    VI raw_bad{}, bad{};
+    uint32_t raw_bad = 0, bad = 0;
     for (int64_t b = c * kBlocksPerChunk; b < (c + 1) * kBlocksPerChunk && b < blocks; b++) {
       V block = set(-kInfinity);
       const int64_t begin = b * kBlock, end = block_end(b);
       each(begin, end, [&](int64_t i, int64_t n) {
         V v = get_or_lowest(x + i, n);
-        raw_bad |= ~(v < kInfinity);
-        if (altered) raw = max(v, raw);
-        if (bias) v = v + get(bias + i, n);
-        bad |= ~(v < kInfinity);
-        if (copied) write(m.copy + i, v, n);
+        raw_bad |= lanes_not_finite(v);
+        if constexpr (kAltered) {
+          raw = max(v, raw);
+          if (bias) v = v + get(bias + i, n);
+          bad |= lanes_not_finite(v);
+        }
+        if (kAltered || !std::is_same_v<T, float>) write(m.copy + i, v, n);
         block = max(v, block);
       });
       chunk = max(block, chunk);
       m.block_max[b] = max(block);
-      const int64_t count = end - begin, at = b * 37 % count;
-      m.block_sample[b] = z[begin + (z[begin + at] == m.block_max[b] ? (at + 1) % count : at)];
+      const auto count = static_cast<uint32_t>(end - begin), at = static_cast<uint32_t>(b) * 37 % count;
+      const float sampled = z[begin + at];
+      m.block_sample[b] = sampled == m.block_max[b] ? z[begin + (at + 1 == count ? 0 : at + 1)] : sampled;
     }
     m.chunk_max[c] = max(chunk);
-    m.raw_max[c] = altered ? max(raw) : m.chunk_max[c];
-    m.bad[c] = (bits(raw_bad) != 0) | (bits(bad) != 0) << 1;
+    m.raw_max[c] = kAltered ? max(raw) : m.chunk_max[c];
+    m.bad[c] = (raw_bad != 0) | ((kAltered ? bad : raw_bad) != 0) << 1;
   }
 
   // Sums over the chunk, relative to its own largest, of exp(logit) and, where kWeights says so, of the weights; with
@@ -151,10 +177,9 @@ struct Row {
       const V w = plus_exp(V{}, x * cold);
       all = all + w;
       if constexpr (!kBand) return;
-      const VI over_low = v > low, over_high = v > high;
-      above_low = above_low + select(over_low, w, V{});
-      above_high = above_high + select(over_high, w, V{});
-      listed += put_lanes(listed, v, over_low & ~over_high);
+      above_low = add_above(above_low, w, v, set(low));
+      above_high = add_above(above_high, w, v, set(high));
+      listed += put_lanes(listed, v, lanes_above(v, set(low)) & ~lanes_above(v, set(high)));
     });
     if constexpr (kRaw) m.raw[c] = sum(raw);
     if constexpr (kWeights) m.all[c] = sum(all);
@@ -436,7 +461,7 @@ struct Row {
         altered ? sum_chunk<false, true, false>(c, z, largest) : sum_chunk<true, true, false>(c, z, largest);
     };
     each_chunk([&](int64_t c) {
-      scan(c);
+      altered ? scan<true>(c) : scan<false>(c);
       if (!split) sums(c);
     });
     uint8_t bad = 0;
