@@ -114,7 +114,7 @@ void recurrent_steps_backward(const char* op, int kind, bool reverse, const Tens
                               const TensorView& dproducts_or_none, const TensorView& dh0_or_none,
                               const TensorView& dc0_or_none);
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals, int64_t capacity);
-int64_t page_tile();  // a page holds a multiple of so many positions
+int64_t page_tile();                           // a page holds a multiple of so many positions
 void prefer_large_pages(const TensorView& t);  // of the system's memory, for what has just been allocated
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
                  const TensorView& positions);

@@ -25,8 +25,8 @@ INT8_GROUP, TILE = 32, 64
 
 
 def _parts(pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of int8 pages by tiles of positions, (pages, tiles, H, ..., 64, ...): the numbers by fours, those that are left
-    over, and the bytes of the scales."""
+    """Views of int8 pages by tiles of positions, (pages, tiles, H, ..., 64, ...): numbers by fours, the rest of them,
+    and the bytes of the scales."""
     dim, groups = _dim(pages)
     tiles = pages.view(len(pages), -1, pages.shape[2], TILE * pages.shape[3])
     fours, rest, scales = tiles.split([dim // 4 * 4 * TILE, dim % 4 * TILE, 2 * groups * TILE], -1)
