@@ -59,12 +59,16 @@ def _norm(centred: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _forward(centred, x, weight, bias, residual, eps, statistics):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.is_contiguous():
+        y = torch.empty_like(x)  # a memory format that is spelled out costs a call 0.2 us
+    else:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x = _rows(x)
     if residual is None:
-        _C.norm_forward(_rows(x), None, _whole(weight), _whole(bias), y, None, statistics, centred, eps)
+        _C.norm_forward(x, None, _whole(weight), _whole(bias), y, None, statistics, centred, eps)
         return y
     h = torch.empty_like(y)
-    _C.norm_forward(_rows(x), _rows(residual), _whole(weight), _whole(bias), y, h, statistics, centred, eps)
+    _C.norm_forward(x, _rows(residual), _whole(weight), _whole(bias), y, h, statistics, centred, eps)
     return y, h
 
 
