@@ -57,10 +57,12 @@ struct LinearCrossEntropyArgs {
   int64_t x_row, x_column, weight_row, weight_column;
   Loss loss;
   float* block;
-  float *losses, *total;   // losses may be null; total is unused for Reduction::none
-  const float* dloss;      // as above; null: 1
-  char* dx;                // rows x width, contiguous, or null
-  float *dweight, *dbias;  // classes x width, classes; contiguous, or null
+  float *losses, *total;  // losses may be null; total is unused for Reduction::none
+  const float* dloss;     // as above; null: 1
+  char* dx;               // rows x width, contiguous, or null
+  char* dweight;          // classes x width, contiguous, or null
+  DType dweight_dtype;    // float32, or, where one block holds all rows, x's
+  float* dbias;           // classes, or null
 };
 
 }  // namespace pyllm

@@ -119,13 +119,16 @@ void linear_cross_entropy(const TensorView& x, const TensorView& weight, const T
         x.shape_text());
   check_results(op, loss, losses, total, rows.count);
   if (dloss.present()) check_floats(op, "dloss", dloss, loss.reduction == Reduction::none ? rows.count : 1);
-  if (dx.present()) check_gradient(op, "dx", dx, x.dtype, x.numel());
-  if (dweight.present()) check_gradient(op, "dweight", dweight, DType::f32, classes * width);
-  if (dbias.present()) check_gradient(op, "dbias", dbias, DType::f32, classes);
-  const bool gradients = dx.present() || dweight.present() || dbias.present();
   check_dtype(op, "block", block, DType::f32);
   check_ndim(op, "block", block, 2);
   check_contiguous(op, "block", block);
+  if (dx.present()) check_gradient(op, "dx", dx, x.dtype, x.numel());
+  if (dweight.present()) {
+    const bool narrow = dweight.dtype == x.dtype && block.size(0) >= rows.count;
+    check_gradient(op, "dweight", dweight, narrow ? x.dtype : DType::f32, classes * width);
+  }
+  if (dbias.present()) check_gradient(op, "dbias", dbias, DType::f32, classes);
+  const bool gradients = dx.present() || dweight.present() || dbias.present();
   check(block.size(0) >= 1 &&
             (block.size(1) == classes || (!gradients && block.size(1) > 0 && block.size(1) % 4096 == 0)),
         "[", op, "] block must have ", classes, " columns, or without gradients a multiple of 4096, but got shape ",
@@ -141,8 +144,8 @@ void linear_cross_entropy(const TensorView& x, const TensorView& weight, const T
                                weight.step(1),    loss,
                                block.as<float>(), losses.as<float>(),
                                total.as<float>(), dloss.as<float>(),
-                               dx.data,           dweight.as<float>(),
-                               dbias.as<float>()});
+                               dx.data,           dweight.data,
+                               dweight.dtype,     dbias.as<float>()});
 }
 
 }  // namespace pyllm::ops

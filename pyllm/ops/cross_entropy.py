@@ -107,7 +107,7 @@ def _linear(x, weight, targets, bias, options, dloss=None, needed=(False, False,
     columns = classes if any(needed) else min(classes, 8192)
     block = memory.empty((max(1, -(-targets.numel() // blocks)), columns), torch.float32)
     dx = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
-    dweight = torch.empty(weight.shape, dtype=torch.float32) if needed[1] else None
+    dweight = torch.empty(weight.shape, dtype=x.dtype if blocks == 1 else torch.float32) if needed[1] else None
     dbias = torch.empty(classes, dtype=torch.float32) if needed[2] else None
     _C.linear_cross_entropy(x, weight, None if bias is None else bias.contiguous(), targets, block, losses, total,
                             dloss, dx, dweight, dbias, *options)  # fmt: skip

@@ -224,7 +224,7 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
   const float* bias = a.bias ? as_floats(a.bias, a.dtype, a.classes, buffer) : nullptr;
   const float count = divisor(a.loss, a.rows);
   const bool gradients = a.dx || a.dweight || a.dbias;
-  if (a.rows == 0 && a.dweight) std::memset(a.dweight, 0, a.classes * a.width * sizeof(float));
+  if (a.rows == 0 && a.dweight) std::memset(a.dweight, 0, a.classes * a.width * size_of(a.dweight_dtype));
   if (a.rows == 0 && a.dbias) std::memset(a.dbias, 0, a.classes * sizeof(float));
   for (int64_t r0 = 0; r0 < a.rows; r0 += a.block_rows) {
     const int64_t rows = std::min(a.block_rows, a.rows - r0);
@@ -256,8 +256,10 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
           write(a.dbias + j, s, n);
         }
       });
-    // Tile registers take bf16 by bf16 alone: the block's rows are rounded to it, each in its place.
-    const bool narrow = (a.dx || a.dweight) && a.dtype == DType::bf16 && cpu::has_amx();
+    // Tile registers take bf16 by bf16 alone: the block's rows are rounded to it, each in its place. For a few rows they
+    // do not pay.
+    constexpr int64_t kFew = 4;
+    const bool narrow = (a.dx || a.dweight) && a.dtype == DType::bf16 && cpu::has_amx() && rows >= kFew;
     if (narrow)
       parallel_for(rows, grain_for(a.classes), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
@@ -273,7 +275,7 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
     const int64_t step = narrow ? 2 * a.classes : a.classes;
     const Matrix dlogits{a.block, dtype, step, 1}, columns{a.block, dtype, 1, step};
     if (a.dx)
-      product_in_parts({rows,
+      gradient_product({rows,
                         a.width,
                         a.classes,
                         dlogits,
@@ -285,7 +287,8 @@ void linear_cross_entropy(const LinearCrossEntropyArgs& a) {
                         a.width,
                         false});
     if (a.dweight)
-      product_in_parts({a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, DType::f32, a.width, more});
+      gradient_product(
+          {a.classes, a.width, rows, columns, x, nullptr, nullptr, a.dweight, a.dweight_dtype, a.width, more});
   }
   if (a.loss.reduction != Reduction::none) *a.total = total_of(losses, a.rows, count);
 }
