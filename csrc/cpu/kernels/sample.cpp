@@ -33,12 +33,12 @@ VEC V plus_exp(V sum, V x) {
   return fma(p, power, sum);
 }
 
-// Where v is above a border: the compiler would make whole vectors of the truth.
-VEC uint32_t lanes_above(V v, V border) {
+// Lanes of v in (low, high]: the compiler would make whole vectors of the truth.
+VEC uint32_t lanes_between(V v, V low, V high) {
 #if __AVX512F__
-  return _mm512_cmp_ps_mask(v, border, _CMP_GT_OQ);
+  return _mm512_cmp_ps_mask(v, low, _CMP_GT_OQ) & ~_mm512_cmp_ps_mask(v, high, _CMP_GT_OQ);
 #else
-  return bits(v > border);
+  return bits((v > low) & ~(v > high));
 #endif
 }
 VEC uint32_t lanes_not_finite(V v) {  // -infinity, which masks, is well
@@ -61,6 +61,7 @@ VEC int64_t put_lanes(float* p, V v, uint32_t lanes) {
 #if __AVX512F__
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), v));
 #else
+  if (lanes == 0) return 0;
   float all[W];
   store(all, v);
   for (uint32_t left = lanes; left; left &= left - 1) *p++ = all[__builtin_ctz(left)];
@@ -179,7 +180,7 @@ struct Row {
       if constexpr (!kBand) return;
       above_low = add_above(above_low, w, v, set(low));
       above_high = add_above(above_high, w, v, set(high));
-      listed += put_lanes(listed, v, lanes_above(v, set(low)) & ~lanes_above(v, set(high)));
+      listed += put_lanes(listed, v, lanes_between(v, set(low), set(high)));
     });
     if constexpr (kRaw) m.raw[c] = sum(raw);
     if constexpr (kWeights) m.all[c] = sum(all);
