@@ -88,6 +88,7 @@ def _calls(functions: Mapping[str, Callable], tensors: Callable[[], Sequence[Ten
 def _call(f: Callable, tensors: Sequence[Tensor], mode: str) -> Callable[[], Any]:
     if mode == "forward":
         return functools.partial(f, *tensors)
+    _import_for_gradients()
     inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     leaves = [t for t in inputs if t.requires_grad]
 
@@ -102,6 +103,14 @@ def _call(f: Callable, tensors: Sequence[Tensor], mode: str) -> Callable[[], Any
         return torch.autograd.grad(outputs, leaves, gradients)
 
     return step
+
+
+@functools.cache
+def _import_for_gradients() -> None:
+    """The first gradient that is given lets torch import a good deal, which is the time of no provider."""
+    with torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        torch.autograd.grad([x * 1], [x], [torch.ones(1)])
 
 
 def measure(case: Case, *, seconds: float = 0.4, reference: bool = True) -> list[Row]:
