@@ -7,7 +7,7 @@
 // Keys go across the lanes by fours of elements, as pages have them; values' elements by fours of keys, for which they are
 // packed, once for all rows of a tile. To fetch blocks ahead brought nothing, whether at once, line by line or every second
 // line: of one row in memory that no cache has, the time is that of reading and that of computing, and large pages of
-// memory (see ops.new_pages) make the former 1.2 times as fast.
+// memory (see pyllm/ops/paging.py) make the former 1.2 times as fast.
 #pragma once
 #include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/bytes.h"
