@@ -40,6 +40,7 @@ class Bursts:
             more step, (rows, vocabulary), until the next call, that have not been drawn from.
         """
         if rows != self.rows:
+            self.took *= max(1.0, len(rows) / max(len(self.rows), 1))  # at most: a step of more takes longer
             self._gather(rows)
             self.count = max(1, int(seconds / self.took)) if self.took else 1
         continues, self.continued = rows is self.continued, None
