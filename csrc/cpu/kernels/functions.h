@@ -62,7 +62,7 @@ VEC V times_normal_power(V p, V shifted) {
 #if __AVX512F__
   return times_power(p, shifted);
 #else
-  return p * as_float((as_int(shifted) << 23) + as_int(set(1.0f)));
+  return p * as_float(wrapping_add(as_int(shifted) << 23, as_int(set(1.0f))));
 #endif
 }
 
@@ -99,7 +99,7 @@ VEC void exp_in_parts(V x, V& p, V& power) {
   VI table = as_int(powers);
   UNROLL for (int i = 0; i < W; i++) table[i] -= i << (23 - kBits);
   const V shifted = fma(x, set(1 / kStep), set(kShift)), r = fma(shifted - kShift, set(-kStep), x);
-  power = as_float(__builtin_shuffle(table, as_int(shifted)) + (as_int(shifted) << (23 - kBits)));
+  power = as_float(wrapping_add(__builtin_shuffle(table, as_int(shifted)), as_int(shifted) << (23 - kBits)));
   if constexpr (kDigits == Digits::rough) {
     p = fma(r, set(0.5f), set(1 + kMost * kMost / 8));
   } else {
@@ -110,7 +110,7 @@ VEC void exp_in_parts(V x, V& p, V& power) {
 #else
   V shifted;
   p = exp_near_zero(less_powers(x, shifted));
-  power = as_float((as_int(shifted) << 23) + as_int(set(1.0f)));
+  power = as_float(wrapping_add(as_int(shifted) << 23, as_int(set(1.0f))));
 #endif
 }
 

@@ -35,7 +35,8 @@ VEC void cut(V first, V second, char* out) {
     std::memcpy(out + part * kTileBytes, &words, sizeof words);
   };
   const V rest[2] = {first - upper(first), second - upper(second)};
-  const V middle[2] = {as_float(as_int(rest[0]) + 0x8000), as_float(as_int(rest[1]) + 0x8000)};
+  const VI half = set_int(0x8000);  // of the last bit that is kept
+  const V middle[2] = {as_float(wrapping_add(as_int(rest[0]), half)), as_float(wrapping_add(as_int(rest[1]), half))};
   put_words(kHigh, first, second);
   put_words(kMiddle, middle[0], middle[1]);
   put_words(kLow, rest[0] - upper(middle[0]), rest[1] - upper(middle[1]));

@@ -40,6 +40,10 @@ VEC V set(float x) { return x - V{}; }
 VEC VI set_int(int32_t x) { return x - VI{}; }
 VEC VI as_int(V x) { return reinterpret_cast<VI>(x); }
 VEC V as_float(VI x) { return reinterpret_cast<V>(x); }
+VEC VI wrapping_add(VI a, VI b) {  // modulo 2^32: for numbers' bits, where lanes that are not used may overflow
+  using VU = uint32_t __attribute__((vector_size(W * 4)));
+  return reinterpret_cast<VI>(reinterpret_cast<VU>(a) + reinterpret_cast<VU>(b));
+}
 VEC V select(VI mask, V yes, V no) { return mask ? yes : no; }
 VEC VI lane_index() {
   VI i;
@@ -230,7 +234,7 @@ VEC VI round_bf16(V v) {  // the number's bits in the upper half of each lane; N
   constexpr int kQuietNan = 0x22;  // of v, in place of what was rounded, where v is NaN
   return reinterpret_cast<VI>(_mm512_fixupimm_ps(_mm512_castsi512_ps(rounded), v, _mm512_set1_epi32(kQuietNan), 0));
 #else
-  const VI bits = as_int(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VI bits = as_int(v), rounded = wrapping_add(bits, ((bits >> 16) & 1) + 0x7fff);
   return v == v ? rounded : bits | 0x400000;
 #endif
 }
