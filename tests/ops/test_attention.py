@@ -374,6 +374,17 @@ def test_int8_pages_agree_in_steps(dim, heads, kernels):
             assert torch.equal(step.nan_to_num(7), full[:, row].nan_to_num(7))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_stays_in_its_row_over_int8_pages(bad, kernels):
+    q, k, v = qkv(1, 40, 128, 4, 2, 64).values()
+    given = {"page_table": torch.tensor([[1, 0]], dtype=torch.int32), "key_lengths": torch.tensor([128])}
+    (k, _), (v, _) = (int8_pages(t, given["page_table"], 2) for t in (k, v))
+    expected = ops.attention(q, k, v, **given)
+    q[0, 7, 1, 3] = bad
+    expected[0, 7, 1] = float("nan")
+    torch.testing.assert_close(ops.attention(q, k, v, **given), expected, atol=0, rtol=0, equal_nan=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 40])

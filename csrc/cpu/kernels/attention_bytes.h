@@ -95,6 +95,7 @@ void pack_byte_query(const AttentionArgs& a, const T* x, int64_t row, const Byte
       bad |= not_finite(values[i]);
     }
     const WholeScale scale = whole_scale(largest, bad, kQuerySteps);
+    if (bits(bad)) std::fill_n(values, kInt8Group / W, V{});  // whose sums as whole numbers would overflow
     for (int64_t i = 0; i < kInt8Group / W; i++) {
       const VI whole = to_whole(values[i], scale.up), high = (whole + 128) >> 8;
       total = total + whole;
