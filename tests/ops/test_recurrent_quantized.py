@@ -156,7 +156,7 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"\[gru\] w_hh must have shape \(15, 5\), but got \(14, 5\)"):
         ops.gru(x, [params[0], pack(params[1][1:]), *params[2:]])
     other = pack(params[1])
-    other = ops.PackedQuantizedWeight(other._panels_of(8), *other.layout, other.shape)
+    other = ops.PackedQuantizedWeight(other._panels_of(2 * other.width), *other.layout, other.shape)
     with pytest.raises(ValueError, match=r"\[gru\] w_hh must be packed for .*: pack it again"):
         ops.gru(x, [params[0], other, *params[2:]])
     with pytest.raises(TypeError, match=r"\[gru\] params\[0\] must be a torch.Tensor, but got QuantizedWeight"):
