@@ -44,18 +44,25 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
   const bool summed = !out.on_tiles || (w.has_minimums && !w.in_units());
   for (int64_t s = 0; s < out.spans; s++) {
     const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
-    V largest{}, bad{};
-    for (int64_t j = 0; j < filled; j += W) {
-      const V v = count - j >= W ? load(x + s * size + j) : count > j ? load_n(x + s * size + j, count - j) : V{};
-      store(block + j, v);
-      largest = max(abs(v), largest);
-      bad = bad + v * 0.0f;
-    }
-    const float most = max(largest), scale = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-    const bool finite = !bits(bad != V{});
-    for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(block + j) * inverse : V{});
+    const auto quantize = [&](const auto* values) {
+      V largest{}, bad{};
+      for (int64_t j = 0; j < filled; j += W) {
+        const V v = load(values + j);
+        largest = max(abs(v), largest);
+        bad = bad + v * 0.0f;
+      }
+      const float most = max(largest);
+      const V inverse = set(most > 1e-30f ? 127.0f / most : 0.0f);
+      const bool finite = !bits(bad != V{});
+      for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(values + j) * inverse : V{});
+      return finite ? most / 127.0f : __builtin_nanf("");
+    };
+    if (count < size)
+      for (int64_t j = 0; j < filled; j += W)
+        store(block + j, count > j ? get(x + s * size + j, std::min<int64_t>(W, count - j)) : V{});
+    const float scale = count < size ? quantize(block) : quantize(x + s * size);
     const int64_t at = out.at(row, s);
-    out.scales[at] = finite ? scale : __builtin_nanf("");
+    out.scales[at] = scale;
     for (int64_t begin = 0; begin < filled && summed; begin += part) {
       int32_t total = 0;
       for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += bytes[j];
@@ -217,37 +224,19 @@ void run(const QuantizedLinearArgs& p) {
     p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
   });
 
-  const int64_t n = w.n, panels = (n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
-  const int64_t step = on_tiles ? tile_rows(w) : kRows;
-  const int64_t height =
-      std::max<int64_t>(1, (on_tiles ? 1 << 20 : 3 << 16) / (row_bytes + 4 * spans + 8 * parts + 1) / step) * step;
+  if (on_tiles) return quantized_linear_on_tiles(p, x);
+  const int64_t panels = (w.n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
+  const int64_t height = std::max<int64_t>(1, (3 << 16) / (row_bytes + 4 * spans + 8 * parts + 1) / kRows) * kRows;
   const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
   parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
-    auto* wide = on_tiles ? static_cast<char*>(cpu::scratch(wide_panel_bytes(w), 1)) : nullptr;
     for (int64_t i0 = 0; i0 < p.m; i0 += height)
-      for (int64_t panel = begin; panel < end; panel++) {
-        const char* packed = p.panels + panel * panel_bytes;
-        if (on_tiles) widen_panel(w, packed, wide);
-        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += step) {
-          alignas(64) float sums[std::max<int64_t>(kRows, 2 * kTileRows) * kPanel];
-          const int64_t rows = std::min(step, i1 - i), j = panel * kPanel;
-          for (int64_t r = 0; r < rows && on_tiles; r++)  // what is written comes to the cache meanwhile
-            for (int64_t byte = 0; byte < std::min(kPanel, n - j) * size_of(p.dtype); byte += 64)
-              __builtin_prefetch(p.c + ((i + r) * n + j) * size_of(p.dtype) + byte, 1);
-          on_tiles ? quantized_tiles(w, x, i, wide, sums)
-                   : tile_of<kBits, kGroup, kDot>(w, rows)(w, x, i, packed, sums);
-          with_dtype(p.dtype, [&](auto* tag) {
-            const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
-            auto* c = reinterpret_cast<decltype(tag)>(p.c);
-            for (int64_t r = 0; r < rows; r++)
-              for (int64_t at = j; at < std::min(j + kPanel, n); at += W) {
-                const int64_t live = std::min<int64_t>(W, n - at);
-                const V v = load(sums + r * kPanel + at - j);
-                write(c + (i + r) * n + at, bias ? v + get(bias + at, live) : v, live);
-              }
-          });
+      for (int64_t panel = begin; panel < end; panel++)
+        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += kRows) {
+          alignas(64) float sums[kRows * kPanel];
+          const int64_t rows = std::min<int64_t>(kRows, i1 - i);
+          tile_of<kBits, kGroup, kDot>(w, rows)(w, x, i, p.panels + panel * panel_bytes, sums);
+          write_sums(p, sums, i, rows, panel * kPanel);
         }
-      }
   });
 }
 

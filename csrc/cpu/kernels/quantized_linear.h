@@ -48,11 +48,35 @@ struct QuantizedRows {
   }
 };
 
-// tile_rows() rows from `row` on, a multiple of it, by one panel widened by `widen_panel`, on the tile registers (amx): fp32
-// sums to out (tile_rows() x kPanel), with the bits that any other kernel gives.
+namespace {
+
+// `rows` rows of sums (x kPanel) from row i and column j on, to the result.
+[[maybe_unused]] void write_sums(const QuantizedLinearArgs& p, const float* sums, int64_t i, int64_t rows, int64_t j) {
+  const int64_t n = p.weight.n;
+  with_dtype(p.dtype, [&](auto* tag) {
+    const auto* bias = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.bias));
+    auto* c = reinterpret_cast<decltype(tag)>(p.c);
+    const int64_t columns = std::min(kPanel, n - j), low = std::min<int64_t>(W, columns), high = columns - low;
+    V add[2] = {};
+    if (bias) add[0] = get(bias + j, low), add[1] = high ? get(bias + j + W, high) : V{};
+    c += i * n + j;
+    for (int64_t r = 0; r < rows; r++, c += n, sums += kPanel) {
+      const V v[2] = {load(sums) + add[0], load(sums + W) + add[1]};
+      if (columns == kPanel) {
+        store(c, v[0]), store(c + W, v[1]);
+      } else {
+        write(c, v[0], low);
+        if (high) write(c + W, v[1], high);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// The product on the tile registers (amx), of x with on_tiles and rows filled up to a multiple of tile_rows(): with the
+// bits that any other kernel gives.
 constexpr int64_t tile_rows(const QuantizedWeight& w) { return w.span > 1 ? 2 * kTileRows : kTileRows; }
-int64_t wide_panel_bytes(const QuantizedWeight& w);
-void widen_panel(const QuantizedWeight& w, const char* panel, char* out);
-void quantized_tiles(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out);
+void quantized_linear_on_tiles(const QuantizedLinearArgs& p, const QuantizedRows& x);
 
 }  // namespace pyllm::ISA

@@ -21,6 +21,16 @@ namespace {
 
 int64_t value_bytes(const QuantizedWeight& w) { return round_up(w.groups, w.span > 1 ? 2 : 1) * w.group * kPanel; }
 
+// Rows of a result that are written next: asked for in parts, since many at once would have to wait for each other.
+struct Output {
+  char* next;
+  int64_t step, rows, bytes, asked = 0, part = 0;
+  VEC void ask_for_part(int64_t parts) {
+    for (part++; asked * parts < rows * part; asked++, next += step)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 1);
+  }
+};
+
 constexpr int64_t kUnderWay = 4;  // groups: what tiles store is late for a load that follows at once
 
 // 16 rows by 16 columns of one group, in whole numbers.
@@ -44,8 +54,8 @@ VEC void add(V (&total)[kTileRows], const int32_t* whole, const float* x_scales,
 }
 
 template <bool kUnsigned, bool kMinimums>
-void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char* panel, int64_t values, float* out) {
-  const TileShapes shapes(kTileSide, static_cast<int>(group_size / 4));
+void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char* panel, int64_t values, Output& output,
+             float* out) {
   const int64_t tile_bytes = group_size * kTileSide, groups = x.spans, row_bytes = x.bytes;
   alignas(64) int32_t sums[kUnderWay][kTileRows * W];
   for (int64_t half = 0; half < 2; half++) {
@@ -59,6 +69,7 @@ void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char
       if (g < groups) {
         multiply<kUnsigned>(left, row_bytes, right, sums[g % kUnderWay]);
         left += group_size, right += 2 * tile_bytes;
+        if (half == 0) output.ask_for_part(groups);
       }
       if (g < kUnderWay - 1) continue;
       add<kMinimums>(total, sums[(g + 1) % kUnderWay], x_scales, x_sums, scales, minimums);
@@ -70,9 +81,8 @@ void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char
 
 constexpr int64_t kLong = 64;  // of k in a tile
 
-// The whole sums of 32 rows by a panel's columns, over `steps` tiles.
-VEC void multiply_span(const int8_t* left, int64_t row_bytes, const char* right, int64_t steps, int32_t* sums) {
-  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+// Steps along k, of 32 rows by a panel's columns.
+VEC void multiply_steps(const int8_t* left, int64_t row_bytes, const char* right, int64_t steps) {
   for (int64_t s = 0; s < steps; s++, left += kLong, right += 2 * kTileBytes) {
     load_tile<4>(left, row_bytes);
     load_tile<6>(right, 64);
@@ -83,39 +93,54 @@ VEC void multiply_span(const int8_t* left, int64_t row_bytes, const char* right,
     dot_byte_tiles<2, 5, 6, false>();
     dot_byte_tiles<3, 5, 7, false>();
   }
+}
+
+VEC void store_sums(int32_t* sums) {
   constexpr int64_t bytes = kPanel * sizeof(int32_t);
   store_tile<0>(sums, bytes), store_tile<1>(sums + W, bytes);
   store_tile<2>(sums + kTileRows * kPanel, bytes), store_tile<3>(sums + kTileRows * kPanel + W, bytes);
 }
 
+// Whole sums of a span join those in fp32, of 16 rows.
 template <bool kUnits>
-void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
-  const TileShapes shapes(kTileSide, kLong / 4);
+VEC void add_span(const int32_t* whole, const V (&scale)[2], const float* x_scales, float* out) {
+  UNROLL for (int64_t r = 0; r < kTileRows; r++) UNROLL for (int64_t half = 0; half < 2; half++) {
+    const int64_t at = r * kPanel + half * W;
+    const V sum = __builtin_convertvector(load_lanes(whole + at), V);
+    if constexpr (kUnits)
+      store(out + at, fma(sum * scale[half], set(x_scales[r]), load(out + at)));
+    else
+      store(out + at, fma(sum, scale[half] * x_scales[r], load(out + at)));
+  }
+}
+
+// A span's products, and between their halves what the last one's add up to.
+template <bool kUnits>
+void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Output& output,
+           float* out) {
   alignas(64) int32_t sums[2][2 * kTileRows * kPanel];
   const auto* scales = reinterpret_cast<const float*>(panel + value_bytes(w));
+  const float* x_scales = x.scales + row * x.spans;
   const int8_t* left = x.values + row * x.bytes;
   const int64_t long_steps = w.span / 2, all_steps = (w.groups + 1) / 2;
   std::memset(static_cast<void*>(out), 0, 2 * kTileRows * kPanel * sizeof(float));
   for (int64_t s = 0; s <= x.spans; s++) {
-    if (s < x.spans) {
-      const int64_t done = s * long_steps;
-      multiply_span(left + done * kLong, x.bytes, panel + done * 2 * kTileBytes, std::min(long_steps, all_steps - done),
-                    sums[s % 2]);
-    }
-    if (s == 0) continue;
-    const int32_t* whole = sums[(s - 1) % 2];
+    const int64_t steps = std::min(long_steps, all_steps - s * long_steps);  // of the last span, fewer; after it, none
     const V scale[2] = {load(scales + (s - 1) * kPanel), load(scales + (s - 1) * kPanel + W)};
+    if (s < x.spans) zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
     for (int64_t upper = 0; upper < 2; upper++) {
-      const float* x_scales = x.scales + (row + upper * kTileRows) * x.spans + (s - 1) * kTileRows;
-      UNROLL for (int64_t r = 0; r < kTileRows; r++) UNROLL for (int64_t half = 0; half < 2; half++) {
-        const int64_t at = (upper * kTileRows + r) * kPanel + half * W;
-        const V sum = __builtin_convertvector(load_lanes(whole + at), V);
-        if constexpr (kUnits)
-          store(out + at, fma(sum * scale[half], set(x_scales[r]), load(out + at)));
-        else
-          store(out + at, fma(sum, scale[half] * x_scales[r], load(out + at)));
+      const int64_t part = upper == 0 ? (steps + 1) / 2 : steps / 2;
+      if (s < x.spans) {
+        multiply_steps(left, x.bytes, panel, part);
+        left += part * kLong, panel += part * 2 * kTileBytes;
+        output.ask_for_part(2 * x.spans);
       }
+      if (s > 0)
+        add_span<kUnits>(sums[(s - 1) % 2] + upper * kTileRows * kPanel, scale,
+                         x_scales + upper * kTileRows * x.spans + (s - 1) * kTileRows,
+                         out + upper * kTileRows * kPanel);
     }
+    if (s < x.spans) store_sums(sums[s % 2]);
   }
 }
 
@@ -161,8 +186,6 @@ void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
   }
 }
 
-}  // namespace
-
 int64_t wide_panel_bytes(const QuantizedWeight& w) {
   return value_bytes(w) + w.groups * kPanel * static_cast<int64_t>(sizeof(float)) * (w.has_minimums ? 2 : 1);
 }
@@ -201,18 +224,45 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
   }
 }
 
-void quantized_tiles(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
-  if (w.span > 1) return (w.in_units() ? spans<true> : spans<false>)(w, x, row, panel, out);
+void multiply_rows(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Output& output,
+                   float* out) {
+  if (w.span > 1) return (w.in_units() ? spans<true> : spans<false>)(w, x, row, panel, output, out);
   const int64_t values = value_bytes(w);
-  if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, out);
-  (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, out);
+  if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, output, out);
+  (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, output, out);
+}
+
+constexpr int64_t kWideBytes = 1 << 19;  // of widened panels, which stay in the second-level cache while rows pass by
+
+}  // namespace
+
+void quantized_linear_on_tiles(const QuantizedLinearArgs& p, const QuantizedRows& x) {
+  const QuantizedWeight& w = p.weight;
+  const int64_t panels = (w.n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
+  const int64_t wide_bytes = round_up(wide_panel_bytes(w), 64), step = tile_rows(w), size = size_of(p.dtype);
+  const int64_t most = p.m <= step ? 1 : std::clamp<int64_t>(kWideBytes / wide_bytes, 1, panels);
+  const int64_t pieces = std::min(panels, std::max<int64_t>(4 * cpu::num_threads(), (panels + most - 1) / most));
+  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
+    const TileShapes shapes(kTileSide, static_cast<int>((w.span > 1 ? kLong : w.group) / 4));
+    auto* wide = static_cast<char*>(cpu::scratch(most * wide_bytes, 1));
+    alignas(64) float sums[2 * kTileRows * kPanel];
+    for (int64_t first = panels * begin / pieces, last = panels * end / pieces; first < last; first += most) {
+      const int64_t count = std::min(most, last - first);
+      for (int64_t j = 0; j < count; j++) widen_panel(w, p.panels + (first + j) * panel_bytes, wide + j * wide_bytes);
+      for (int64_t i = 0; i < p.m; i += step)
+        for (int64_t j = 0; j < count; j++) {
+          const int64_t rows = std::min(step, p.m - i), column = (first + j) * kPanel;
+          Output output = {p.c + (i * w.n + column) * size, w.n * size, rows, std::min(kPanel, w.n - column) * size};
+          multiply_rows(w, x, i, wide + j * wide_bytes, output, sums);
+          write_sums(p, sums, i, rows, column);
+        }
+    }
+  });
 }
 
 #else
 
-int64_t wide_panel_bytes(const QuantizedWeight&) { return 0; }
-void widen_panel(const QuantizedWeight&, const char*, char*) {}
-void quantized_tiles(const QuantizedWeight&, const QuantizedRows&, int64_t, const char*, float*) {}
+void quantized_linear_on_tiles(const QuantizedLinearArgs&, const QuantizedRows&) {}
 
 #endif
 
