@@ -1,6 +1,7 @@
 #include "cpu/quantized_linear.h"
 
 #include "cpu/linear.h"
+#include "cpu/pages.h"
 #include "cuda/quantized_linear.h"
 #include "ops/ops.h"
 #include "ops/packed_weight.h"
@@ -74,6 +75,7 @@ void pack_quantized(const TensorView& values, const TensorView& scales, const Te
               weight.group_bytes(panel_width()));
   check_contiguous(op, "panels", panels);
   check_writable(op, "panels", panels);
+  cpu::prefer_large_pages(panels.data, panels.numel());
   pyllm::pack_quantized({weight, values.as<uint8_t>(), scales.data, minimums.data, panels.data});
   check_whole(op, weight, panels.data);
 }

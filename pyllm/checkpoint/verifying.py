@@ -12,6 +12,7 @@ from torch import Tensor
 from pyllm.checkpoint.files import CheckpointError, short
 from pyllm.checkpoint.loading import load
 from pyllm.models import Model, Pair
+from pyllm.nn.evaluating import evaluating
 from pyllm.text import Tokenizer
 
 _TEXTS = (
@@ -91,12 +92,8 @@ def _check_weights(model: Model, again: Model) -> None:
 def _check_logits(model: Model, again: Model) -> None:
     width = min(32, model.context_length or 32)
     ids = (torch.arange(2 * width) * 7919 % model.vocab_size).view(2, width)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         expected = _outputs(model, ids.to(next(model.parameters()).device)).double().cpu()
-    finally:
-        model.train(training)
     found = _outputs(again, ids).double()
     spread = (expected - expected.mean()).square().mean().sqrt().item()
     error = (found - expected).square().mean().sqrt().item()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pyllm import _C
 from pyllm.engine.budget import new_pool
 from pyllm.engine.trials import run_trials
 from pyllm.models import Model, Pair
+from pyllm.nn.evaluating import evaluating
 
 
 @dataclass
@@ -67,10 +69,9 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
     def state(lengths: Tensor = full):
         return model.begin(source, lengths, length)[0]
 
-    was_training = model.training
-    model.eval()
     threads = _C.num_threads()
-    try:
+    with evaluating(model), contextlib.ExitStack() as after:
+        after.callback(_C.set_num_threads, threads)
         whole = _outputs(model, [given()], None)
         found = []
         ways = {str(size): [size] * (length // size) for size in (1, 7, 64) if size == 1 or size < length}
@@ -95,9 +96,6 @@ def check(model: Model, *, length: int = 40, batch_size: int = 3, trials: int = 
         if not any(found) and _has_engine(model):
             first = run_trials(model, trials, neighbours, seed, progress)
             found.append(None if first is None else Difference(first[0], "", 0, *first[1:]))
-    finally:
-        _C.set_num_threads(threads)
-        model.train(was_training)
     return [d for d in found if d is not None]
 
 

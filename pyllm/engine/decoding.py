@@ -12,6 +12,7 @@ from pyllm.engine.capture import Captured
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.sampling import Sampler
 from pyllm.models import Model
+from pyllm.nn.evaluating import evaluating
 
 AT_ONCE = 0.03  # seconds of steps that are run in one call, so that a text still streams and Ctrl-C is heard
 
@@ -103,23 +104,20 @@ def _many_at_once(program, sample, ids: Tensor, ended: Tensor, steps: int, stop_
 @torch.no_grad()
 def why_unrecorded(model: Model) -> str | None:
     """What keeps the model's step from being recorded, so that it decodes more slowly; None if nothing does."""
-    was_training = model.training
-    model.eval()
     try:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        state, _, _ = model.begin(ids, torch.ones_like(ids[0]), 2)
+        with evaluating(model):
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            state, _, _ = model.begin(ids, torch.ones_like(ids[0]), 2)
 
-        def step() -> Tensor:
-            return model.head(model.hidden(ids, state)[:, 0])
+            def step() -> Tensor:
+                return model.head(model.hidden(ids, state)[:, 0])
 
-        if ids.is_cuda:
-            step()
-            Captured(step, [], ids.device)
-        else:
-            with Recording():
+            if ids.is_cuda:
                 step()
+                Captured(step, [], ids.device)
+            else:
+                with Recording():
+                    step()
     except NotRecordable as reason:
         return str(reason)
-    finally:
-        model.train(was_training)
     return None

@@ -11,6 +11,7 @@ import torch
 from pyllm.engine.decoding import decode
 from pyllm.engine.sampling import Sampler, SamplingParams
 from pyllm.models import Model
+from pyllm.nn.evaluating import evaluating
 from pyllm.text import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -113,9 +114,7 @@ def generate_ids(model: Model, prompts: Sequence[Sequence[int]], params: Samplin
 
 @torch.no_grad()
 def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: frozenset[int]):
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         # 1. All prompts at once, padded on the right.
         lengths = torch.tensor([len(p) for p in prompts], device=model.device)
         ids = torch.nn.utils.rnn.pad_sequence(
@@ -132,8 +131,6 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
             live = [l and i not in stop_ids for i, l in zip(step, live, strict=True)]
             if not any(live):
                 return
-    finally:
-        model.train(was_training)
 
 
 class TextStream:

@@ -13,6 +13,7 @@ from pyllm import ops
 from pyllm.data import SequenceLoader
 from pyllm.models import Model
 from pyllm.nn import RecurrentState
+from pyllm.nn.evaluating import evaluating
 
 IGNORED = -100  # a target that does not count, as in torch
 Inputs = Tensor | Mapping[str, Any]  # ids, or all arguments of a model by name
@@ -125,11 +126,9 @@ def test(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], criter
     Raises:
         ValueError: the loader gives no target that counts.
     """
-    make_state, was_training = state_to_carry(model, loader, carry_state), model.training
-    device = device_of(model)
-    model.eval()
+    make_state, device = state_to_carry(model, loader, carry_state), device_of(model)
     loss, right, tokens, state = 0.0, 0, 0, None
-    try:
+    with evaluating(model):
         for inputs, targets in loader:
             if make_state:
                 state = next_state(make_state, state, len(inputs))
@@ -142,8 +141,6 @@ def test(model: torch.nn.Module, loader: Iterable[tuple[Inputs, Tensor]], criter
                 loss += float(mean) * count
                 right += int(((logits.argmax(-1) == flat) & kept).sum())
                 tokens += count
-    finally:
-        model.train(was_training)
     if not tokens:
         raise ValueError("the loader gave no target to score")
     return Metrics(loss / tokens, right / tokens, tokens)

@@ -66,6 +66,9 @@ def test_end_of_text_ends_one_and_not_the_others(made):
 def test_generation_leaves_the_model_as_it_was(made):
     model, tokenizer = made
     model.train()
+    frozen = next(iter(model.children())).eval()
+    list(generate_ids(model, [[4]], max_tokens=2))
+    assert model.training and not frozen.training
     pyllm.generate(model, tokenizer, "the", max_tokens=2)
     assert model.training and all(p.grad is None for p in model.parameters())
 

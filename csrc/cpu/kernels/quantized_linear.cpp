@@ -38,12 +38,14 @@ enum class Dot { vnni, pairs, halves };
 template <int kGroup, class T>
 void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, const QuantizedRows& out, int64_t row) {
   alignas(64) float block[kMostSpan * kGroup];
-  alignas(64) int8_t bytes[kMostSpan * kGroup];
+  alignas(64) int8_t block_bytes[kMostSpan * kGroup];
   const int64_t size = w.span * kGroup, part = w.in_units() ? kGroup : size;
   const int offset = w.has_minimums ? 0 : 1 << (w.bits - 1);
   const bool summed = !out.on_tiles || (w.has_minimums && !w.in_units());
   for (int64_t s = 0; s < out.spans; s++) {
     const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
+    int8_t* const to = out.values + row * out.bytes + s * (dot == Dot::halves ? 2 * size : size);
+    int8_t* const bytes = dot == Dot::halves ? block_bytes : to;
     const auto quantize = [&](const auto* values) {
       V largest{}, bad{};
       for (int64_t j = 0; j < filled; j += W) {
@@ -66,16 +68,11 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
     for (int64_t begin = 0; begin < filled && summed; begin += part) {
       int32_t total = 0;
       for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += bytes[j];
-      const int64_t to = w.in_units() ? row * out.parts + s * w.span + begin / part : at;
-      out.sums[to] = static_cast<float>(total) * (w.in_units() ? 1.0f : out.scales[at]);
-      out.starts[to] = -offset * total;
+      const int64_t place = w.in_units() ? row * out.parts + s * w.span + begin / part : at;
+      out.sums[place] = static_cast<float>(total) * (w.in_units() ? 1.0f : out.scales[at]);
+      out.starts[place] = -offset * total;
     }
-    int8_t* to = out.values + row * out.bytes + s * (dot == Dot::halves ? 2 * size : size);
-    if (dot != Dot::halves) {
-      std::memcpy(to, bytes, filled);
-      continue;
-    }
-    for (int64_t q = 0; q < filled / 4; q++) {
+    for (int64_t q = 0; dot == Dot::halves && q < filled / 4; q++) {
       const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
       std::memcpy(to + 8 * q, halves, 8);
     }

@@ -6,6 +6,10 @@
 // along k, four at a time, and the fp32 sums wait in memory. A weight in units is widened to whole numbers of these: two of
 // its values by their group's multiple in one product of 16 bits.
 //
+// Rows pass by as many widened panels as half the second-level cache holds, so that a row's results are written side by
+// side; by one panel, if they are no more than a tile's. What is read and written next is asked for a few lines at a time:
+// 32 at once held up the tiles' own loads. Of its time, the sums' way through memory and their scaling takes half.
+//
 // A wide panel: [group][half of its columns][quad][16 columns][4], then scales, [group][kPanel], then minimums likewise. Of
 // spans, two groups lie as one, and scales, or units, are [span][kPanel].
 #include "cpu/kernels/quantized_linear.h"
@@ -21,13 +25,20 @@ namespace {
 
 int64_t value_bytes(const QuantizedWeight& w) { return round_up(w.groups, w.span > 1 ? 2 : 1) * w.group * kPanel; }
 
-// Rows of a result that are written next: asked for in parts, since many at once would have to wait for each other.
-struct Output {
-  char* next;
-  int64_t step, rows, bytes, asked = 0, part = 0;
-  VEC void ask_for_part(int64_t parts) {
-    for (part++; asked * parts < rows * part; asked++, next += step)
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 1);
+// What is asked for while rows are multiplied: where their sums will be written, and the panels that are widened next. In
+// parts, as many at once would have to wait for each other.
+struct Ahead {
+  int64_t parts;  // of a block of rows by a panel
+  const char *weight, *weight_end;
+  int64_t weight_step;  // bytes, a part
+  char* out = nullptr;
+  int64_t out_step = 0, rows = 0, row_bytes = 0, asked = 0, part = 0;
+
+  VEC void ask_for_part() {
+    for (part++; asked * parts < rows * part; asked++, out += out_step)
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(out + byte, 1);
+    for (const char* end = std::min(weight + weight_step, weight_end); weight < end; weight += 64)
+      __builtin_prefetch(weight, 0, 2);
   }
 };
 
@@ -54,7 +65,7 @@ VEC void add(V (&total)[kTileRows], const int32_t* whole, const float* x_scales,
 }
 
 template <bool kUnsigned, bool kMinimums>
-void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char* panel, int64_t values, Output& output,
+void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char* panel, int64_t values, Ahead& ahead,
              float* out) {
   const int64_t tile_bytes = group_size * kTileSide, groups = x.spans, row_bytes = x.bytes;
   alignas(64) int32_t sums[kUnderWay][kTileRows * W];
@@ -69,7 +80,7 @@ void squares(const QuantizedRows& x, int64_t row, int64_t group_size, const char
       if (g < groups) {
         multiply<kUnsigned>(left, row_bytes, right, sums[g % kUnderWay]);
         left += group_size, right += 2 * tile_bytes;
-        if (half == 0) output.ask_for_part(groups);
+        if (half == 0) ahead.ask_for_part();
       }
       if (g < kUnderWay - 1) continue;
       add<kMinimums>(total, sums[(g + 1) % kUnderWay], x_scales, x_sums, scales, minimums);
@@ -116,8 +127,7 @@ VEC void add_span(const int32_t* whole, const V (&scale)[2], const float* x_scal
 
 // A span's products, and between their halves what the last one's add up to.
 template <bool kUnits>
-void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Output& output,
-           float* out) {
+void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Ahead& ahead, float* out) {
   alignas(64) int32_t sums[2][2 * kTileRows * kPanel];
   const auto* scales = reinterpret_cast<const float*>(panel + value_bytes(w));
   const float* x_scales = x.scales + row * x.spans;
@@ -133,7 +143,7 @@ void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const 
       if (s < x.spans) {
         multiply_steps(left, x.bytes, panel, part);
         left += part * kLong, panel += part * 2 * kTileBytes;
-        output.ask_for_part(2 * x.spans);
+        ahead.ask_for_part();
       }
       if (s > 0)
         add_span<kUnits>(sums[(s - 1) % 2] + upper * kTileRows * kPanel, scale,
@@ -224,12 +234,12 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
   }
 }
 
-void multiply_rows(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Output& output,
+void multiply_rows(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, Ahead& ahead,
                    float* out) {
-  if (w.span > 1) return (w.in_units() ? spans<true> : spans<false>)(w, x, row, panel, output, out);
+  if (w.span > 1) return (w.in_units() ? spans<true> : spans<false>)(w, x, row, panel, ahead, out);
   const int64_t values = value_bytes(w);
-  if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, output, out);
-  (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, output, out);
+  if (!w.has_minimums) return squares<false, false>(x, row, w.group, panel, values, ahead, out);
+  (w.bits == 8 ? squares<true, true> : squares<false, true>)(x, row, w.group, panel, values, ahead, out);
 }
 
 constexpr int64_t kWideBytes = 1 << 19;  // of widened panels, which stay in the second-level cache while rows pass by
@@ -241,19 +251,24 @@ void quantized_linear_on_tiles(const QuantizedLinearArgs& p, const QuantizedRows
   const int64_t panels = (w.n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
   const int64_t wide_bytes = round_up(wide_panel_bytes(w), 64), step = tile_rows(w), size = size_of(p.dtype);
   const int64_t most = p.m <= step ? 1 : std::clamp<int64_t>(kWideBytes / wide_bytes, 1, panels);
+  const int64_t parts = w.span > 1 ? 2 * x.spans : w.groups;
   const int64_t pieces = std::min(panels, std::max<int64_t>(4 * cpu::num_threads(), (panels + most - 1) / most));
   parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
     const TileShapes shapes(kTileSide, static_cast<int>((w.span > 1 ? kLong : w.group) / 4));
     auto* wide = static_cast<char*>(cpu::scratch(most * wide_bytes, 1));
     alignas(64) float sums[2 * kTileRows * kPanel];
     for (int64_t first = panels * begin / pieces, last = panels * end / pieces; first < last; first += most) {
-      const int64_t count = std::min(most, last - first);
+      const int64_t count = std::min(most, last - first), next = first + count;
       for (int64_t j = 0; j < count; j++) widen_panel(w, p.panels + (first + j) * panel_bytes, wide + j * wide_bytes);
+      Ahead ahead = {parts, p.panels + next * panel_bytes, p.panels + std::min(next + most, panels) * panel_bytes,
+                     round_up(most * panel_bytes / (parts * count * ((p.m + step - 1) / step)), 64)};
       for (int64_t i = 0; i < p.m; i += step)
         for (int64_t j = 0; j < count; j++) {
           const int64_t rows = std::min(step, p.m - i), column = (first + j) * kPanel;
-          Output output = {p.c + (i * w.n + column) * size, w.n * size, rows, std::min(kPanel, w.n - column) * size};
-          multiply_rows(w, x, i, wide + j * wide_bytes, output, sums);
+          ahead.out = p.c + (i * w.n + column) * size, ahead.out_step = w.n * size;
+          ahead.rows = rows, ahead.row_bytes = std::min(kPanel, w.n - column) * size;
+          ahead.asked = ahead.part = 0;
+          multiply_rows(w, x, i, wide + j * wide_bytes, ahead, sums);
           write_sums(p, sums, i, rows, column);
         }
     }
