@@ -9,12 +9,13 @@
 // Two ways to walk a split add in the same order. Many rows: panels, see kernels/attention.h. Less than W rows (one
 // query of a group of heads): see kernels/attention_rows.h. bf16 on tile registers: kernels/attention_tiles.h, both.
 //
-// Keys and values of int8 pages: with dot products of bytes see kernels/attention_bytes.h, whose rows are always few.
+// Keys and values of int8 pages: with dot products of bytes see kernels/attention_bytes.h, whose rows are always few, or,
+// of the same bits for many rows, kernels/attention_byte_tiles.h.
 // Elsewhere keys and values of int8 pages become floats, number times scale, on their way: the bits are those of such
 // floats in memory.
 #include <type_traits>
 
-#include "cpu/kernels/attention_bytes.h"
+#include "cpu/kernels/attention_byte_tiles.h"
 #include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/attention_tiles.h"
 
@@ -128,7 +129,7 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
   const AttentionForwardArgs& f;
   const AttentionArgs& a;
   int64_t group, all_rows, tile_rows, tiles_per_head, tiles, splits;
-  bool few, on_tiles, on_bytes;
+  bool few, on_tiles, on_bytes, on_byte_tiles;
   int64_t sums_step;  // of a row, or, of many, in panels
 
   explicit Forward(const AttentionForwardArgs& args) : f(args), a(args.in) {
@@ -136,10 +137,11 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     all_rows = a.queries * group;
     on_tiles = takes_tiles(a);
     on_bytes = takes_bytes(a);
-    few = on_bytes || all_rows < W;
+    on_byte_tiles = takes_byte_tiles(a);
+    few = (on_bytes && !on_byte_tiles) || all_rows < W;
     sums_step = on_tiles ? round_up(a.value_dim + 1, W) : few ? round_up(a.value_dim, W) : a.value_dim;
-    const int64_t most = !on_tiles && a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
-    tile_rows = on_bytes ? std::min(all_rows, kByteRows) : few ? all_rows : most;
+    const int64_t most = !on_tiles && !on_bytes && a.dim + a.value_dim > 256 ? kMaxRows / 2 : kMaxRows;
+    tile_rows = !few ? most : on_bytes ? std::min(all_rows, kByteRows) : all_rows;
     const int64_t many = 4 * cpu::num_threads(), heads = a.batch * a.kv_heads;
     const auto count = [&] { return (all_rows + tile_rows - 1) / tile_rows; };
     while (!few && tile_rows > kLanes && heads * count() < many) tile_rows /= 2;
@@ -165,17 +167,20 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     Buffers buffers;
     TileBuffers tile_buffers;
     ByteBuffers byte_buffers;
+    ByteTileBuffers byte_tile_buffers;
     State all, part;
   };
 
   int64_t panels_bytes() const { return round_up((few ? 1 : kMaxRows / kLanes) * sizeof(Panel), 64); }
   int64_t queries_bytes() const {
+    if (on_byte_tiles) return byte_tile_query_bytes(a, padded_rows());
     if (on_bytes) return byte_query_bytes(a, tile_rows);
     if (on_tiles) return tile_query_bytes(a, few ? tile_rows : padded_rows());
     return round_up(padded_rows() * a.dim * sizeof(float), 64);
   }
   int64_t tile_bytes() const { return panels_bytes() + queries_bytes() + 2 * state_size() * sizeof(float); }
   int64_t work_bytes() const {  // of one thread: a block of keys and values, and its scores
+    if (on_byte_tiles) return byte_tile_buffer_bytes(a);
     if (on_bytes) return byte_buffer_bytes(a);
     if (on_tiles) return tile_buffer_bytes(a);
     if (few) return 0;
@@ -199,7 +204,9 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     auto* states = reinterpret_cast<float*>(queries + queries_bytes());
     t.all = state_at(states);
     t.part = state_at(states + state_size());
-    if (on_bytes) {
+    if (on_byte_tiles) {
+      t.byte_tile_buffers = byte_tile_buffers_at(a, queries, padded_rows(), work);
+    } else if (on_bytes) {
       t.byte_buffers = byte_buffers_at(a, queries, tile_rows, work);
     } else if (on_tiles) {
       t.tile_buffers = tile_buffers_at(a, queries, work);
@@ -214,7 +221,10 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     const auto row_of = [&](const Panel& p) {
       return [&](int64_t lane) { return row_at<T>(a.q, a.q_step, t.rows.batch, p.query[lane], p.head[lane]); };
     };
-    if (on_bytes)
+    if (on_byte_tiles)
+      for (int64_t i = 0; i * kLanes < t.rows.count; i++)
+        pack_byte_tile_queries(a, t.panels[i], i, t.byte_tile_buffers, row_of(t.panels[i]));
+    else if (on_bytes)
       for (int64_t i = 0; i < t.rows.count; i++) pack_byte_query(a, row_of(t.panels[0])(i), i, t.byte_buffers);
     else if (on_tiles)
       for (int64_t i = 0; i * kLanes < t.rows.count; i++)
@@ -240,7 +250,9 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     const Range keys{std::max(split * kSplit, t->keys.lo / kKeys * kKeys), std::min((split + 1) * kSplit, t->keys.hi)};
     if (keys.lo >= keys.hi) return;
     if (!few) {
-      if (on_tiles)
+      if (on_byte_tiles)
+        walk_byte_panels(a, t->rows, t->panels, t->byte_tile_buffers, keys, t->*state);
+      else if (on_tiles)
         walk_tile_panels(a, t->rows, t->panels, t->tile_buffers, keys, sums_step, t->*state);
       else
         walk_panels<S>(a, t->rows, t->panels, t->buffers, keys, t->*state);
