@@ -16,6 +16,7 @@ from pyllm.engine import reading
 from pyllm.engine.beams import Beam, search
 from pyllm.engine.budget import new_pool
 from pyllm.engine.bursts import Bursts
+from pyllm.engine.chunks import Chunks
 from pyllm.engine.decoding import AT_ONCE
 from pyllm.engine.draft import new_speculation
 from pyllm.engine.draws import Draws
@@ -29,7 +30,7 @@ from pyllm.engine.generation import (
     whole_ids,
 )
 from pyllm.engine.hooks import Hooks, Replacement
-from pyllm.engine.pieces import Piece, batches, pieces
+from pyllm.engine.pieces import Piece, batches, pieces, unit
 from pyllm.engine.reading import Score
 from pyllm.engine.request import Request
 from pyllm.engine.sampling import SamplingParams
@@ -89,6 +90,7 @@ class Engine:
         self._running: list[Request] = []
         self._speculation = None if speculate is None else new_speculation(model, self.pool, speculate, max_sequences)
         self.steps = Steps(model, self.pool, self._speculation.rows if self._speculation else max_sequences)
+        self._chunks = Chunks(self.steps, self.pool, unit(chunk))
         self._bursts = Bursts(self.steps, max_sequences)
         self._draws, self._watch = Draws(), Watch(model)
         self._clock = clock
@@ -275,7 +277,7 @@ class Engine:
                     if left > 0 and request.reason is None and request.encodes:
                         left -= self._encode(request, left)
                 unread = [r for r in reading if r.reason is None and not r.decodes and not r.encodes]
-                for batch in batches(list(pieces(unread, left)), self.model.context_length):
+                for batch in batches(list(pieces(unread, left, self._chunks.unit)), self.model.context_length):
                     self._read(batch)
                 if reading:
                     self._admit()  # samples of a prompt that has just been read
@@ -350,6 +352,7 @@ class Engine:
             self.model.eval()
         if not self._running and self._watch.changed():
             self.steps.forget()
+            self._chunks.forget()
             self.pool.forget()
 
     def _time_out(self) -> None:
@@ -396,18 +399,9 @@ class Engine:
         batch = [piece for piece in batch if piece.request.reason is None]  # a callback may have ended it
         if not batch:
             return
-        firsts, ends, longest = [p.first for p in batch], [p.end for p in batch], max(p.length for p in batch)
-        held, requests = [p.request.held for p in batch], [p.request for p in batch]
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for row, piece in zip(ids, batch, strict=True):
-            row[: piece.length] = torch.tensor(piece.request.sequence[piece.first : piece.end])
-        ids, lengths = ids.to(self.model.device), None
-        if any(p.length < longest for p in batch):
-            lengths = torch.tensor([p.length for p in batch], device=ids.device)
+        requests, firsts, ends = [p.request for p in batch], [p.first for p in batch], [p.end for p in batch]
         try:
-            state = self.pool.join(held, longest)
-            with requests[0].watching(firsts[0], longest):
-                hidden = self.model.hidden(ids, state, lengths)
+            hidden = self._chunks(batch)
             raise_found(hidden)
         except Exception as error:
             if len(batch) == 1:
@@ -415,7 +409,6 @@ class Engine:
             for piece in batch:  # each alone, so that one does not end the others
                 self._read([piece])
             return
-        self.pool.part(held, state)
         drawing: list[tuple[Request, Tensor]] = []
         for request, own, first, end in zip(requests, hidden.split(1), firsts, ends, strict=True):
             if request.reason is not None:  # a hook has ended it

@@ -8,6 +8,12 @@ from typing import NamedTuple
 from pyllm.engine.request import Request
 
 PADDING = 0.25  # of the ids of a call, at most
+SHARES = 16  # of a step's ids, of which a piece has whole ones where it ends no prompt
+
+
+def unit(chunk: int) -> int:
+    """A share of so many ids: calls of few lengths come again and again."""
+    return max(1, chunk // SHARES)
 
 
 class Piece(NamedTuple):
@@ -25,13 +31,15 @@ class Piece(NamedTuple):
         return self.first + self.length
 
 
-def pieces(requests: Sequence[Request], most: int) -> Iterator[Piece]:
+def pieces(requests: Sequence[Request], most: int, unit: int) -> Iterator[Piece]:
     """What comes next of each, together at most so many ids; the last id is for each of a request's samples to read."""
+    whole = most
     for request in requests:
         own = len(request.sequence) - (len(request.samples) > 1) - request.held.length
-        if most > 0 and own > 0:
-            yield Piece(request, min(own, most))
-            most -= min(own, most)
+        length = own if own <= most else most if most == whole else most // unit * unit
+        if length > 0:
+            yield Piece(request, length)
+            most -= length
 
 
 def batches(made: Sequence[Piece], context: int | None) -> list[list[Piece]]:

@@ -52,14 +52,26 @@ class AttentionPool:
     def join(self, held: Sequence[Holding], count: int = 1) -> AttentionState:
         """Their state, for so many ids of each."""
         width = max(*(len(h.pages) for h in held), *(self.pages.needed(h.length + count) for h in held))
-        table = torch.full((len(held), width), self.pages.count, dtype=torch.int32)
-        for row, h in zip(table, held, strict=True):
-            row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
-        table = table.to(self.caches[0].keys.device)
-        caches = [KeyValueCache(c.keys, c.values, table) for c in self.caches]
-        state = AttentionState(caches, width * PAGE_SIZE)
-        state.lengths.copy_(torch.tensor([h.length for h in held]))
+        state = self._state(len(held), width)
+        self.fill(state, held)
         return state
+
+    def blank(self, rows: int, count: int) -> AttentionState:
+        """A state that any so many sequences `fill`, for so many ids of each."""
+        return self._state(rows, self.width + self.pages.needed(count))
+
+    def _state(self, rows: int, width: int) -> AttentionState:
+        table = torch.empty(rows, width, dtype=torch.int32, device=self.caches[0].keys.device)
+        return AttentionState([KeyValueCache(c.keys, c.values, table) for c in self.caches], width * PAGE_SIZE)
+
+    def fill(self, state: AttentionState, held: Sequence[Holding]) -> None:
+        """Makes it that of sequences."""
+        table = state.caches[0].page_table
+        own = torch.full(table.shape, self.pages.count, dtype=torch.int32)
+        for row, h in zip(own, held, strict=True):
+            row[: len(h.pages)] = torch.tensor([p or 0 for p in h.pages], dtype=torch.int32)
+        table.copy_(own)
+        state.lengths.copy_(torch.tensor([h.length for h in held]))
 
     def seats(self, count: int) -> AttentionSeats:
         return AttentionSeats(self, count)

@@ -13,7 +13,7 @@ from pyllm import ops
 from pyllm.engine.pages import Holding
 from pyllm.engine.pool import AttentionPool, AttentionSeats
 from pyllm.models import Model
-from pyllm.nn import SourceState
+from pyllm.nn import AttentionState, SourceState
 from pyllm.nn.state import PAGE_SIZE
 from pyllm.runtime import raise_found
 
@@ -86,10 +86,14 @@ class SourcePool(AttentionPool):
         for source in sources:
             source.read = True
 
-    def join(self, held: Sequence[Holding], count: int = 1) -> SourceState:
-        rows = torch.nn.utils.rnn.pad_sequence([h.source.row for h in held], batch_first=True)
-        lengths = torch.tensor([len(h.source.ids) for h in held], device=rows.device)
-        return self.with_sources(super().join(held, count), rows, lengths)
+    def _state(self, rows: int, width: int) -> SourceState:
+        table = torch.zeros(rows, self.width, dtype=torch.int32, device=self.caches[0].keys.device)
+        return self.with_sources(super()._state(rows, width), table, table.new_zeros(rows, dtype=torch.int64))
+
+    def fill(self, state: AttentionState, held: Sequence[Holding]) -> None:
+        super().fill(state, held)
+        assert isinstance(state, SourceState) and state.source_table is not None and state.source_lengths is not None
+        _fill_sources(state.source_table, state.source_lengths, held)
 
     def with_sources(self, state: Any, table: Tensor, lengths: Tensor) -> SourceState:
         made = SourceState(state.caches, state.capacity, [(c.keys, c.values) for c in self.caches], lengths, table)
@@ -111,6 +115,10 @@ class SourceSeats(AttentionSeats):
 
     def place(self, held: Sequence[Holding], ahead: Sequence[int]) -> None:
         super().place(held, ahead)
-        for row, h in zip(self.source_table, held, strict=False):
-            row[: len(h.source.row)] = h.source.row
-        self.source_lengths[: len(held)] = torch.tensor([len(h.source.ids) for h in held])
+        _fill_sources(self.source_table, self.source_lengths, held)
+
+
+def _fill_sources(table: Tensor, lengths: Tensor, held: Sequence[Holding]) -> None:
+    for row, h in zip(table, held, strict=False):
+        row[: len(h.source.row)] = h.source.row
+    lengths[: len(held)] = torch.tensor([len(h.source.ids) for h in held])
