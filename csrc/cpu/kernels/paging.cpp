@@ -1,6 +1,7 @@
 // New keys or values to their places in pages. Threads take positions. Numbers of the pages' own dtype are copied, all heads
 // at once where they lie next to each other; for int8 pages a group's largest number becomes 127 times its scale, which is
-// rounded up. The floor is the memory read and written.
+// rounded up. The floor is the memory read and written. A position's bytes lie in a cache line for each four elements of a
+// head: a few positions are worth a thread.
 #include "cpu/paging.h"
 
 #include <algorithm>
@@ -43,7 +44,7 @@ void quantize(const T* x, int64_t dim, int64_t position, char* tile) {
 void write_pages(const WritePagesArgs& a) {
   const int64_t size = a.heads * a.bytes;
   const bool whole = a.row_head == a.bytes || a.heads == 1;
-  parallel_for(a.batch * a.time, (a.int8 ? 8192 : 65536) / (size + 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(a.batch * a.time, (a.int8 ? 2048 : 65536) / (size + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t batch = i / a.time;
       const int64_t position = a.positions_dtype == DType::i64 ? reinterpret_cast<const int64_t*>(a.positions)[i]
