@@ -179,7 +179,8 @@ void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
         const VI minimum = w.has_minimums ? whole(scales, kPanel + half * W) : multiple * -8;
         const VI negative = multiple < 0, size = (multiple ^ negative) - negative;
         const auto factor = reinterpret_cast<Halves>(size | size << 16);
-        const auto rest = reinterpret_cast<Bytes>(((minimum - negative) & 255) * 0x01010101);
+        const VI byte = (minimum - negative) & 255, two = byte | byte << 8;
+        const auto rest = reinterpret_cast<Bytes>(two | two << 16);
         char* to = out + g / 2 * 4 * tile + half * 2 * tile + g % 2 * tile;
         const auto put = [&](int64_t quad, VI v) {  // products are below 256: none reaches its neighbour's byte
           const auto product = reinterpret_cast<VI>(reinterpret_cast<Halves>(v & 0x0f0f0f0f) * factor) ^ negative;
@@ -220,7 +221,8 @@ void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
           continue;
         }
         const auto centred = [&](VI v) {  // in every byte: no borrow crosses, since the high bits are set meanwhile
-          return shift ? ((v | (INT32_MIN | 0x00808080)) - 0x08080808) ^ (INT32_MIN | 0x00808080) : v;
+          const VI high = set_int(INT32_MIN | 0x00808080);
+          return shift ? wrapping_add(v | high, set_int(-0x08080808)) ^ high : v;
         };
         put(q, centred(bytes & 0x0f0f0f0f));
         put(quads / 2 + q, centred((bytes >> 4) & 0x0f0f0f0f));
