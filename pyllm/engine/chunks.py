@@ -11,9 +11,7 @@ from pyllm.engine.pool import AttentionPool
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.steps import Steps
 
-LONG = (
-    0.3  # seconds of a call, of which Python's share is nothing, and which can be broken off where it is not recorded
-)
+LONG = 0.3  # seconds: recorded, a longer call would gain nothing, and could not be broken off
 
 
 class Chunks:
