@@ -10,7 +10,7 @@ from pyllm.ops.quantized_linear import PIECE
 from pyllm.quantization.groups import choose_groups
 from pyllm.quantization.units import choose_multiples, choose_units
 
-_ROWS = 1 << 22  # elements searched at once
+_ROWS = 1 << 17  # elements searched at once: so many stay in the caches
 
 
 def quantize_weight(weight: Tensor, bits: int, *, minimums: bool = False, importance: Tensor | None = None,
