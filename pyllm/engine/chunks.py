@@ -11,7 +11,7 @@ from pyllm.engine.pool import AttentionPool
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.steps import Steps
 
-LONG = 0.3  # seconds: recorded, a longer call would gain nothing, and could not be broken off
+LONG = 0.05  # seconds: of a longer call Python has a small share, and a recording keeps what all layers make
 
 
 class Chunks:

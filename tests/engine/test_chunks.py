@@ -9,6 +9,11 @@ import pyllm
 from pyllm.engine import chunks, recording
 
 
+@pytest.fixture(autouse=True)
+def long(monkeypatch):  # on no machine
+    monkeypatch.setattr(chunks, "LONG", float("inf"))
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     made = []
