@@ -1,8 +1,8 @@
 // A row of x is quantised once; then a tile, some rows of x by a panel of 2W of the weight's, goes down k span by span
 // (a span is a group, or some that share a scale or a unit). Within a span everything is whole numbers: the sums are exact,
 // so that instruction sets with and without a dot product of bytes agree. A span adds float(sum) * (scale of x * scale of
-// the weight) to the tile's fp32 sums; of a weight in units, (float(sum) * unit) * scale of x, where the first is exact. Threads take panels, and panels pass by as many rows of x as stay in the second-level
-// cache.
+// the weight) to the tile's fp32 sums; of a weight in units, (float(sum) * unit) * scale of x, where the first is exact.
+// Threads take panels, and panels pass by as many rows of x as stay in the second-level cache.
 //
 // How four bytes of x meet four of the weight, in each lane:
 //  - many rows on tile registers, where there are some: quantized_linear_tiles.cpp;
