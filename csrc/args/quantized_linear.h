@@ -22,6 +22,7 @@ struct QuantizedWeight {
   DType scale_dtype;         // f16 or f32
   bool has_minimums;
   constexpr bool in_units() const { return bits == 4 && span > 1; }
+  constexpr int zero() const { return has_minimums ? 0 : 1 << (bits - 1); }
   constexpr int64_t value_bytes() const { return group * bits / 8; }                   // of a row's group
   constexpr int64_t scale_bytes() const { return scale_dtype == DType::f16 ? 2 : 4; }  // without a table, for CUDA
   constexpr int64_t group_bytes(int64_t width) const {

@@ -38,7 +38,9 @@ IN_LARGER = [(bits, minimums, g) for bits, minimums in FORMATS if bits == 4 or n
 
 @pytest.mark.parametrize(("bits", "minimums"), FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "n"), [((1, 1), 1), ((7, 33), 65), ((2, 5, 96), 31), ((0, 40), 3), ((3, 1023), 17)])
+@pytest.mark.parametrize(
+    ("shape", "n"), [((1, 1), 1), ((2, 0), 5), ((7, 33), 65), ((2, 5, 96), 31), ((0, 40), 3), ((3, 1023), 17)]
+)
 def test_equals_its_twin(shape, n, dtype, bits, minimums, kernels):
     weight = random_weight(n, shape[-1], bits, minimums)
     packed = ops.pack_quantized(weight)
@@ -134,9 +136,10 @@ def test_same_bits_alone_in_a_batch_and_for_any_threads(dtype, bits, minimums, g
 
 
 @pytest.mark.parametrize(("bits", "minimums", "group"), [(*f, 32) for f in FORMATS] + IN_LARGER)
-@pytest.mark.parametrize("k", [300, 416, 5])
-def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, group, k, isa):
-    packed, x = ops.pack_quantized(random_weight(50, k, bits, minimums, group=group)), torch.randn(45, k)
+@pytest.mark.parametrize(("rows", "k"), [(45, 300), (45, 416), (45, 5), (190, 2500)])
+def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same(bits, minimums, group, rows, k, isa):
+    packed, x = ops.pack_quantized(random_weight(50, k, bits, minimums, group=group)), torch.randn(rows, k)
+    alone = ops.quantized_linear(x[-1:], packed)
     results = []
     for amx, vnni in ((True, True), (False, True), (False, False)):
         _C.set_amx(amx)
@@ -145,6 +148,7 @@ def test_with_and_without_tiles_and_a_dot_product_of_bytes_the_bits_are_the_same
     _C.set_amx(True)
     _C.set_vnni(True)
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    assert torch.equal(results[0][-1:], alone)
 
 
 @pytest.mark.parametrize("dtype", SCALES)

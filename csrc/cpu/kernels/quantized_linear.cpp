@@ -2,7 +2,8 @@
 // (a span is a group, or some that share a scale or a unit). Within a span everything is whole numbers: the sums are exact,
 // so that instruction sets with and without a dot product of bytes agree. A span adds float(sum) * (scale of x * scale of
 // the weight) to the tile's fp32 sums; of a weight in units, (float(sum) * unit) * scale of x, where the first is exact.
-// Threads take panels, and panels pass by as many rows of x as stay in the second-level cache.
+// Threads take panels, and panels pass by as many rows of x as stay in the second-level cache. With VNNI, a panel of 4 bits
+// is widened to 8 for many rows; in units, a span's elements are whole numbers then.
 //
 // How four bytes of x meet four of the weight, in each lane:
 //  - many rows on tile registers, where there are some: quantized_linear_tiles.cpp;
@@ -19,33 +20,45 @@
 
 #include "cpu/amx.h"
 #include "cpu/kernels/bytes.h"
+#include "cpu/kernels/quantized_linear_units.h"
 #include "cpu/vnni.h"
 
 namespace pyllm::ISA {
 namespace {
 
-#if ISA_AVX512
-constexpr int kRows = 6;  // of a tile
-#else
-constexpr int kRows = 4;
-#endif
-
 constexpr int64_t kMostSpan = 8;        // groups
 constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the tile registers pays
+constexpr int64_t kLeastWideRows = 24;  // from which widening one to bytes does
+constexpr int64_t kStretchBytes = 36 << 10, kBlocksBytes = 3 << 17;  // of a panel, and of x, that stay in caches
 
 enum class Dot { vnni, pairs, halves };
+
+// Of a tile at most, a few rows whose fp32 sums wait in memory while whole ones are in registers; of many rows, as many as
+// have both there.
+constexpr int64_t kManyRows = 6;
+#if ISA_AVX512
+constexpr int most_rows(Dot dot) { return dot == Dot::vnni ? 8 : 6; }
+#else
+constexpr int most_rows(Dot dot) { return dot == Dot::vnni ? 6 : 4; }
+#endif
 
 template <int kGroup, class T>
 void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, const QuantizedRows& out, int64_t row) {
   alignas(64) float block[kMostSpan * kGroup];
-  alignas(64) int8_t block_bytes[kMostSpan * kGroup];
-  const int64_t size = w.span * kGroup, part = w.in_units() ? kGroup : size;
-  const int offset = w.has_minimums ? 0 : 1 << (w.bits - 1);
+  alignas(64) int8_t bytes[kMostSpan * kGroup];
+  const int64_t size = w.span * kGroup, part = out.parts == out.spans ? size : kGroup;
   const bool summed = !out.on_tiles || (w.has_minimums && !w.in_units());
+  const int64_t in_block = out.on_tiles ? row / kTileRows : out.blocks.of(row);
+  const int64_t first = out.on_tiles ? in_block * kTileRows : out.blocks.first(in_block);
+  const int64_t rows = out.on_tiles ? kTileRows : out.blocks.rows(in_block), quad_bytes = dot == Dot::halves ? 8 : 4;
+  int8_t* to =
+      out.on_tiles ? out.values + row * out.bytes : out.values + first * out.bytes + (row - first) * quad_bytes;
+  float* const scales = out.scales + first * out.spans + row - first;
+  float* sums = out.sums + first * out.parts + row - first;
+  int32_t* starts = out.starts + first * out.parts + row - first;
   for (int64_t s = 0; s < out.spans; s++) {
     const int64_t count = std::min(size, k - s * size), filled = (count + kGroup - 1) / kGroup * kGroup;
-    int8_t* const to = out.values + row * out.bytes + s * (dot == Dot::halves ? 2 * size : size);
-    int8_t* const bytes = dot == Dot::halves ? block_bytes : to;
+    int8_t* const whole = out.on_tiles || (rows == 1 && quad_bytes == 4) ? to : bytes;
     const auto quantize = [&](const auto* values) {
       V largest{}, bad{};
       for (int64_t j = 0; j < filled; j += W) {
@@ -56,40 +69,47 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
       const float most = max(largest);
       const V inverse = set(most > 1e-30f ? 127.0f / most : 0.0f);
       const bool finite = !bits(bad != V{});
-      for (int64_t j = 0; j < filled; j += W) store_bytes(bytes + j, finite ? load(values + j) * inverse : V{});
+      for (int64_t j = 0; j < filled; j += W) store_bytes(whole + j, finite ? load(values + j) * inverse : V{});
       return finite ? most / 127.0f : __builtin_nanf("");
     };
     if (count < size)
       for (int64_t j = 0; j < filled; j += W)
         store(block + j, count > j ? get(x + s * size + j, std::min<int64_t>(W, count - j)) : V{});
     const float scale = count < size ? quantize(block) : quantize(x + s * size);
-    const int64_t at = out.at(row, s);
-    out.scales[at] = scale;
-    for (int64_t begin = 0; begin < filled && summed; begin += part) {
+    scales[s * rows] = scale;
+    for (int64_t begin = 0; begin < filled && summed; begin += part, sums += rows, starts += rows) {
       int32_t total = 0;
-      for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += bytes[j];
-      const int64_t place = w.in_units() ? row * out.parts + s * w.span + begin / part : at;
-      out.sums[place] = static_cast<float>(total) * (w.in_units() ? 1.0f : out.scales[at]);
-      out.starts[place] = -offset * total;
+      for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += whole[j];
+      *sums = static_cast<float>(total) * (w.in_units() ? 1.0f : scale);
+      *starts = -out.zero * total;
     }
-    for (int64_t q = 0; dot == Dot::halves && q < filled / 4; q++) {
-      const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
-      std::memcpy(to + 8 * q, halves, 8);
+    if (whole == to) {
+      to += size;
+      continue;
+    }
+    for (int64_t q = 0; q < filled / 4; q++, to += rows * quad_bytes) {
+      if (dot == Dot::halves) {
+        const int16_t halves[4] = {bytes[4 * q], bytes[4 * q + 2], bytes[4 * q + 1], bytes[4 * q + 3]};
+        std::memcpy(to, halves, 8);
+      } else {
+        std::memcpy(to, bytes + 4 * q, 4);
+      }
     }
   }
 }
 
 // A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on.
 template <int R, int kBits, int kGroup, Dot kDot>
-VEC void add_group(VI (&s)[R][2], const int8_t* const (&a)[R], const char* panel) {
+VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel) {
   constexpr int64_t kBytes = W * 4;
   if constexpr (kBits == 4) {
+    constexpr int64_t kHalf = kGroup / 2 * R;
     VI pairs[R][2] = {};
     UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
       const VI both = load_lanes(panel + (2 * q + j) * kBytes);
       const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
       UNROLL for (int r = 0; r < R; r++) {
-        const VI x0 = broadcast_lane(a[r] + 4 * q), x1 = broadcast_lane(a[r] + 4 * q + kGroup / 2);
+        const VI x0 = broadcast_lane(a + (q * R + r) * 4), x1 = broadcast_lane(a + (q * R + r) * 4 + kHalf);
         if constexpr (kDot == Dot::vnni) {
           s[r][j] = dot_bytes(dot_bytes(s[r][j], low, x0), high, x1);
         } else {
@@ -100,118 +120,234 @@ VEC void add_group(VI (&s)[R][2], const int8_t* const (&a)[R], const char* panel
     if constexpr (kDot != Dot::vnni)
       UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
           s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
+  } else if constexpr (kDot == Dot::vnni) {
+    UNROLL for (int q = 0; q < kGroup / 4; q++) {
+      const VI bytes[2] = {load_lanes(panel + 2 * q * kBytes), load_lanes(panel + (2 * q + 1) * kBytes)};
+      UNROLL for (int r = 0; r < R; r++) {
+        const VI x = broadcast_lane(a + (q * R + r) * 4);
+        UNROLL for (int j = 0; j < 2; j++) s[r][j] = dot_bytes(s[r][j], bytes[j], x);
+      }
+    }
   } else {
     for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
         const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
-        if constexpr (kDot == Dot::vnni) {
-          UNROLL for (int r = 0; r < R; r++) s[r][j] = dot_bytes(s[r][j], bytes, broadcast_lane(a[r] + 4 * q));
-        } else {
-          const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
-          UNROLL for (int r = 0; r < R; r++) s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(a[r] + 8 * q)) +
-                                                       dot_halves(odd, broadcast_lane(a[r] + 8 * q + 4));
+        const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
+        UNROLL for (int r = 0; r < R; r++) {
+          const int8_t* x = a + (q * R + r) * 8;
+          s[r][j] = s[r][j] + dot_halves(even, broadcast_lane(x)) + dot_halves(odd, broadcast_lane(x + 4));
         }
       }
   }
 }
 
-// R rows from `row` on by one panel, to out (R x kPanel).
-template <int R, int kBits, int kGroup, Dot kDot>
-void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
-  constexpr int64_t kValues = kPanel * kGroup * kBits / 8;
+// Neighbouring groups of a panel, whole spans of them: as many as stay in the first-level cache while rows pass by.
+struct Stretch {
+  int64_t first, groups;
+  const char* panel;            // from there on
+  const char *next, *next_end;  // what is asked for meanwhile, a few lines at a time
+};
+
+// To out (R x kPanel), the fp32 sums.
+template <int R>
+VEC void store_totals(const V (&total)[R][2], float* out) {
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
+}
+template <int R>
+VEC void load_totals(const float* out, bool first, V (&total)[R][2]) {
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) total[r][j] =
+      first ? V{} : load(out + r * kPanel + j * W);
+}
+
+// R rows from `row` on by a stretch of a panel, to out (R x kPanel). kUnits: its scales are units.
+template <int R, int kBits, int kGroup, Dot kDot, bool kUnits = false>
+void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const Stretch& stretch, float* out) {
+  constexpr int64_t kValues = kPanel * kGroup * kBits / 8, kStep = kGroup * R * (kDot == Dot::halves ? 2 : 1);
   const int64_t group_bytes = w.group_bytes(kPanel);
-  V total[R][2] = {};
-  const int8_t* a[R];
-  UNROLL for (int r = 0; r < R; r++) a[r] = x.values + (row + r) * x.bytes;
-  const int64_t first = row * x.spans;
-  for (int64_t span = 0, left = w.groups; span < x.spans; span++, left -= w.span) {
+  const char* panel = stretch.panel;
+  const int64_t at = row * x.spans + stretch.first / w.span * R;
+  const int8_t* a = x.values + row * x.bytes + stretch.first * kStep;
+  const float *x_scales = x.scales + at, *sums = x.sums + at;
+  const int32_t* starts = x.starts + at;
+  V total[R][2];
+  load_totals(out, stretch.first == 0, total);
+  const char* next = stretch.next;
+  const int64_t next_step = round_up((stretch.next_end - next) * w.span / std::max<int64_t>(stretch.groups, 1), 64);
+  for (int64_t left = stretch.groups; left > 0; left -= w.span) {
     VI s[R][2];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
-        set_int(x.starts[first + r * x.spans + span]);
-    for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes) {
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
+    for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes, a += kStep)
       add_group<R, kBits, kGroup, kDot>(s, a, panel);
-      UNROLL for (int r = 0; r < R; r++) a[r] += kDot == Dot::halves ? 2 * kGroup : kGroup;
-    }
+    for (const char* to = std::min(next + next_step, stretch.next_end); next < to; next += 64)
+      __builtin_prefetch(next, 0, 2);
     const char* scales = panel - group_bytes + kValues;
     UNROLL for (int j = 0; j < 2; j++) {
       const V scale = load_scale(scales, w.scale_dtype, j * W);
-      UNROLL for (int r = 0; r < R; r++) total[r][j] =
-          fma(__builtin_convertvector(s[r][j], V), scale * x.scales[first + r * x.spans + span], total[r][j]);
+      UNROLL for (int r = 0; r < R; r++) {
+        const V sum = __builtin_convertvector(s[r][j], V);
+        total[r][j] =
+            kUnits ? fma(sum * scale, set(x_scales[r]), total[r][j]) : fma(sum, scale * x_scales[r], total[r][j]);
+      }
       if (w.has_minimums) {
         const V minimum = load_scale(scales, w.scale_dtype, kPanel + j * W);
-        UNROLL for (int r = 0; r < R; r++) total[r][j] =
-            fma(minimum, set(x.sums[first + r * x.spans + span]), total[r][j]);
+        UNROLL for (int r = 0; r < R; r++) total[r][j] = fma(minimum, set(sums[r]), total[r][j]);
       }
     }
+    starts += R, sums += R, x_scales += R;
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
+  store_totals(total, out);
 }
 
 // The same for a weight in units: a span's sum is exact in fp32, a whole number of units below 2^24, in any order.
 template <int R, int kBits, int kGroup, Dot kDot>
-void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const char* panel, float* out) {
+void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const Stretch& stretch, float* out) {
   constexpr int64_t kValues = kPanel * kGroup * kBits / 8;
   const int64_t group_bytes = w.group_bytes(kPanel);
-  V total[R][2] = {};
-  const int8_t* a[R];
-  UNROLL for (int r = 0; r < R; r++) a[r] = x.values + (row + r) * x.bytes;
-  for (int64_t span = 0; span < x.spans; span++) {
+  const char* panel = stretch.panel;
+  const int64_t at = row * x.parts + stretch.first * R;
+  const int8_t* a = x.values + row * x.bytes + stretch.first * kGroup * R;
+  const float *x_scales = x.scales + row * x.spans + stretch.first / w.span * R, *sums = x.sums + at;
+  const int32_t* starts = x.starts + at;
+  V total[R][2];
+  load_totals(out, stretch.first == 0, total);
+  for (int64_t left = stretch.groups; left > 0; left -= w.span) {
     V exact[R][2] = {};
-    for (int64_t g = span * w.span; g < std::min((span + 1) * w.span, w.groups); g++, panel += group_bytes) {
+    for (int64_t g = 0; g < std::min(w.span, left); g++) {
       VI s[R][2];
-      UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] =
-          set_int(x.starts[(row + r) * x.parts + g]);
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
       add_group<R, kBits, kGroup, kDot>(s, a, panel);
-      UNROLL for (int r = 0; r < R; r++) a[r] += kGroup;
       UNROLL for (int j = 0; j < 2; j++) {
         const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
         UNROLL for (int r = 0; r < R; r++) exact[r][j] = fma(__builtin_convertvector(s[r][j], V), scale, exact[r][j]);
         if (w.has_minimums) {
           const V minimum = load_scale(panel + kValues, w.scale_dtype, kPanel + j * W);
-          UNROLL for (int r = 0; r < R; r++) exact[r][j] =
-              fma(minimum, set(x.sums[(row + r) * x.parts + g]), exact[r][j]);
+          UNROLL for (int r = 0; r < R; r++) exact[r][j] = fma(minimum, set(sums[r]), exact[r][j]);
         }
       }
+      panel += group_bytes, a += kGroup * R, starts += R, sums += R;
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) total[r][j] =
-        fma(exact[r][j], set(x.scales[(row + r) * x.spans + span]), total[r][j]);
+        fma(exact[r][j], set(x_scales[r]), total[r][j]);
+    x_scales += R;
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) store(out + r * kPanel + j * W, total[r][j]);
+  store_totals(total, out);
 }
 
-using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const char*, float*);
+// So many groups of a panel of 4 bits to one of `wide`'s, of 8.
+void widen(const QuantizedWeight& w, const QuantizedWeight& wide, int64_t groups, const char* panel, char* out) {
+  constexpr int64_t kHalf = W * 4;
+  const int64_t group_bytes = wide.group_bytes(kPanel), values = wide.value_bytes() * kPanel,
+                quads = w.value_bytes() / 4;
+  const auto place = [&](int64_t g, int64_t quad, int64_t half) {
+    return out + g * group_bytes + (2 * quad + half) * kHalf;
+  };
+  const auto put_scales = [&](int64_t g, int64_t at, V v) {
+    store(reinterpret_cast<float*>(out + g * group_bytes + values) + at, v);
+  };
+  if (w.in_units())
+    return widen_in_units(w, groups, panel, wide.zero(), place, [&](int64_t g, int64_t half, V unit) {
+      put_scales(std::min(g + w.span, groups) - 1, half * W, unit);
+    });
+  for (int64_t g = 0; g < groups; g++, panel += w.group_bytes(kPanel)) {
+    for (int64_t q = 0; q < quads; q++)
+      for (int64_t half = 0; half < 2; half++) {
+        const VI both = load_lanes(panel + (2 * q + half) * kHalf), low = both & 0x0f0f0f0f,
+                 high = (both >> 4) & 0x0f0f0f0f;
+        std::memcpy(place(g, q, half), &low, sizeof low);
+        std::memcpy(place(g, quads + q, half), &high, sizeof high);
+      }
+    for (int64_t at = 0; at < kPanel * (w.has_minimums ? 2 : 1); at += W)
+      put_scales(g, at, load_scale(panel + quads * kPanel * 4, w.scale_dtype, at));
+  }
+}
+
+using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const Stretch&, float*);
 
 // The tile of so many rows.
 template <int kBits, int kGroup, Dot kDot>
-Tile tile_of(const QuantizedWeight& w, int64_t rows) {
+Tile tile_of(bool units, int64_t rows) {
   const auto choose = [&]<int... R>(std::integer_sequence<int, R...>) {
     static constexpr Tile plain[] = {tile<R + 1, kBits, kGroup, kDot>...};
     if constexpr (kBits == 4) {
       static constexpr Tile in_units[] = {tile_in_units<R + 1, kBits, kGroup, kDot>...};
-      if (w.in_units()) return in_units[rows - 1];
+      if (units) return in_units[rows - 1];
+    } else if constexpr (kGroup == 32 && kDot == Dot::vnni) {
+      static constexpr Tile in_units[] = {tile<R + 1, kBits, kGroup, kDot, true>...};
+      if (units) return in_units[rows - 1];
     }
     return plain[rows - 1];
   };
-  return choose(std::make_integer_sequence<int, kRows>());
+  return choose(std::make_integer_sequence<int, most_rows(kDot)>());
+}
+
+// All blocks of rows by all panels. `wide`: as which weight panels are widened, if they are.
+template <int kBits, int kGroup, Dot kDot>
+void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const QuantizedWeight* wide) {
+  constexpr int64_t kMost = most_rows(kDot);
+  const QuantizedWeight& w = p.weight;
+  const int64_t panels = (w.n + kPanel - 1) / kPanel, group_bytes = w.group_bytes(kPanel);
+  const char* const end_of_panels = p.panels + panels * w.groups * group_bytes;
+  const int64_t row_bytes = x.bytes + 4 * x.spans + 8 * x.parts;
+  const int64_t height = std::max<int64_t>(1, kBlocksBytes / (row_bytes + 1) / x.blocks.rows(0));  // in blocks
+  const int64_t in_cache = kStretchBytes / group_bytes / w.span * w.span;
+  const int64_t most_groups = x.blocks.count == 1 ? w.groups : std::min(in_cache, w.groups);
+  const bool few = p.m * panels * w.groups * group_bytes < 1 << 16;
+  const int64_t pieces = few ? 1 : std::min<int64_t>(panels, 4 * cpu::num_threads());
+  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
+    const int64_t sums_rows = most_groups < w.groups ? std::min(p.m, height * kMost) : kMost;
+    const int64_t sums_bytes = sums_rows * kPanel * static_cast<int64_t>(sizeof(float));
+    auto* sums =
+        static_cast<float*>(cpu::scratch(sums_bytes + (wide ? most_groups * wide->group_bytes(kPanel) : 0), 1));
+    auto* bytes = reinterpret_cast<char*>(sums) + sums_bytes;
+    const auto pass_by = [&](int64_t block0, int64_t blocks, int64_t j, int64_t g) {
+      const int64_t groups = std::min(most_groups, w.groups - g);
+      const char* panel = p.panels + (j * w.groups + g) * group_bytes;
+      const char* next = panel + groups * group_bytes;
+      const int64_t next_bytes = blocks > 1 ? std::min(groups * group_bytes, end_of_panels - next) : 0;
+      if (wide) widen(w, *wide, groups, panel, bytes), panel = bytes;
+      for (int64_t i = 0; i < blocks; i++) {
+        const int64_t row = x.blocks.first(block0 + i), rows = x.blocks.rows(block0 + i);
+        float* out = sums + (sums_rows > kMost ? row - x.blocks.first(block0) : 0) * kPanel;
+        const Stretch stretch = {g, groups, panel, next + next_bytes * i / blocks,
+                                 next + next_bytes * (i + 1) / blocks};
+        if (wide)
+          tile_of<8, kGroup, kDot>(w.in_units(), rows)(*wide, x, row, stretch, out);
+        else
+          tile_of<kBits, kGroup, kDot>(w.in_units(), rows)(w, x, row, stretch, out);
+        if (g + groups == w.groups) write_sums(p, out, row, rows, j * kPanel);
+      }
+    };
+    for (int64_t block = 0; block < x.blocks.count; block += height)
+      for (int64_t j = panels * begin / pieces; j < panels * end / pieces; j++) {
+        int64_t g = 0;
+        do pass_by(block, std::min(height, x.blocks.count - block), j, g);
+        while ((g += most_groups) < w.groups);
+      }
+  });
 }
 
 template <int kBits, int kGroup, Dot kDot>
 void run(const QuantizedLinearArgs& p) {
   const QuantizedWeight& w = p.weight;
   const bool on_tiles = kDot == Dot::vnni && p.m >= kLeastTileRows && cpu::has_amx();
-  const int64_t spans = (w.groups + w.span - 1) / w.span, parts = w.in_units() ? w.groups : spans;
+  const bool widened = kDot == Dot::vnni && kBits == 4 && p.m >= kLeastWideRows && !on_tiles;
+  const QuantizedWeight wide = {w.n, w.groups, w.group, w.span, 8, DType::f32, w.has_minimums && !w.in_units()};
+  const int64_t spans = (w.groups + w.span - 1) / w.span, parts = w.in_units() && !widened ? w.groups : spans;
   const int64_t m = round_up(p.m, tile_rows(w)), scale_count = m * spans, count = m * parts;
   // Tiles of larger groups read 64 values at once.
   const int64_t row_bytes = round_up(w.groups, w.span > 1 ? 2 : 1) * (kDot == Dot::halves ? 2 : 1) * kGroup;
   const int64_t values = round_up(m * row_bytes, 64);
   auto* memory = static_cast<char*>(cpu::scratch(values + 4 * scale_count + 8 * count, 0));
   auto* scales = reinterpret_cast<float*>(memory + values);
+  const int64_t most = most_rows(kDot);
   const QuantizedRows x = {spans,
                            parts,
                            row_bytes,
+                           widened && w.in_units() ? wide.zero() : w.zero(),
                            reinterpret_cast<int8_t*>(memory),
                            scales,
                            scales + scale_count,
                            reinterpret_cast<int32_t*>(scales + scale_count + count),
+                           {p.m, p.m > most ? std::min(kManyRows, most) : most},
                            on_tiles};
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
@@ -220,21 +356,7 @@ void run(const QuantizedLinearArgs& p) {
     };
     p.m* p.k < 1 << 15 ? quantize(0, p.m) : parallel_for(p.m, 8, quantize);
   });
-
-  if (on_tiles) return quantized_linear_on_tiles(p, x);
-  const int64_t panels = (w.n + kPanel - 1) / kPanel, panel_bytes = w.groups * w.group_bytes(kPanel);
-  const int64_t height = std::max<int64_t>(1, (3 << 16) / (row_bytes + 4 * spans + 8 * parts + 1) / kRows) * kRows;
-  const int64_t pieces = p.m * panels * panel_bytes < 1 << 16 ? 1 : 4 * cpu::num_threads();
-  parallel_for(panels, std::max<int64_t>(1, (panels + pieces - 1) / pieces), [&](int64_t begin, int64_t end) {
-    for (int64_t i0 = 0; i0 < p.m; i0 += height)
-      for (int64_t panel = begin; panel < end; panel++)
-        for (int64_t i = i0, i1 = std::min(i0 + height, p.m); i < i1; i += kRows) {
-          alignas(64) float sums[kRows * kPanel];
-          const int64_t rows = std::min<int64_t>(kRows, i1 - i);
-          tile_of<kBits, kGroup, kDot>(w, rows)(w, x, i, p.panels + panel * panel_bytes, sums);
-          write_sums(p, sums, i, rows, panel * kPanel);
-        }
-  });
+  on_tiles ? quantized_linear_on_tiles(p, x) : multiply<kBits, kGroup, kDot>(p, x, widened ? &wide : nullptr);
 }
 
 template <int kBits, int kGroup, Dot kPlain>

@@ -35,20 +35,49 @@ VEC Units units_of(const QuantizedWeight& w, const char* panel, int64_t groups, 
 
 }  // namespace
 
-// Rows of x, quantised, as the tiles read them.
-struct QuantizedRows {
-  int64_t spans, parts, bytes;  // a row's; parts: its spans or, of a weight in units, groups
-  int8_t* values;               // a quad after another; without VNNI those of 8 bits 0, 2, 1, 3 as 16 bits
-  float* scales;                // a span's
-  float* sums;                  // of a part's values, times its scale unless the weight is in units
-  int32_t* starts;              // what a part's whole sums start from
-  bool on_tiles;                // then scales and sums lie [row / kTileRows][span][kTileRows]
-  int64_t at(int64_t row, int64_t s) const {
-    return on_tiles ? (row / kTileRows * spans + s) * kTileRows + row % kTileRows : row * spans + s;
+// The rows of x in blocks of almost the same size, each of which passes by a panel as one tile.
+struct RowBlocks {
+  int64_t count, size, longer;  // as many as are longer by a row come first
+  RowBlocks(int64_t rows, int64_t most) : count((rows + most - 1) / most), size(rows / count), longer(rows % count) {}
+  int64_t first(int64_t block) const { return block * size + std::min(block, longer); }
+  int64_t rows(int64_t block) const { return size + (block < longer); }
+  int64_t of(int64_t row) const {
+    const int64_t of_longer = longer * (size + 1);
+    return row < of_longer ? row / (size + 1) : longer + (row - of_longer) / size;
   }
 };
 
+// Rows of x, quantised, as tiles read them: what all rows of a block have at a place of k lies together. On the tile
+// registers a block is kTileRows, filled up, and only their scales and sums lie so.
+struct QuantizedRows {
+  int64_t spans, parts, bytes;  // a row's; parts: its spans or, by a weight in units, groups
+  int zero;                     // of the weight's values: it times a part's sum is what whole sums begin without
+  int8_t* values;               // [block][quad][row][4]; without VNNI those of 8 bits 0, 2, 1, 3 as 16 bits
+  float* scales;                // [block][span][row]
+  float* sums;                  // [block][part][row]: of a part's values, times its scale unless the weight is in units
+  int32_t* starts;              // likewise, what a part's whole sums start from
+  RowBlocks blocks;
+  bool on_tiles;
+};
+
 namespace {
+
+// What is asked for while rows are multiplied: where their sums will be written, and the panels that are widened next. In
+// parts, as many at once would have to wait for each other.
+struct Ahead {
+  int64_t parts;  // of a block of rows by a panel
+  const char *weight, *weight_end;
+  int64_t weight_step;  // bytes, a part
+  char* out = nullptr;
+  int64_t out_step = 0, rows = 0, row_bytes = 0, asked = 0, part = 0;
+
+  VEC void ask_for_part() {
+    for (part++; asked * parts < rows * part; asked++, out += out_step)
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(out + byte, 1);
+    for (const char* end = std::min(weight + weight_step, weight_end); weight < end; weight += 64)
+      __builtin_prefetch(weight, 0, 2);
+  }
+};
 
 // `rows` rows of sums (x kPanel) from row i and column j on, to the result.
 [[maybe_unused]] void write_sums(const QuantizedLinearArgs& p, const float* sums, int64_t i, int64_t rows, int64_t j) {

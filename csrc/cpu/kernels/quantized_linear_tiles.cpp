@@ -15,6 +15,7 @@
 #include "cpu/kernels/quantized_linear.h"
 
 #include "cpu/kernels/bytes.h"
+#include "cpu/kernels/quantized_linear_units.h"
 #include "cpu/kernels/tiles.h"
 
 namespace pyllm::ISA {
@@ -24,23 +25,6 @@ namespace pyllm::ISA {
 namespace {
 
 int64_t value_bytes(const QuantizedWeight& w) { return round_up(w.groups, w.span > 1 ? 2 : 1) * w.group * kPanel; }
-
-// What is asked for while rows are multiplied: where their sums will be written, and the panels that are widened next. In
-// parts, as many at once would have to wait for each other.
-struct Ahead {
-  int64_t parts;  // of a block of rows by a panel
-  const char *weight, *weight_end;
-  int64_t weight_step;  // bytes, a part
-  char* out = nullptr;
-  int64_t out_step = 0, rows = 0, row_bytes = 0, asked = 0, part = 0;
-
-  VEC void ask_for_part() {
-    for (part++; asked * parts < rows * part; asked++, out += out_step)
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(out + byte, 1);
-    for (const char* end = std::min(weight + weight_step, weight_end); weight < end; weight += 64)
-      __builtin_prefetch(weight, 0, 2);
-  }
-};
 
 constexpr int64_t kUnderWay = 4;  // groups: what tiles store is late for a load that follows at once
 
@@ -154,62 +138,27 @@ void spans(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const 
   }
 }
 
-using Halves = uint16_t __attribute__((vector_size(64)));
-using Bytes = uint8_t __attribute__((vector_size(64)));
-
-// A panel of a weight in units. An element is value * multiple + minimum of them, modulo 256.
-void widen_in_units(const QuantizedWeight& w, const char* panel, char* out) {
-  const int64_t group_bytes = w.group_bytes(kPanel), quads = w.value_bytes() / 4, tile = 2 * quads * 64;
-  auto* units = reinterpret_cast<float*>(out + value_bytes(w));
-  if (w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
-  for (int64_t first = 0; first < w.groups; first += w.span, units += kPanel) {
-    const char* next = panel + (first + w.span) * group_bytes;  // of the next panel, in the end
-    for (int64_t byte = 0; byte < w.span * group_bytes; byte += 64) __builtin_prefetch(next + byte);
-    for (int64_t half = 0; half < 2; half++) {
-      const int64_t count = std::min(w.span, w.groups - first);
-      const Units unit = units_of(w, panel + first * group_bytes, count, half * W);
-      store(units + half * W, unit.size);
-      const auto whole = [&](const char* scales, int64_t at) {
-        return __builtin_convertvector(load_scale(scales, w.scale_dtype, at) * unit.inverse, VI);
-      };
-      for (int64_t g = first; g < first + count; g++) {
-        const char *values = panel + g * group_bytes + half * 64,
-                   *scales = panel + g * group_bytes + quads * kPanel * 4;
-        const VI multiple = whole(scales, half * W);
-        const VI minimum = w.has_minimums ? whole(scales, kPanel + half * W) : multiple * -8;
-        const VI negative = multiple < 0, size = (multiple ^ negative) - negative;
-        const auto factor = reinterpret_cast<Halves>(size | size << 16);
-        const VI byte = (minimum - negative) & 255, two = byte | byte << 8;
-        const auto rest = reinterpret_cast<Bytes>(two | two << 16);
-        char* to = out + g / 2 * 4 * tile + half * 2 * tile + g % 2 * tile;
-        const auto put = [&](int64_t quad, VI v) {  // products are below 256: none reaches its neighbour's byte
-          const auto product = reinterpret_cast<VI>(reinterpret_cast<Halves>(v & 0x0f0f0f0f) * factor) ^ negative;
-          const Bytes bytes = reinterpret_cast<Bytes>(product) + rest;
-          std::memcpy(to + quad * 64, &bytes, sizeof bytes);
-        };
-        for (int64_t q = 0; q < quads; q++) {
-          const VI both = load_lanes(values + q * 128);
-          put(q, both);
-          put(quads + q, both >> 4);
-        }
-      }
-    }
-  }
-}
-
 int64_t wide_panel_bytes(const QuantizedWeight& w) {
   return value_bytes(w) + w.groups * kPanel * static_cast<int64_t>(sizeof(float)) * (w.has_minimums ? 2 : 1);
 }
 
 void widen_panel(const QuantizedWeight& w, const char* panel, char* out) {
-  if (w.in_units()) return widen_in_units(w, panel, out);
   const int64_t quads = w.group / 4, packed_quads = w.value_bytes() / 4, tile = quads * 64;
+  const bool paired = w.span > 1;
+  if (paired && w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
+  if (w.in_units()) {
+    auto* units = reinterpret_cast<float*>(out + value_bytes(w));
+    const auto place = [&](int64_t g, int64_t quad, int64_t half) {
+      return out + g / 2 * 4 * tile + half * 2 * tile + g % 2 * tile + quad * 64;
+    };
+    return widen_in_units(w, w.groups, panel, 0, place, [&](int64_t g, int64_t half, V unit) {
+      store(units + g / w.span * kPanel + half * W, unit);
+    });
+  }
   // Without minimums values have a zero point: bytes lose it by a flipped sign bit, halves of bytes by a subtraction.
   const VI flip = set_int(w.bits == 8 && !w.has_minimums ? INT32_MIN | 0x00808080 : 0);
   const bool shift = w.bits == 4 && !w.has_minimums;
   auto* scales = reinterpret_cast<float*>(out + value_bytes(w));
-  const bool paired = w.span > 1;
-  if (paired && w.groups % 2) std::memset(out + (w.groups - 1) * 2 * tile, 0, 4 * tile);
   const int64_t half_bytes = paired ? 2 * tile : tile;
   for (int64_t g = 0; g < w.groups; g++, panel += w.group_bytes(kPanel)) {
     for (int64_t q = 0; q < packed_quads; q++)
