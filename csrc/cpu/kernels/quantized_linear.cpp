@@ -31,6 +31,8 @@ constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the t
 constexpr int64_t kLeastWideRows = 24;  // from which widening one to bytes does
 constexpr int64_t kStretchBytes = 36 << 10, kBlocksBytes = 3 << 17;  // of a panel, and of x, that stay in caches
 
+constexpr int64_t kAhead = 8;  // groups that a panel is asked for before it is read
+
 enum class Dot { vnni, pairs, halves };
 
 // Of a tile at most, a few rows whose fp32 sums wait in memory while whole ones are in registers; of many rows, as many as
@@ -98,15 +100,20 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
   }
 }
 
-// A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on.
+// A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on; ahead: how many
+// bytes later is what is asked for meanwhile.
 template <int R, int kBits, int kGroup, Dot kDot>
-VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel) {
-  constexpr int64_t kBytes = W * 4;
+VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ahead) {
+  const auto load_quads = [&](int64_t at) {
+    at *= W * 4;
+    if (at % 64 == 0) __builtin_prefetch(panel + at + ahead);
+    return load_lanes(panel + at);
+  };
   if constexpr (kBits == 4) {
     constexpr int64_t kHalf = kGroup / 2 * R;
     VI pairs[R][2] = {};
     UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
-      const VI both = load_lanes(panel + (2 * q + j) * kBytes);
+      const VI both = load_quads(2 * q + j);
       const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
       UNROLL for (int r = 0; r < R; r++) {
         const VI x0 = broadcast_lane(a + (q * R + r) * 4), x1 = broadcast_lane(a + (q * R + r) * 4 + kHalf);
@@ -122,7 +129,7 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel) {
           s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
   } else if constexpr (kDot == Dot::vnni) {
     UNROLL for (int q = 0; q < kGroup / 4; q++) {
-      const VI bytes[2] = {load_lanes(panel + 2 * q * kBytes), load_lanes(panel + (2 * q + 1) * kBytes)};
+      const VI bytes[2] = {load_quads(2 * q), load_quads(2 * q + 1)};
       UNROLL for (int r = 0; r < R; r++) {
         const VI x = broadcast_lane(a + (q * R + r) * 4);
         UNROLL for (int j = 0; j < 2; j++) s[r][j] = dot_bytes(s[r][j], bytes[j], x);
@@ -130,7 +137,7 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel) {
     }
   } else {
     for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
-        const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
+        const VI bytes = load_quads(2 * q + j);
         const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
         UNROLL for (int r = 0; r < R; r++) {
           const int8_t* x = a + (q * R + r) * 8;
@@ -144,7 +151,8 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel) {
 struct Stretch {
   int64_t first, groups;
   const char* panel;            // from there on
-  const char *next, *next_end;  // what is asked for meanwhile, a few lines at a time
+  int64_t ahead;                // bytes, for a single block
+  const char *next, *next_end;  // for one of several: what it asks for of the next stretch, a few lines at a time
 };
 
 // To out (R x kPanel), the fp32 sums.
@@ -176,7 +184,7 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const S
     VI s[R][2];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
     for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes, a += kStep)
-      add_group<R, kBits, kGroup, kDot>(s, a, panel);
+      add_group<R, kBits, kGroup, kDot>(s, a, panel, stretch.ahead);
     for (const char* to = std::min(next + next_step, stretch.next_end); next < to; next += 64)
       __builtin_prefetch(next, 0, 2);
     const char* scales = panel - group_bytes + kValues;
@@ -214,7 +222,7 @@ void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row
     for (int64_t g = 0; g < std::min(w.span, left); g++) {
       VI s[R][2];
       UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
-      add_group<R, kBits, kGroup, kDot>(s, a, panel);
+      add_group<R, kBits, kGroup, kDot>(s, a, panel, stretch.ahead);
       UNROLL for (int j = 0; j < 2; j++) {
         const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
         UNROLL for (int r = 0; r < R; r++) exact[r][j] = fma(__builtin_convertvector(s[r][j], V), scale, exact[r][j]);
@@ -302,13 +310,14 @@ void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const Quanti
       const int64_t groups = std::min(most_groups, w.groups - g);
       const char* panel = p.panels + (j * w.groups + g) * group_bytes;
       const char* next = panel + groups * group_bytes;
+      const int64_t ahead = blocks > 1 ? 0 : kAhead * group_bytes;
       const int64_t next_bytes = blocks > 1 ? std::min(groups * group_bytes, end_of_panels - next) : 0;
       if (wide) widen(w, *wide, groups, panel, bytes), panel = bytes;
       for (int64_t i = 0; i < blocks; i++) {
         const int64_t row = x.blocks.first(block0 + i), rows = x.blocks.rows(block0 + i);
         float* out = sums + (sums_rows > kMost ? row - x.blocks.first(block0) : 0) * kPanel;
-        const Stretch stretch = {g, groups, panel, next + next_bytes * i / blocks,
-                                 next + next_bytes * (i + 1) / blocks};
+        const Stretch stretch = {
+            g, groups, panel, ahead, next + next_bytes * i / blocks, next + next_bytes * (i + 1) / blocks};
         if (wide)
           tile_of<8, kGroup, kDot>(w.in_units(), rows)(*wide, x, row, stretch, out);
         else
