@@ -93,12 +93,15 @@ def ct2(name):
 
 
 def openvino(name):
+    c = json.loads((shapes.ROOT / "models" / name / "config.json").read_text())
+    width = c.get("hidden_size") or c["n_embd"]
+    group = [] if width % 128 == 0 else ["--group-size", "32"]  # its own is 128, and must divide the width
     for kind in ("int8", "int4"):
         out = shapes.ROOT / "models" / name / f"openvino-{kind}"
         if not out.exists():
             run(shapes.ROOT / "openvino/bin/optimum-cli", "export", "openvino", "--model",
                 shapes.ROOT / "models" / name, "--task", "text-generation-with-past", "--weight-format", kind,
-                out)  # fmt: skip
+                *(group if kind == "int4" else []), out)  # fmt: skip
 
 
 def onnx(name):

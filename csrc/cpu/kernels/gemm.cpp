@@ -8,6 +8,9 @@
 // first-level cache, one row of bf16 took longer than torch's.
 #include "cpu/kernels/gemm.h"
 
+#include <array>
+#include <utility>
+
 #include "cpu/kernels/gemm_panels.h"
 #include "cpu/kernels/gemm_pieces.h"
 
@@ -55,7 +58,8 @@ void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
 
 namespace {
 
-constexpr int64_t kFew = 16;  // k that a tile adds between two fetches
+constexpr int64_t kStreamAhead = 512;  // floats of a packed panel that only one tile passes by
+constexpr int64_t kFew = 16;           // k that a tile adds between two fetches
 
 // A's rows are copied tile by tile, a block of k at a time: [k][kTile]. The rows of a block are shared out evenly over its
 // tiles.
@@ -138,10 +142,10 @@ class Ahead {
 };
 
 // R rows of A by a panel, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
-// keeps: it would put all of them in memory.
+// keeps: it would put all of them in memory. b_ahead: how much later is what is asked for of a panel that comes from memory.
 template <int R>
 void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_step, int64_t columns, bool accumulate,
-          const float* bias, Ahead& ahead) {
+          const float* bias, int64_t b_ahead, Ahead& ahead) {
   V s[R][2] = {};
   Ahead own(c, R, c_step * sizeof(float), kPanel * sizeof(float), (count + kFew - 1) / kFew);
   for (; count > 0; count -= kFew) {
@@ -149,6 +153,7 @@ void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_ste
     own.fetch();
     for (const float* end = a + std::min(kFew, count) * kTile; a < end; a += kTile, b += kPanel) {
       const V v[2] = {load(b), load(b + W)};
+      for (int64_t j = 0; j < kPanel; j += 16) __builtin_prefetch(b + b_ahead + j);
       UNROLL for (int r = 0; r < R; r++) {
         const V x = set(a[r]);
         UNROLL for (int j = 0; j < 2; j++) s[r][j] = fma(x, v[j], s[r][j]);
@@ -176,7 +181,8 @@ void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_ste
     }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*, Ahead&);
+using Tile = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*, int64_t,
+                      Ahead&);
 
 Tile tile_of(int64_t rows) {  // one panel wide
   static constexpr Tile tiles[] = {tile<1>,  tile<2>, tile<3>, tile<4>,
@@ -293,7 +299,7 @@ void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, in
 template <int R, int kAcross, class T>
 void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j, int64_t j1) {
   constexpr int kVectors = 2 * kAcross;
-  constexpr int64_t kAhead = 1024 / sizeof(T);
+  constexpr int64_t kAhead = 4096 / sizeof(T);
   const int64_t step = narrow_rows(p.k) * kPanel;
   const T* panels = static_cast<const T*>(p.packed_narrow) + j / kPanel * step;
   const auto columns = [&](int v) { return std::clamp<int64_t>(j1 - j - v * W, 0, W); };
@@ -331,7 +337,7 @@ void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j0, i
   }
 }
 
-constexpr int64_t kFewRowsDown = 4, kFewRowsAlong = 4, kFewRowsNarrow = 4;
+constexpr int kFewRowsDown = 4, kFewRowsAlong = 4, kFewRowsNarrow = W == 16 ? 8 : 4;
 
 void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0;
@@ -351,9 +357,10 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>, few_rows_down<3, T>, few_rows_down<4, T>};
     static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
                                      few_rows_along<4, T>};
-    static constexpr Rows narrow[] = {few_rows_narrow<1, T>, few_rows_narrow<2, T>, few_rows_narrow<3, T>,
-                                      few_rows_narrow<4, T>};
-    (p.packed_narrow ? narrow : p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
+    static constexpr auto narrow = []<int... R>(std::integer_sequence<int, R...>) {
+      return std::array<Rows, sizeof...(R)>{few_rows_narrow<R + 1, T>...};
+    }(std::make_integer_sequence<int, kFewRowsNarrow>());
+    (p.packed_narrow ? narrow.data() : p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
   });
 }
 
@@ -364,9 +371,13 @@ int64_t max_rows(int64_t k) { return kRowFloats / std::clamp(k, kBlockK, 4 * kBl
 
 // What is read for rows k0..k0+count of B's columns j0..j1.
 Ahead ahead_of(const Product& p, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t times) {
-  if (j0 >= j1 || p.packed_narrow) return {p.a.data, 0, 0, 0, times};
+  if (j0 >= j1) return {p.a.data, 0, 0, 0, times};
   if (p.packed) return {p.packed + j0 * p.k + k0 * kPanel, 1, 0, count * kPanel * 4, times};
   const int64_t size = size_of(p.b.dtype);
+  if (p.packed_narrow) {
+    const char* panel = static_cast<const char*>(p.packed_narrow) + (j0 * narrow_rows(p.k) + k0 * kPanel) * size;
+    return {panel, 1, 0, count * kPanel * size, times};
+  }
   const char* corner = static_cast<const char*>(p.b.data) + (k0 * p.b.row_step + j0 * p.b.column_step) * size;
   if (p.b.column_step == 1) return {corner, count, p.b.row_step * size, (j1 - j0) * size, times};
   if (p.b.row_step == 1) return {corner, j1 - j0, p.b.column_step * size, count * size, times};
@@ -447,7 +458,7 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
               for (int64_t t = 0; t < tiles.count; t++) {
                 const int64_t height = tiles.height(t);
                 tile_of(height)(a, count, b, out, c_step, std::min(kPanel, right - j), p.accumulate || block > 0, bias,
-                                ahead);
+                                stream ? kStreamAhead : 0, ahead);
                 a += kTileFloats;
                 out += height * c_step;
               }
