@@ -105,6 +105,9 @@ def openvino(name):
 
 
 def onnx(name):
+    c = json.loads((shapes.ROOT / "models" / name / "config.json").read_text())
+    if c["model_type"] == "gpt2":
+        return print("onnxruntime-genai does not build GPT-2", flush=True)
     out = shapes.ROOT / "models" / name / "onnx-int4"
     if not out.exists():
         run(shapes.ROOT / "onnx/bin/python", "-m", "onnxruntime_genai.models.builder", "-i",

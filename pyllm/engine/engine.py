@@ -264,7 +264,8 @@ class Engine:
         """Admits who is next, reads a piece of prompts, and draws an id for each sequence whose prompt is read.
 
         Args:
-            seconds: more ids are drawn for about so long, until a sequence ends. What others ask for meanwhile waits.
+            seconds: more ids are drawn for about so long, until a sequence ends, unless prompts are being read and
+                nobody waits for a place. What others ask for meanwhile waits.
         """
         with self.lock:
             self.look_at_model()
@@ -281,8 +282,10 @@ class Engine:
                     self._read(batch)
                 if reading:
                     self._admit()  # samples of a prompt that has just been read
-                    # Who has just drawn an id goes on in the next step, so that it can be heard of.
-                    self._decode([r for r in self._running if r.decodes and not (r.ids and r in reading)], seconds)
+                    # Who has just drawn an id goes on in the next step, so that it can be heard of. While others wait
+                    # for a place, what counts is how soon sequences end; else, how soon prompts are read.
+                    decoding = [r for r in self._running if r.decodes and not (r.ids and r in reading)]
+                    self._decode(decoding, seconds if self._waiting else 0.0)
                 else:  # whoever waits does so until a sequence ends
                     self._decode(list(self._running), seconds)
             except BaseException:  # an interruption: whoever goes on does so from what is noted

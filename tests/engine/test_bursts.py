@@ -111,3 +111,17 @@ def test_settings_that_need_all_that_was_drawn_are_for_single_steps():
     for own in (pyllm.SamplingParams(seed=1, repetition_penalty=1.3), pyllm.SamplingParams(seed=1, allowed_ids=[1, 5])):
         plain, found = (run(model, s, prompts, [own, pyllm.SamplingParams(seed=2)]) for s in (0.0, LONG))
         assert told(found[1]) == told(plain[1])
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_while_a_prompt_is_read_others_draw_in_single_steps_unless_somebody_waits_for_a_place(crowded):
+    engine = pyllm.Engine(new("llama"), max_sequences=2, chunk=16)
+    first = engine.submit([1, 2, 3], pyllm.SamplingParams(temperature=0), max_tokens=100)
+    for _ in range(5):  # which also tells how long a step takes
+        engine.step(LONG / 1e4)
+    before = len(first.ids)
+    engine.submit([5] * 100, max_tokens=4)
+    if crowded:
+        engine.submit([7] * 3, max_tokens=4)
+    engine.step(LONG)
+    assert (len(first.ids) > before + 1) == crowded
