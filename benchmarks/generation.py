@@ -101,7 +101,8 @@ def _small_shape(folder: Path) -> None:
 def _result(shape: str, bits: str, bandwidth: float, measure: str, provider: str, median: float,
             ratio: float) -> Result:  # fmt: skip
     info = _C.info()
-    return Result(datetime.date.today().isoformat(), device(), info["isa"], 2, pyllm.__version__, shape, int(bits),
+    isa = info["isa"] + (" with tile registers" if info["amx"] else "")
+    return Result(datetime.date.today().isoformat(), device(), isa, 2, pyllm.__version__, shape, int(bits),
                   measure, provider, median, ratio, bandwidth)  # fmt: skip
 
 

@@ -78,10 +78,14 @@ VEC VI dot_bytes(VI sum, VI u, VI s) {
 #endif
 }
 
-// W floats to the nearest whole numbers (ties to even), in -127..127, as bytes.
-VEC void store_bytes(int8_t* p, V v) {
+// W floats to the nearest whole numbers (ties to even), of those below 2^22 in size.
+VEC VI nearest(V v) {
   const V magic = set(12582912.0f);
-  const VI whole = as_int(v + magic) - as_int(magic);
+  return as_int(v + magic) - as_int(magic);
+}
+
+// W whole numbers, in -128..127, as bytes.
+VEC void store_bytes(int8_t* p, VI whole) {
   using VN = int8_t __attribute__((vector_size(W)));
   const VN bytes = __builtin_convertvector(whole, VN);
   std::memcpy(p, &bytes, sizeof bytes);

@@ -32,7 +32,7 @@ void quantize(const T* x, int64_t dim, int64_t position, char* tile) {
     const bf16 scale{finite ? static_cast<uint16_t>((bits + 0xffff) >> 16) : uint16_t{0x7fc0}};
     const V by = set(to_float(scale));
     for (int64_t j = 0; j < kInt8Group; j += W)
-      store_bytes(bytes + j, finite && scale.bits ? load(block + j) / by : V{});
+      store_bytes(bytes + j, nearest(finite && scale.bits ? load(block + j) / by : V{}));
     for (int64_t d = first; d < first + count; d += kInt8Quad)
       std::memcpy(tile + int8_at(dim, position, d), bytes + d - first, int8_count(dim, d));
     std::memcpy(tile + int8_scale_at(dim, position, first), &scale, 2);

@@ -71,20 +71,26 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
       const float most = max(largest);
       const V inverse = set(most > 1e-30f ? 127.0f / most : 0.0f);
       const bool finite = !bits(bad != V{});
-      for (int64_t j = 0; j < filled; j += W) store_bytes(whole + j, finite ? load(values + j) * inverse : V{});
-      return finite ? most / 127.0f : __builtin_nanf("");
+      const float scale = finite ? most / 127.0f : __builtin_nanf("");
+      scales[s * rows] = scale;
+      for (int64_t begin = 0; begin < filled; begin += part) {
+        VI total{};
+        for (int64_t j = begin; j < std::min(filled, begin + part); j += W) {
+          const VI v = nearest(finite ? load(values + j) * inverse : V{});
+          store_bytes(whole + j, v);
+          total += v;
+        }
+        if (!summed) continue;
+        const float in_all = sum(__builtin_convertvector(total, V));  // exact
+        *sums = in_all * (w.in_units() ? 1.0f : scale);
+        *starts = -out.zero * static_cast<int32_t>(in_all);
+        sums += rows, starts += rows;
+      }
     };
     if (count < size)
       for (int64_t j = 0; j < filled; j += W)
         store(block + j, count > j ? get(x + s * size + j, std::min<int64_t>(W, count - j)) : V{});
-    const float scale = count < size ? quantize(block) : quantize(x + s * size);
-    scales[s * rows] = scale;
-    for (int64_t begin = 0; begin < filled && summed; begin += part, sums += rows, starts += rows) {
-      int32_t total = 0;
-      for (int64_t j = begin; j < std::min(filled, begin + part); j++) total += whole[j];
-      *sums = static_cast<float>(total) * (w.in_units() ? 1.0f : scale);
-      *starts = -out.zero * total;
-    }
+    count < size ? quantize(block) : quantize(x + s * size);
     if (whole == to) {
       to += size;
       continue;
@@ -104,16 +110,15 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
 // bytes later is what is asked for meanwhile.
 template <int R, int kBits, int kGroup, Dot kDot>
 VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ahead) {
-  const auto load_quads = [&](int64_t at) {
-    at *= W * 4;
-    if (at % 64 == 0) __builtin_prefetch(panel + at + ahead);
-    return load_lanes(panel + at);
-  };
+  constexpr int64_t kBytes = W * 4;
+  if (ahead)
+    UNROLL for (int64_t byte = 0; byte < kPanel * kGroup * kBits / 8; byte += 64)
+        __builtin_prefetch(panel + byte + ahead);
   if constexpr (kBits == 4) {
     constexpr int64_t kHalf = kGroup / 2 * R;
     VI pairs[R][2] = {};
     UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
-      const VI both = load_quads(2 * q + j);
+      const VI both = load_lanes(panel + (2 * q + j) * kBytes);
       const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
       UNROLL for (int r = 0; r < R; r++) {
         const VI x0 = broadcast_lane(a + (q * R + r) * 4), x1 = broadcast_lane(a + (q * R + r) * 4 + kHalf);
@@ -129,7 +134,7 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ah
           s[r][j] + dot_halves(pairs[r][j], set_int(0x00010001));
   } else if constexpr (kDot == Dot::vnni) {
     UNROLL for (int q = 0; q < kGroup / 4; q++) {
-      const VI bytes[2] = {load_quads(2 * q), load_quads(2 * q + 1)};
+      const VI bytes[2] = {load_lanes(panel + 2 * q * kBytes), load_lanes(panel + (2 * q + 1) * kBytes)};
       UNROLL for (int r = 0; r < R; r++) {
         const VI x = broadcast_lane(a + (q * R + r) * 4);
         UNROLL for (int j = 0; j < 2; j++) s[r][j] = dot_bytes(s[r][j], bytes[j], x);
@@ -137,7 +142,7 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ah
     }
   } else {
     for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
-        const VI bytes = load_quads(2 * q + j);
+        const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
         const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
         UNROLL for (int r = 0; r < R; r++) {
           const int8_t* x = a + (q * R + r) * 8;
@@ -149,10 +154,12 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ah
 
 // Neighbouring groups of a panel, whole spans of them: as many as stay in the first-level cache while rows pass by.
 struct Stretch {
-  int64_t first, groups;
-  const char* panel;            // from there on
-  int64_t ahead;                // bytes, for a single block
-  const char *next, *next_end;  // for one of several: what it asks for of the next stretch, a few lines at a time
+  int64_t first, groups, first_span;
+  const char* panel;  // from there on
+  int64_t ahead;      // bytes, for a single block
+  // For one of several: what it asks for of the next stretch, a few lines at a time.
+  const char *next, *next_end;
+  int64_t next_step;  // bytes, a span
 };
 
 // To out (R x kPanel), the fp32 sums.
@@ -172,20 +179,19 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const S
   constexpr int64_t kValues = kPanel * kGroup * kBits / 8, kStep = kGroup * R * (kDot == Dot::halves ? 2 : 1);
   const int64_t group_bytes = w.group_bytes(kPanel);
   const char* panel = stretch.panel;
-  const int64_t at = row * x.spans + stretch.first / w.span * R;
+  const int64_t at = row * x.spans + stretch.first_span * R;
   const int8_t* a = x.values + row * x.bytes + stretch.first * kStep;
   const float *x_scales = x.scales + at, *sums = x.sums + at;
   const int32_t* starts = x.starts + at;
   V total[R][2];
   load_totals(out, stretch.first == 0, total);
   const char* next = stretch.next;
-  const int64_t next_step = round_up((stretch.next_end - next) * w.span / std::max<int64_t>(stretch.groups, 1), 64);
   for (int64_t left = stretch.groups; left > 0; left -= w.span) {
     VI s[R][2];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
     for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes, a += kStep)
       add_group<R, kBits, kGroup, kDot>(s, a, panel, stretch.ahead);
-    for (const char* to = std::min(next + next_step, stretch.next_end); next < to; next += 64)
+    for (const char* to = std::min(next + stretch.next_step, stretch.next_end); next < to; next += 64)
       __builtin_prefetch(next, 0, 2);
     const char* scales = panel - group_bytes + kValues;
     UNROLL for (int j = 0; j < 2; j++) {
@@ -213,7 +219,7 @@ void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row
   const char* panel = stretch.panel;
   const int64_t at = row * x.parts + stretch.first * R;
   const int8_t* a = x.values + row * x.bytes + stretch.first * kGroup * R;
-  const float *x_scales = x.scales + row * x.spans + stretch.first / w.span * R, *sums = x.sums + at;
+  const float *x_scales = x.scales + row * x.spans + stretch.first_span * R, *sums = x.sums + at;
   const int32_t* starts = x.starts + at;
   V total[R][2];
   load_totals(out, stretch.first == 0, total);
@@ -298,9 +304,11 @@ void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const Quanti
   const int64_t height = std::max<int64_t>(1, kBlocksBytes / (row_bytes + 1) / x.blocks.rows(0));  // in blocks
   const int64_t in_cache = kStretchBytes / group_bytes / w.span * w.span;
   const int64_t most_groups = x.blocks.count == 1 ? w.groups : std::min(in_cache, w.groups);
+  // Pieces of panels and, where these are few, of blocks, so that threads get as much to do.
   const bool few = p.m * panels * w.groups * group_bytes < 1 << 16;
-  const int64_t pieces = few ? 1 : std::min<int64_t>(panels, 4 * cpu::num_threads());
-  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
+  const int64_t wanted = few ? 1 : 4 * cpu::num_threads(), across = std::min(panels, wanted);
+  const int64_t down = std::clamp<int64_t>(2 * wanted / panels, 1, (x.blocks.count + 7) / 8);
+  parallel_for(across * down, 1, [&](int64_t begin, int64_t end) {
     const int64_t sums_rows = most_groups < w.groups ? std::min(p.m, height * kMost) : kMost;
     const int64_t sums_bytes = sums_rows * kPanel * static_cast<int64_t>(sizeof(float));
     auto* sums =
@@ -308,16 +316,19 @@ void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const Quanti
     auto* bytes = reinterpret_cast<char*>(sums) + sums_bytes;
     const auto pass_by = [&](int64_t block0, int64_t blocks, int64_t j, int64_t g) {
       const int64_t groups = std::min(most_groups, w.groups - g);
-      const char* panel = p.panels + (j * w.groups + g) * group_bytes;
-      const char* next = panel + groups * group_bytes;
-      const int64_t ahead = blocks > 1 ? 0 : kAhead * group_bytes;
-      const int64_t next_bytes = blocks > 1 ? std::min(groups * group_bytes, end_of_panels - next) : 0;
-      if (wide) widen(w, *wide, groups, panel, bytes), panel = bytes;
+      const char* const panel = p.panels + (j * w.groups + g) * group_bytes;
+      const char *next = panel + groups * group_bytes, *next_end = std::min(next + groups * group_bytes, end_of_panels);
+      Stretch stretch = {g, groups, g / w.span, panel, 0, next, next, 0};
+      const int64_t share = blocks > 1 ? (next_end - next) / blocks + 1 : 0;
+      if (blocks > 1)
+        stretch.next_step = round_up(share * w.span / (groups + 1) + 1, 64);
+      else
+        stretch.ahead = kAhead * group_bytes;
+      if (wide) widen(w, *wide, groups, panel, bytes), stretch.panel = bytes;
       for (int64_t i = 0; i < blocks; i++) {
         const int64_t row = x.blocks.first(block0 + i), rows = x.blocks.rows(block0 + i);
         float* out = sums + (sums_rows > kMost ? row - x.blocks.first(block0) : 0) * kPanel;
-        const Stretch stretch = {
-            g, groups, panel, ahead, next + next_bytes * i / blocks, next + next_bytes * (i + 1) / blocks};
+        stretch.next = next + share * i, stretch.next_end = std::min(stretch.next + share, next_end);
         if (wide)
           tile_of<8, kGroup, kDot>(w.in_units(), rows)(*wide, x, row, stretch, out);
         else
@@ -325,12 +336,15 @@ void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const Quanti
         if (g + groups == w.groups) write_sums(p, out, row, rows, j * kPanel);
       }
     };
-    for (int64_t block = 0; block < x.blocks.count; block += height)
-      for (int64_t j = panels * begin / pieces; j < panels * end / pieces; j++) {
-        int64_t g = 0;
-        do pass_by(block, std::min(height, x.blocks.count - block), j, g);
-        while ((g += most_groups) < w.groups);
-      }
+    for (int64_t piece = begin; piece < end; piece++) {
+      const int64_t i = piece % down, block1 = x.blocks.count * (i + 1) / down;
+      for (int64_t block = x.blocks.count * i / down; block < block1; block += height)
+        for (int64_t j = panels * (piece / down) / across; j < panels * (piece / down + 1) / across; j++) {
+          int64_t g = 0;
+          do pass_by(block, std::min(height, block1 - block), j, g);
+          while ((g += most_groups) < w.groups);
+        }
+    }
   });
 }
 
