@@ -140,6 +140,10 @@ PYBIND11_MODULE(_C, m) {
     check(recording, "[begin_rows] a step must be recorded");
     recording->begin_rows(offsets, at, x, out);
   });
+  m.def("keep_memory", [](const TensorView& t) {
+    check(recording, "[keep_memory] a step must be recorded");
+    recording->keep_memory(t);
+  });
   m.def("mark_rows", [](const TensorView& t) {
     if (recording) recording->mark_rows(t);
   });

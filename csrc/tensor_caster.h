@@ -85,20 +85,13 @@ struct type_caster<pyllm::TensorView> {
       value = pyllm::TensorView::absent();
       return true;
     }
-    if (pyllm::recording) {  // a replay needs the memory still, wherever the tensor's `data` are put meanwhile
-      PyObject* kept = PyObject_CallMethod(source.ptr(), "untyped_storage", nullptr);
-      if (!kept) {  // no tensor of torch's
-        PyErr_Clear();
-        kept = source.inc_ref().ptr();
-      }
-      pyllm::recording->keep({kept, [](PyObject* o) { Py_DECREF(o); }});  // a Program ends where the GIL is held
-    }
     if (const auto* api = pyllm::exchange_api(Py_TYPE(source.ptr()))) {
       Tensor t;
       if (api->tensor_from_py_no_sync(source.ptr(), &t) != 0) throw error_already_set();
       value = pyllm::view_of(t, false);
       if (t.device.type == kCUDA && api->current_work_stream(kCUDA, t.device.id, &value.stream) != 0)
         throw error_already_set();
+      keep(source);
       return true;
     }
     if (!hasattr(source, "__dlpack__")) return false;
@@ -122,10 +115,22 @@ struct type_caster<pyllm::TensorView> {
     if (value.device_type == kCUDA)  // nothing else says on which stream its work is in order
       pyllm::fail(pyllm::Error::not_implemented,
                   "a CUDA tensor must come through DLPack's exchange table (torch 2.10 or later)");
+    keep(source);
     return true;
   }
 
  private:
+  // A replay needs the memory still, wherever the tensor's `data` are put meanwhile.
+  void keep(handle source) const {
+    if (!pyllm::recording || pyllm::recording->keeps(value)) return;
+    PyObject* kept = PyObject_CallMethod(source.ptr(), "untyped_storage", nullptr);
+    if (!kept) {  // no tensor of torch's
+      PyErr_Clear();
+      kept = source.inc_ref().ptr();
+    }
+    pyllm::recording->keep({kept, [](PyObject* o) { Py_DECREF(o); }});  // a Program ends where the GIL is held
+  }
+
   object owner;  // the unconsumed capsule: its destructor gives the tensor back
 };
 

@@ -14,6 +14,13 @@ void Program::append(std::string op, std::function<void()> call) {
   calls_.push_back(std::move(call));
 }
 
+void Program::keep_memory(const TensorView& t) { memory_.emplace_back(t.data, t.data + t.numel() * size_of(t.dtype)); }
+
+bool Program::keeps(const TensorView& t) const {
+  return std::any_of(memory_.begin(), memory_.end(),
+                     [&](const auto& range) { return t.data >= range.first && t.data < range.second; });
+}
+
 bool RowScope::has(const TensorView& t) const {
   if (!t.present()) return false;
   return std::any_of(marked.begin(), marked.end(),

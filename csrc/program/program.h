@@ -29,6 +29,9 @@ class Program {
  public:
   void append(std::string op, std::function<void()> call);
   void keep(std::shared_ptr<void> tensor) { kept_.push_back(std::move(tensor)); }
+  // A tensor that is kept, and within which others lie that need not be.
+  void keep_memory(const TensorView& t);
+  bool keeps(const TensorView& t) const;
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
   const std::vector<std::string>& ops() const { return ops_; }
 
@@ -59,6 +62,7 @@ class Program {
   std::vector<std::function<void()>> calls_;
   std::vector<std::string> ops_;
   std::vector<std::shared_ptr<void>> kept_;
+  std::vector<std::pair<const char*, const char*>> memory_;
   std::shared_ptr<RowScope> rows_;
   std::string unfit_;
   int64_t steps_done_ = 0, steps_run_ = 0, row_scopes_ = 0;

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyllm import _C, ops
@@ -28,11 +29,23 @@ class NotRecordable(RuntimeError):
     """A step that does what cannot be replayed; the message says what."""
 
 
+class Memory:
+    """Places for what recordings allocate. Those that share it have theirs in the same ones: for steps of which only
+    one runs at a time, and whose results are read before another does."""
+
+    def __init__(self) -> None:
+        self.places: list[Tensor] = []  # uint8
+
+    @property
+    def nbytes(self) -> int:
+        return sum(place.nbytes for place in self.places)
+
+
 class Recording(TorchDispatchMode):
     """`with Recording() as program:` records what runs within to a `_C.Program`.
 
-    With `memory`, what is allocated lies where recordings with the same memory before it had theirs: for steps of which
-    only one runs at a time, and whose results are read before another does.
+    What is allocated lies in `memory`, its own if there is none: where nothing lies that the step still refers to, so
+    that layers share what they need for themselves.
     """
 
     @classmethod
@@ -40,11 +53,11 @@ class Recording(TorchDispatchMode):
         """Nothing that is compiled runs in here; to be skipped would load the compiler at once, 50 MB of it."""
         return False
 
-    def __init__(self, memory: list[torch.UntypedStorage] | None = None) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
         super().__init__()
-        self.program, self.memory, self.allocated = _C.Program(), memory, 0
-        self.shared: list[torch.UntypedStorage] = []  # by all shares of rows, of which one runs at a time
-        self.share, self.in_share = 0, 0
+        self.program, self.memory = _C.Program(), memory or Memory()
+        self.users: dict[int, StorageWeakRef] = {}  # of places: the last that this recording put there
+        self.kept: set[int] = set()  # places, by address, that the program keeps
 
     def __enter__(self) -> Any:
         if torch.is_grad_enabled() or ops.REFERENCE:
@@ -72,27 +85,24 @@ class Recording(TorchDispatchMode):
                             "pyllm.ops in its place")  # fmt: skip
 
     def _placed(self, t: Tensor) -> Tensor:
-        if share := _C.row_scopes():
-            self.share, self.in_share = share, self.in_share + 1 if share == self.share else 0
-            t = _in_memory(t, self.shared, self.in_share)
-            _C.mark_rows(t)
+        """A tensor like this one, in the smallest place that is free and large enough, or in one that is made so."""
+        size, places = t.untyped_storage().nbytes(), self.memory.places
+        if size == 0:
             return t
-        if self.memory is None:
-            return t
-        self.allocated += 1
-        return _in_memory(t, self.memory, self.allocated - 1)
-
-
-def _in_memory(t: Tensor, memory: list[torch.UntypedStorage], at: int) -> Tensor:
-    """The at-th tensor that lies in a memory: there, or in a place of its own that is the memory's from then on."""
-    storage = t.untyped_storage()
-    if at == len(memory):
-        memory.append(storage)
-    elif memory[at].nbytes() < storage.nbytes():
-        memory[at] = storage
-    else:
-        return torch.empty(0, dtype=t.dtype).set_(memory[at], 0, t.size(), t.stride())
-    return t
+        free = [i for i in range(len(places)) if i not in self.users or self.users[i].expired()]
+        at = min((i for i in free if places[i].nbytes >= size), key=lambda i: places[i].nbytes, default=-1)
+        if at < 0:
+            at = max(free, key=lambda i: places[i].nbytes, default=len(places))
+            places[at : at + 1] = [torch.empty(size, dtype=torch.uint8)]
+        if places[at].data_ptr() not in self.kept:
+            self.kept.add(places[at].data_ptr())
+            _C.keep_memory(places[at])
+        # A storage of its own, which lives as long as somebody refers to it: the program keeps the place alone.
+        own = torch.from_numpy(places[at].numpy()[:size]).view(t.dtype).as_strided(t.size(), t.stride())
+        self.users[at] = StorageWeakRef(own.untyped_storage())
+        if _C.row_scopes():
+            _C.mark_rows(own)
+        return own
 
 
 AS_THEY_ARE = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm.engine.capture import Captured
-from pyllm.engine.recording import NotRecordable, Recording
+from pyllm.engine.recording import Memory, NotRecordable, Recording
 from pyllm.models import Model
 
 
@@ -30,7 +30,7 @@ class Steps:
         """The model has changed: what was recorded holds no longer."""
         self.recordable, self.calls = True, 0
         self.recorded: dict[int, tuple[Any, Tensor]] = {}  # by the number of rows: the program and its logits
-        self.memory: list[Any] = []
+        self.memory, self.graphs = Memory(), list[Any]()  # what recordings, and what captures, share
 
     def clear(self) -> None:
         """Nobody sits any more, and nobody knows what was in the seats."""
@@ -83,7 +83,7 @@ class Steps:
             return None
         try:
             if self.ids.is_cuda:
-                captured = Captured(lambda: self._step(count), self.memory, self.ids.device)
+                captured = Captured(lambda: self._step(count), self.graphs, self.ids.device)
                 self.recorded[count] = captured, captured.out
             else:
                 with Recording(self.memory) as program:

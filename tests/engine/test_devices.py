@@ -136,4 +136,4 @@ def test_an_engine_captures_a_step_for_each_number_of_rows(graphs):
     engine = pyllm.Engine(new(), max_length=32)
     engine.steps.ids = OnCuda(engine.steps.ids.clone())
     assert [r.ids for r in engine.generate(prompts, params, max_tokens=6)] == expected
-    assert Graph.replays and engine.steps.memory == ["pool", ("stream", OnCuda.device)]
+    assert Graph.replays and engine.steps.graphs == ["pool", ("stream", OnCuda.device)]
