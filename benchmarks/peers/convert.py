@@ -79,17 +79,21 @@ def gguf(name):
         print(out, out.stat().st_size, flush=True)
 
 
-def run(*command):
+def run(out, *command):
+    """A command that makes the folder `{out}`: beside its place first, so that what fails leaves nothing there."""
+    part = out.with_name(out.name + ".part")
+    command = [part if x == "{out}" else x for x in command]
     env = dict(os.environ, TRANSFORMERS_OFFLINE="1", HF_HUB_OFFLINE="1")
     subprocess.run([str(x) for x in command], check=True, env=env)
+    part.rename(out)
 
 
 def ct2(name):
     for kind in ("float32", "int8"):
         out = shapes.ROOT / "models" / name / f"ct2-{kind}"
         if not out.exists():
-            run(shapes.ROOT / "main/bin/ct2-transformers-converter", "--model", shapes.ROOT / "models" / name,
-                "--output_dir", out, "--quantization", kind)  # fmt: skip
+            run(out, shapes.ROOT / "main/bin/ct2-transformers-converter", "--model", shapes.ROOT / "models" / name,
+                "--output_dir", "{out}", "--quantization", kind, "--force")  # fmt: skip
 
 
 def openvino(name):
@@ -99,9 +103,9 @@ def openvino(name):
     for kind in ("int8", "int4"):
         out = shapes.ROOT / "models" / name / f"openvino-{kind}"
         if not out.exists():
-            run(shapes.ROOT / "openvino/bin/optimum-cli", "export", "openvino", "--model",
+            run(out, shapes.ROOT / "openvino/bin/optimum-cli", "export", "openvino", "--model",
                 shapes.ROOT / "models" / name, "--task", "text-generation-with-past", "--weight-format", kind,
-                *(group if kind == "int4" else []), out)  # fmt: skip
+                *(group if kind == "int4" else []), "{out}")  # fmt: skip
 
 
 def onnx(name):
@@ -110,8 +114,8 @@ def onnx(name):
         return print("onnxruntime-genai does not build GPT-2", flush=True)
     out = shapes.ROOT / "models" / name / "onnx-int4"
     if not out.exists():
-        run(shapes.ROOT / "onnx/bin/python", "-m", "onnxruntime_genai.models.builder", "-i",
-            shapes.ROOT / "models" / name, "-o", out, "-p", "int4", "-e", "cpu")  # fmt: skip
+        run(out, shapes.ROOT / "onnx/bin/python", "-m", "onnxruntime_genai.models.builder", "-i",
+            shapes.ROOT / "models" / name, "-o", "{out}", "-p", "int4", "-e", "cpu")  # fmt: skip
 
 
 if __name__ == "__main__":

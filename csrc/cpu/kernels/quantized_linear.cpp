@@ -398,36 +398,51 @@ void quantized_linear(const QuantizedLinearArgs& p) {
   p.weight.group == 16 ? run_with_best<8, 16, Dot::halves>(p) : run_with_best<8, 32, Dot::halves>(p);
 }
 
+namespace {
+
+// Four halves of bytes, low ones first, to bytes.
+uint32_t spread(const uint8_t* two) {
+  uint16_t halves;
+  std::memcpy(&halves, two, 2);
+  uint32_t x = halves;
+  x = (x | x << 8) & 0x00ff00ff;
+  return (x | x << 4) & 0x0f0f0f0f;
+}
+
+// A group of a row, quad by quad, to its column of a panel.
+template <int kBits>
+void pack_group(const uint8_t* values, int64_t quads, char* column) {
+  for (int64_t q = 0; q < quads; q++, column += kPanel * 4) {
+    if constexpr (kBits == 8) {
+      std::memcpy(column, values + 4 * q, 4);
+    } else {  // a byte holds element i of the group's first half in its low bits, of its second in its high ones
+      const uint32_t quad = spread(values + 2 * q) | spread(values + 2 * (quads + q)) << 4;
+      std::memcpy(column, &quad, 4);
+    }
+  }
+}
+
+}  // namespace
+
 void pack_quantized(const PackQuantizedArgs& p) {
   const QuantizedWeight& w = p.weight;
   if (w.groups == 0) return;
-  const int64_t row_bytes = w.groups * w.value_bytes(), group_bytes = w.group_bytes(kPanel);
-  const int64_t quads = w.value_bytes() / 4, size = w.scale_bytes();
+  const int64_t value_bytes = w.value_bytes(), row_bytes = w.groups * value_bytes, group_bytes = w.group_bytes(kPanel);
+  const int64_t quads = value_bytes / 4, size = w.scale_bytes();
   parallel_for((w.n + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) {
       const int64_t j0 = panel * kPanel, columns = std::min(kPanel, w.n - j0);
       char* out = p.panels + panel * w.groups * group_bytes;
-      std::memset(out, 0, w.groups * group_bytes);
-      for (int64_t j = 0; j < columns; j++) {
-        const uint8_t* values = p.values + (j0 + j) * row_bytes;
-        for (int64_t g = 0; g < w.groups; g++, values += w.value_bytes()) {
-          char* group = out + g * group_bytes;
-          for (int64_t q = 0; q < quads; q++) {
-            uint8_t lane[4];
-            for (int64_t b = 0; b < 4; b++) {
-              if (w.bits == 8) {
-                lane[b] = values[4 * q + b];
-              } else {  // a byte holds element i of the group's first half in its low bits, of its second in its high ones
-                const int64_t i = 4 * q + b, odd = i % 2 * 4;
-                lane[b] = ((values[i / 2] >> odd) & 15) | (((values[w.group / 4 + i / 2] >> odd) & 15) << 4);
-              }
-            }
-            std::memcpy(group + (q * kPanel + j) * 4, lane, 4);
-          }
-          char* scale = group + quads * kPanel * 4 + j * size;
+      if (columns < kPanel) std::memset(out, 0, w.groups * group_bytes);
+      for (int64_t g = 0; g < w.groups; g++, out += group_bytes) {
+        const uint8_t* values = p.values + j0 * row_bytes + g * value_bytes;
+        for (int64_t j = 0; j < columns; j++, values += row_bytes)
+          (w.bits == 8 ? pack_group<8> : pack_group<4>)(values, quads, out + j * 4);
+        char* scales = out + value_bytes * kPanel;
+        for (int64_t j = 0; j < columns; j++) {
           const int64_t at = ((j0 + j) * w.groups + g) * size;
-          std::memcpy(scale, p.scales + at, size);
-          if (w.has_minimums) std::memcpy(scale + kPanel * size, p.minimums + at, size);
+          std::memcpy(scales + j * size, p.scales + at, size);
+          if (w.has_minimums) std::memcpy(scales + (kPanel + j) * size, p.minimums + at, size);
         }
       }
     }
