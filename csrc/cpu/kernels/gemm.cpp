@@ -207,45 +207,61 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
   with_dtype(p.c_dtype, [&](auto* tag) { write(static_cast<decltype(tag)>(p.c) + i * p.c_step + j, v, n); });
 }
 
-// R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers. A few lines of each
-// column are asked for ahead: so many columns at once are more than the processor foresees, and what a whole panel would
-// take ahead is gone again before its turn, where the columns are long.
+// R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers, of 16-bit types by
+// pairs. A few lines of each column are asked for ahead, one at a time between products (so many at once would wait for each
+// other): so many columns are more than the processor foresees, and what a whole panel would take ahead is gone again
+// before its turn, where the columns are long. A single row needs two
+// blocks beside each other, as the chain of one sum would wait for itself; many have no registers for them.
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
-  constexpr int64_t kAhead = 256 / sizeof(T);
+  constexpr int kBlocks = R <= 4 ? 2 : 1;
+  constexpr int64_t kAhead = 256 / sizeof(T), kLine = 64 / sizeof(T);
   const int64_t step = p.b.column_step;
-  for (int64_t j = j0; j < j1; j += kPanel) {
+  for (int64_t j = j0; j < j1; j += kBlocks * W) {
     const T* corner = static_cast<const T*>(p.b.data) + j * step;
-    const int64_t columns[2] = {std::min<int64_t>(W, j1 - j), std::clamp<int64_t>(j1 - j - W, 0, W)};
-    V total[R][2];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) total[r][g] =
-        columns[g] ? begin_c(p, i0 + r, j + g * W, columns[g]) : V{};
+    const auto columns = [&](int g) { return std::clamp<int64_t>(j1 - j - g * W, 0, W); };
+    const bool whole = columns(kBlocks - 1) == W;
+    V total[R][kBlocks];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < kBlocks; g++) total[r][g] =
+        columns(g) ? begin_c(p, i0 + r, j + g * W, columns(g)) : V{};
     for (int64_t k0 = 0; k0 < p.k; k0 += kBlockK) {
       const int64_t end = std::min(k0 + kBlockK, p.k);
-      V s[R][2] = {};
-      for (int64_t k = k0; k < end; k += W) {
-        const int64_t height = std::min<int64_t>(W, end - k);
-        const float* x = a + k;
-        UNROLL for (int g = 0; g < 2; g++) {
+      V s[R][kBlocks] = {};
+      const auto add = [&](int g, int64_t k, V row) {
+        UNROLL for (int r = 0; r < R; r++) s[r][g] = fma(set(a[r * p.k + k]), row, s[r][g]);
+      };
+      int64_t k = k0;
+      if constexpr (sizeof(T) == 2)
+        for (; whole && k + 2 * W <= end; k += 2 * W) UNROLL for (int g = 0; g < kBlocks; g++) {
+            const T* block = corner + k + g * W * step;
+            VI pairs[W];
+            load_pairs_transposed(block, step, pairs);
+            UNROLL for (int l = 0; l < W; l++) {
+              if (2 * W >= kLine || k % kLine == 0) __builtin_prefetch(block + l * step + kAhead);
+              add(g, k + 2 * l, widen_low<T>(pairs[l]));
+              add(g, k + 2 * l + 1, widen_high<T>(pairs[l]));
+            }
+          }
+      for (; k < end; k += W) UNROLL for (int g = 0; g < kBlocks; g++) {
+          const T* block = corner + k + g * W * step;
+          const int64_t height = std::min<int64_t>(W, end - k);
           V rows[W];
-          if (columns[1] == W && height == W) {
-            if (k % (64 / sizeof(T)) == 0)
-              for (int l = 0; l < W; l++) __builtin_prefetch(corner + k + (g * W + l) * step + kAhead);
-            load_transposed(corner + k + g * W * step, step, rows);
-            UNROLL for (int l = 0; l < W; l++) UNROLL for (int r = 0; r < R; r++) s[r][g] =
-                fma(set(x[r * p.k + l]), rows[l], s[r][g]);
+          if (whole && height == W) {
+            load_transposed(block, step, rows);
+            UNROLL for (int l = 0; l < W; l++) {
+              if (W >= kLine || k % kLine == 0) __builtin_prefetch(block + l * step + kAhead);
+              add(g, k + l, rows[l]);
+            }
           } else {
-            load_transposed(corner + k + g * W * step, step, height, columns[g], rows);
-            for (int64_t l = 0; l < height; l++)
-              UNROLL for (int r = 0; r < R; r++) s[r][g] = fma(set(x[r * p.k + l]), rows[l], s[r][g]);
+            load_transposed(block, step, height, columns(g), rows);
+            for (int64_t l = 0; l < height; l++) add(g, k + l, rows[l]);
           }
         }
-      }
-      UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) total[r][g] =
+      UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < kBlocks; g++) total[r][g] =
           k0 || p.accumulate ? total[r][g] + s[r][g] : s[r][g];
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 2; g++) if (columns[g])
-        end_c(p, i0 + r, j + g * W, columns[g], total[r][g]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < kBlocks; g++) if (columns(g))
+        end_c(p, i0 + r, j + g * W, columns(g), total[r][g]);
   }
 }
 
@@ -337,7 +353,7 @@ void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j0, i
   }
 }
 
-constexpr int kFewRowsDown = 4, kFewRowsAlong = 4, kFewRowsNarrow = W == 16 ? 8 : 4;
+constexpr int kFewRowsDown = 8, kFewRowsAlong = 4, kFewRowsNarrow = W == 16 ? 8 : 4;
 
 void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0;
@@ -354,13 +370,16 @@ void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   with_dtype(p.b.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using Rows = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
-    static constexpr Rows down[] = {few_rows_down<1, T>, few_rows_down<2, T>, few_rows_down<3, T>, few_rows_down<4, T>};
-    static constexpr Rows along[] = {few_rows_along<1, T>, few_rows_along<2, T>, few_rows_along<3, T>,
-                                     few_rows_along<4, T>};
-    static constexpr auto narrow = []<int... R>(std::integer_sequence<int, R...>) {
-      return std::array<Rows, sizeof...(R)>{few_rows_narrow<R + 1, T>...};
-    }(std::make_integer_sequence<int, kFewRowsNarrow>());
-    (p.packed_narrow ? narrow.data() : p.b.column_step == 1 ? along : down)[rows - 1](p, a, i0, j0, j1);
+    const auto of_rows = []<int... R>(const auto& of, std::integer_sequence<int, R...>) {
+      return std::array<Rows, sizeof...(R)>{of.template operator()<R + 1>()...};
+    };
+    static constexpr auto down =
+        of_rows([]<int R>() -> Rows { return few_rows_down<R, T>; }, std::make_integer_sequence<int, kFewRowsDown>());
+    static constexpr auto along =
+        of_rows([]<int R>() -> Rows { return few_rows_along<R, T>; }, std::make_integer_sequence<int, kFewRowsAlong>());
+    static constexpr auto narrow = of_rows([]<int R>() -> Rows { return few_rows_narrow<R, T>; },
+                                           std::make_integer_sequence<int, kFewRowsNarrow>());
+    (p.packed_narrow ? narrow[rows - 1] : p.b.column_step == 1 ? along[rows - 1] : down[rows - 1])(p, a, i0, j0, j1);
   });
 }
 
