@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pyllm import _C, ops
 from pyllm.nn.quantized import Quantizable
 
-_FEW = 4  # rows, for which a product is as fast with a weight that lies transposed
+_FEW, _MANY = 4, 64  # rows, up to and from which a product is as fast with a weight that lies transposed
 
 
 class Linear(Quantizable, torch.nn.Linear):
@@ -22,7 +22,7 @@ class Linear(Quantizable, torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return ops.quantized_linear(x, self.packed, self.bias)
-        if self.transposed and _C.recording() and x.numel() > _FEW * self.in_features:
+        if self.transposed and _C.recording() and _FEW < x.numel() // max(self.in_features, 1) < _MANY:
             self._lay_out()
         return ops.linear(x, self.weight, self.bias)
 

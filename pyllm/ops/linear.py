@@ -94,9 +94,10 @@ _copying = threading.Lock()  # models are recorded by several threads
 
 def _for_replays(weight: Tensor) -> PackedLinear | None:
     """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it
-    about three times as fast. None where that does not pay, or the copies would outgrow their room."""
+    about three times as fast. None where that does not pay, as in 16 bits with tile registers, or the copies would
+    outgrow their room."""
     constant = isinstance(weight, torch.nn.Parameter) and weight.device.type == "cpu"
-    if not constant or weight.dtype != torch.float32 or weight.dim() != 2:
+    if not constant or weight.dim() != 2 or (weight.dtype != torch.float32 and _C.info()["amx"]):
         return None
     state = weight._version, weight.data_ptr()  # what is assigned to its `data` leaves the version as it was
     with _copying:
