@@ -87,7 +87,7 @@ def _on_cuda(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None) -> T
     return torch.nn.functional.linear(x, weight, bias)
 
 
-_ROOM = 64 << 20  # bytes that the copies may take together
+_ROOM = 64 << 20  # bytes that the copies may take together, but for those of weights in a mapped file
 _copies: Any = WeakIdKeyDictionary()  # weight -> (its version and where it lay, the copy)
 _copying = threading.Lock()  # models are recorded by several threads
 
@@ -105,12 +105,27 @@ def _for_replays(weight: Tensor) -> PackedLinear | None:
         if known is not None and known[0] == state and known[1].panels.shape[2] == _C.panel_width():
             _copies[weight] = known
             return known[1]
-        if sum(c.panels.nbytes for _, c in _copies.values()) + weight.nbytes > _ROOM:
+        if not _fits(weight):
             return None
         with _disable_current_modes():  # it outlives the recording, and is not of the step
             copy = pack_linear(weight)
         _copies[weight] = (state, copy)
         return copy
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether there is room for a copy. Memory that is not torch's, whose storage cannot grow, is that of a mapped file:
+    the system takes its pages back when it needs them, and the copy is the only one, where a quarter of what is available
+    has room for it."""
+    if weight.untyped_storage().resizable():
+        held = (copy.panels.nbytes for other, (_, copy) in _copies.items() if other.untyped_storage().resizable())
+        return sum(held) + weight.nbytes <= _ROOM
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return False
+    return weight.nbytes <= available * 1024 // 4
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
