@@ -191,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
   def(m, "next_positions", &ops::next_positions);
   m.def("page_tile", &ops::page_tile);
   def(m, "prefer_large_pages", &ops::prefer_large_pages);
+  m.def("give_back_file_pages", &ops::give_back_file_pages);
   def(m, "write_pages", &ops::write_pages);
   def(m, "recurrent_forward", &ops::recurrent_forward);
   def(m, "recurrent_cell", &ops::recurrent_cell);

@@ -114,8 +114,9 @@ void recurrent_steps_backward(const char* op, int kind, bool reverse, const Tens
                               const TensorView& dproducts_or_none, const TensorView& dh0_or_none,
                               const TensorView& dc0_or_none);
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals, int64_t capacity);
-int64_t page_tile();                           // a page holds a multiple of so many positions
-void prefer_large_pages(const TensorView& t);  // of the system's memory, for what has just been allocated
+int64_t page_tile();                             // a page holds a multiple of so many positions
+void prefer_large_pages(const TensorView& t);    // of the system's memory, for what has just been allocated
+bool give_back_file_pages(const TensorView& t);  // see cpu/pages.h; false of what does not lie in one piece
 void write_pages(const TensorView& pages, const TensorView& rows, const TensorView& page_table,
                  const TensorView& positions);
 // GGML's blocks (rows, blocks, bytes) as parts of a quantised weight; whether all scales and minimums are finite.

@@ -15,6 +15,13 @@ void prefer_large_pages(const TensorView& t) {
   place.prefer_large_pages(t);
 }
 
+bool give_back_file_pages(const TensorView& t) {
+  check_device("give_back_file_pages", "t", t);
+  int64_t reach = t.numel() ? 1 : 0;
+  for (int i = 0; i < t.ndim && reach; i++) reach += (t.size(i) - 1) * t.step(i);
+  return reach == t.numel() && cpu::give_back_file_pages(t.data, reach * size_of(t.dtype));
+}
+
 void next_positions(const TensorView& lengths, const TensorView& positions, const TensorView& totals,
                     int64_t capacity) {
   const char* op = "next_positions";

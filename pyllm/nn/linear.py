@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pyllm import _C, ops
 from pyllm.nn.quantized import Quantizable
+from pyllm.ops.linear import copy_for_replays
 
 _FEW, _MANY = 4, 64  # rows, up to and from which a product is as fast with a weight that lies transposed
 
@@ -22,7 +23,8 @@ class Linear(Quantizable, torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return ops.quantized_linear(x, self.packed, self.bias)
-        if self.transposed and _C.recording() and _FEW < x.numel() // max(self.in_features, 1) < _MANY:
+        some = self.transposed and _C.recording() and _FEW < x.numel() // max(self.in_features, 1) < _MANY
+        if some and copy_for_replays(self.weight) is None:
             self._lay_out()
         return ops.linear(x, self.weight, self.bias)
 

@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
         return _forward(x, weight.panels, bias, weight.shape[0], True)
     if grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
-    if _C.recording() and (copy := _for_replays(weight)) is not None:
+    if _C.recording() and (copy := copy_for_replays(weight)) is not None:
         return _forward(x, copy.panels, bias, weight.shape[0], True)
     return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
 
@@ -92,7 +92,7 @@ _copies: Any = WeakIdKeyDictionary()  # weight -> (its version and where it lay,
 _copying = threading.Lock()  # models are recorded by several threads
 
 
-def _for_replays(weight: Tensor) -> PackedLinear | None:
+def copy_for_replays(weight: Tensor) -> PackedLinear | None:
     """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it
     about three times as fast. None where that does not pay, as in 16 bits with tile registers, or the copies would
     outgrow their room."""
@@ -109,14 +109,15 @@ def _for_replays(weight: Tensor) -> PackedLinear | None:
             return None
         with _disable_current_modes():  # it outlives the recording, and is not of the step
             copy = pack_linear(weight)
+        if not weight.untyped_storage().resizable():
+            _C.give_back_file_pages(weight.detach())
         _copies[weight] = (state, copy)
         return copy
 
 
 def _fits(weight: Tensor) -> bool:
-    """Whether there is room for a copy. Memory that is not torch's, whose storage cannot grow, is that of a mapped file:
-    the system takes its pages back when it needs them, and the copy is the only one, where a quarter of what is available
-    has room for it."""
+    """Whether there is room for a copy. A weight whose storage cannot grow lies in a mapped file, whose pages are given
+    back once it is copied: its copy may take a quarter of what is available."""
     if weight.untyped_storage().resizable():
         held = (copy.panels.nbytes for other, (_, copy) in _copies.items() if other.untyped_storage().resizable())
         return sum(held) + weight.nbytes <= _ROOM

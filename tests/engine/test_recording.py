@@ -1,3 +1,6 @@
+import mmap
+import sys
+
 import pytest
 import torch
 
@@ -44,6 +47,34 @@ def test_parameters_are_as_they_were_when_recorded():
         with torch.no_grad():
             assert torch.equal(out, ops.linear(x, weight))
             weight.mul_(-2)  # a new recording packs it again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_weights_have_room_or_stand_for_a_file_s_pages(dtype, tmp_path, monkeypatch):
+    linear = sys.modules["pyllm.ops.linear"]
+    shape, x = (256, 640), torch.randn(1, 640).to(dtype)
+    values = torch.randn(shape).to(dtype)
+    monkeypatch.setattr(linear, "_ROOM", values.nbytes)
+    linear._copies.clear()
+    (tmp_path / "weight").write_bytes(values.view(torch.uint8).numpy().tobytes())
+    with open(tmp_path / "weight", "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped = torch.frombuffer(pages, dtype=dtype).view(shape)
+    mapped, own, another = (torch.nn.Parameter(t) for t in (mapped, values.clone(), values.clone()))
+    for weight, copied in ((own, True), (another, False), (mapped, True)):
+        program, out = recorded(lambda weight=weight: ops.linear(x, weight))
+        assert (weight in linear._copies) == (copied and (dtype == torch.float32 or not _C.info()["amx"]))
+        program.run()
+        with torch.no_grad():
+            assert torch.equal(out, ops.linear(x, values))
+    assert torch.equal(mapped, values)  # its pages come back
+    assert _C.give_back_file_pages(mapped.detach()) and _C.give_back_file_pages(mapped.detach().T)
+    with torch.no_grad():
+        mapped[3] = 0
+    assert not _C.give_back_file_pages(mapped.detach())  # what was written is not in the file
+    assert not mapped[3].any() and torch.equal(mapped[4:], values[4:])
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(OSError))
+    assert not linear._fits(mapped)
 
 
 def test_what_recording_names_stays_alive():
