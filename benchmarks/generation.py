@@ -145,15 +145,18 @@ def save(path: Path, results: Iterable[Result]) -> None:
 def markdown(results: Sequence[Result]) -> str:
     """A table for each machine: a line for each shape, number of bits and measure, ours beside the best peer's."""
     parts = []
-    for machine in dict.fromkeys((r.device, r.isa, r.read_gbytes) for r in results):
-        here = [r for r in results if (r.device, r.isa, r.read_gbytes) == machine]
+    for machine in dict.fromkeys((r.device, r.isa) for r in results):
+        here = [r for r in results if (r.device, r.isa) == machine]
+        here.sort(key=lambda r: (SHAPES.index(r.shape), -r.bits))
+        slowest, *_, fastest = sorted([r.read_gbytes for r in here] * 2)
+        reads = f"{slowest:.0f}" + (f" to {fastest:.0f}" if round(slowest) < round(fastest) else "")
         lines = []
         for shape, bits, measure in dict.fromkeys((r.shape, r.bits, r.measure) for r in here):
             row = {r.provider: r for r in here if (r.shape, r.bits, r.measure) == (shape, bits, measure)}
             ours, peers = row.pop("pyllm"), sorted(row.values(), key=lambda r: r.ratio)
             others = ", ".join(f"{r.provider} {r.median:.4g} ({r.ratio:.2f}x)" for r in peers)
             lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {others or 'none'} |")
-        parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {machine[2]:.1f} GB/s of reads.\n\n"
+        parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {reads} GB/s of reads.\n\n"
                      "| shape | bits | measure | pyllm | peers, and how many times as good pyllm is |\n"
                      "|---|---|---|---|---|\n" + "\n".join(lines))  # fmt: skip
     return "\n\n".join(parts) + "\n"

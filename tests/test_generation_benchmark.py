@@ -51,9 +51,10 @@ def test_a_race_takes_the_place_of_the_one_before(tmp_path):
 
 def test_the_table_has_the_best_peer_first():
     raced = [result(), result(provider="b", median=50.0, ratio=2.0), result(provider="c", median=125.0, ratio=0.8)]
-    alone = dataclasses.replace(result(), shape="gpt2")
-    lines = generation.markdown([*raced, alone]).splitlines()
-    assert lines[0] == "a processor, avx2, 2 threads, 25.0 GB/s of reads."
+    alone = dataclasses.replace(result(), shape="gpt2", read_gbytes=31.0)
+    lines = generation.markdown([alone, *raced]).splitlines()
+    assert lines[0] == "a processor, avx2, 2 threads, 25 to 31 GB/s of reads."
+    assert generation.markdown(raced).startswith("a processor, avx2, 2 threads, 25 GB/s of reads.")
     assert lines[4:] == ["| 15m | 8 | decode | 100 | c 125 (0.80x), b 50 (2.00x) |",
                          "| gpt2 | 8 | decode | 100 | none |"]  # fmt: skip
 
