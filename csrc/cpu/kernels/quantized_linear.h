@@ -62,23 +62,6 @@ struct QuantizedRows {
 
 namespace {
 
-// What is asked for while rows are multiplied: where their sums will be written, and the panels that are widened next. In
-// parts, as many at once would have to wait for each other.
-struct Ahead {
-  int64_t parts;  // of a block of rows by a panel
-  const char *weight, *weight_end;
-  int64_t weight_step;  // bytes, a part
-  char* out = nullptr;
-  int64_t out_step = 0, rows = 0, row_bytes = 0, asked = 0, part = 0;
-
-  VEC void ask_for_part() {
-    for (part++; asked * parts < rows * part; asked++, out += out_step)
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(out + byte, 1);
-    for (const char* end = std::min(weight + weight_step, weight_end); weight < end; weight += 64)
-      __builtin_prefetch(weight, 0, 2);
-  }
-};
-
 // `rows` rows of sums (x kPanel) from row i and column j on, to the result.
 [[maybe_unused]] void write_sums(const QuantizedLinearArgs& p, const float* sums, int64_t i, int64_t rows, int64_t j) {
   const int64_t n = p.weight.n;
