@@ -63,7 +63,7 @@ def test_weights_are_mapped_and_their_files_never_changed(folder, tmp_path, ours
     assert torch.equal(again[weight], learning.state_dict()[weight])
 
 
-def test_transposed_weights_lie_in_their_file_until_that_costs_something(tmp_path):
+def test_transposed_weights_lie_in_their_file_until_that_costs_something(tmp_path, monkeypatch):
     options = {"position": "learned", "norm": "layer_norm", "activation": "gelu_tanh", "bias": True, "qkv_bias": True}
     pyllm.Decoder(61, 32, 2, 4, context_length=64, **options).save(tmp_path / "gpt2")
     mapped, copied = (pyllm.load(tmp_path / "gpt2", mapped=m)[0] for m in (True, False))
@@ -74,8 +74,11 @@ def test_transposed_weights_lie_in_their_file_until_that_costs_something(tmp_pat
     for shape in ((1, 1), (1, 5), (3, 40)):
         ids = torch.arange(shape[0] * shape[1]).view(shape) % 61
         assert torch.equal(mapped(ids), copied(ids))
-    for rows in (4, 5):
+    linear = sys.modules["pyllm.ops.linear"]
+    for rows, room in ((4, True), (5, True), (5, False)):  # for packed copies, which take any layout
         assert turned(mapped) == {False} and turned(copied) == {True}
+        linear._copies.clear()
+        monkeypatch.setattr(linear, "_fits", lambda weight, room=room: room)
         prompts = [[i, 7] for i in range(rows)]
         sampling = pyllm.SamplingParams(seed=1)
         ids = [list(generate_ids(model, prompts, sampling, max_tokens=6)) for model in (mapped, copied)]
