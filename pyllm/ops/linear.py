@@ -116,17 +116,21 @@ def copy_for_replays(weight: Tensor) -> PackedLinear | None:
 
 
 def _fits(weight: Tensor) -> bool:
-    """Whether there is room for a copy. A weight whose storage cannot grow lies in a mapped file, whose pages are given
-    back once it is copied: its copy may take a quarter of what is available."""
-    if weight.untyped_storage().resizable():
-        held = (copy.panels.nbytes for other, (_, copy) in _copies.items() if other.untyped_storage().resizable())
-        return sum(held) + weight.nbytes <= _ROOM
+    """Whether there is room for a copy. Weights whose storage cannot grow lie in mapped files, whose pages are given
+    back once they are copied: their copies may take a quarter of what was available before there were any."""
+    in_file = not weight.untyped_storage().resizable()
+    held = sum(copy.panels.nbytes for other, (_, copy) in _copies.items()
+               if other.untyped_storage().resizable() != in_file)  # fmt: skip
+    return held + weight.nbytes <= (_quarter(held) if in_file else _ROOM)
+
+
+def _quarter(held: int) -> int:
     try:
         with open("/proc/meminfo") as file:
             available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return False
-    return weight.nbytes <= available * 1024 // 4
+        return 0
+    return (available * 1024 + held) // 4
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
