@@ -210,8 +210,8 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
 // R rows by columns j0..j1, where B's columns lie along memory: W x W blocks, transposed in registers, of 16-bit types by
 // pairs. A few lines of each column are asked for ahead, one at a time between products (so many at once would wait for each
 // other): so many columns are more than the processor foresees, and what a whole panel would take ahead is gone again
-// before its turn, where the columns are long. A single row needs two
-// blocks beside each other, as the chain of one sum would wait for itself; many have no registers for them.
+// before its turn, where the columns are long. A single row needs two blocks beside each other, as the chain of one sum
+// would wait for itself; many have no registers for them.
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
   constexpr int kBlocks = R <= 4 ? 2 : 1;
