@@ -21,7 +21,7 @@ from rich.console import Console
 
 import pyllm
 from pyllm import _C
-from pyllm.benchmarks.timing import ceilings, device
+from pyllm.benchmarks.timing import ceilings, device, isa_name
 
 HERE = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("PEERS", Path.home() / ".cache/pyllm-peers"))
@@ -100,9 +100,7 @@ def _small_shape(folder: Path) -> None:
 
 def _result(shape: str, bits: str, bandwidth: float, measure: str, provider: str, median: float,
             ratio: float) -> Result:  # fmt: skip
-    info = _C.info()
-    isa = info["isa"] + (" with tile registers" if info["amx"] else "")
-    return Result(datetime.date.today().isoformat(), device(), isa, 2, pyllm.__version__, shape, int(bits),
+    return Result(datetime.date.today().isoformat(), device(), isa_name(), 2, pyllm.__version__, shape, int(bits),
                   measure, provider, median, ratio, bandwidth)  # fmt: skip
 
 

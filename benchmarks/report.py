@@ -15,7 +15,7 @@ from rich.text import Text
 import pyllm
 from pyllm import _C
 from pyllm.benchmarks.records import draw, duration, save
-from pyllm.benchmarks.timing import Case, Row, ceilings, device, measure
+from pyllm.benchmarks.timing import Case, Row, ceilings, device, isa_name, measure
 
 
 def names() -> dict[str, str]:
@@ -70,7 +70,7 @@ def run(ops: Sequence[str] = (), *, full: bool = False, only: str = "", seconds:
         save(csv, [])
     console = Console(highlight=False, soft_wrap=True)
     peak, bandwidth = ceilings(_C.info()["isa"], _C.num_threads())
-    console.print(f"{device()}, {_C.info()['isa']}, {_C.num_threads()} threads, pyllm {pyllm.__version__}, "
+    console.print(f"{device()}, {isa_name()}, {_C.num_threads()} threads, pyllm {pyllm.__version__}, "
                   f"torch {torch.__version__}. Ceilings: {peak:.0f} GFLOP/s in fp32, {bandwidth:.1f} GB/s of reads.\n"
                   )  # fmt: skip
     console.print(_line("", "20 %", "median", "80 %", "rate", "ratio", "of ceiling"), style="bold")

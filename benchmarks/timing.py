@@ -163,7 +163,7 @@ def _row(case: Case, provider: str, samples: dict[str, list[float]]) -> Row:
     peak, bandwidth = ceilings(_C.info()["isa"], _C.num_threads())
     floor = max(case.flops / peak, case.bytes / bandwidth) * 1e-9
     return Row(
-        date=datetime.datetime.now().isoformat(timespec="seconds"), device=device(), isa=_C.info()["isa"],
+        date=datetime.datetime.now().isoformat(timespec="seconds"), device=device(), isa=isa_name(),
         threads=_C.num_threads(), pyllm=pyllm.__version__, torch=torch.__version__, op=case.op, case=case.name,
         mode=case.mode, provider=provider, p20_us=p20 * 1e6, p50_us=p50 * 1e6, p80_us=p80 * 1e6,
         gflops=case.flops / p50 * 1e-9, gbytes=case.bytes / p50 * 1e-9, ratio=other / p50, fraction=floor / p50,
@@ -194,6 +194,11 @@ def ceilings(isa: str, threads: int) -> tuple[float, float]:
         return data.numel() * 4
 
     return best(lambda: _C.multiply_add(2_000_000)), best(read)
+
+
+def isa_name() -> str:
+    info = _C.info()
+    return info["isa"] + (" with tile registers" if info["amx"] else "")
 
 
 @functools.cache

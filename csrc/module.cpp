@@ -53,6 +53,12 @@ void synchronize([[maybe_unused]] int device) {
 #endif
 }
 
+// Raises what a signal's handler does: KeyboardInterrupt, for Ctrl-C.
+void raise_signals() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 // What a recorded call holds of an argument: itself, or a copy of what it points to.
 template <class T>
 using Held = std::conditional_t<std::is_same_v<std::decay_t<T>, const char*>, std::string, std::decay_t<T>>;
@@ -154,7 +160,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("record", [](Program& program, bool on) { recording = on ? &program : nullptr; })
-      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "run", [](const Program& program) { program.run(raise_signals); }, py::call_guard<py::gil_scoped_release>())
       .def("generate", &Program::generate, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("steps_done", &Program::steps_done)
       .def_property_readonly("steps_run", &Program::steps_run)

@@ -1,6 +1,7 @@
 #include "program/program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "cpu/threads.h"
@@ -69,8 +70,18 @@ void awake(const F& body) {
 
 }  // namespace
 
-void Program::run() const {
-  awake([&] { run_calls(); });
+void Program::run(const std::function<void()>& poll) const {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::milliseconds kBetweenPolls{50};
+  awake([&] {
+    auto polled = Clock::now();
+    for (const auto& call : calls_) {
+      call();
+      if (Clock::now() - polled < kBetweenPolls) continue;
+      poll();
+      polled = Clock::now();
+    }
+  });
 }
 
 void Program::generate(const Program* draw, const std::vector<TensorView>& results, const std::vector<TensorView>& kept,

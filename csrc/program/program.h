@@ -35,8 +35,9 @@ class Program {
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
   const std::vector<std::string>& ops() const { return ops_; }
 
-  // All calls, in order, with the team of threads awake between them.
-  void run() const;
+  // All calls, in order, with the team of threads awake between them. From time to time, between two of them, `poll` may
+  // throw what ends it there: a call that reads a long prompt takes seconds.
+  void run(const std::function<void()>& poll) const;
 
   // Step by step, runs this and then `draw`, if there is one, and keeps each of `results` (B,), of which the first are
   // ids, in that of `kept` (steps, B). Ends when those are full, or when each row, or with `first` any, has had one of

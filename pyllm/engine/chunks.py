@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from pyllm.engine.pieces import Piece
 from pyllm.engine.pool import AttentionPool
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.steps import Steps
-
-LONG = 0.5  # seconds: recorded, a longer call would gain little, and could not be broken off
 
 
 class Chunks:
@@ -25,7 +22,7 @@ class Chunks:
 
     def forget(self) -> None:
         """The model has changed: what was recorded holds no longer."""
-        self.seconds: dict[tuple[int, int], float] = {}  # that a call of so many sequences and ids took
+        self.made: set[tuple[int, int]] = set()  # calls of so many sequences and ids
         self.recorded: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def __call__(self, batch: list[Piece]) -> Tensor:
@@ -38,13 +35,11 @@ class Chunks:
         if not fit or beyond or batch[0].request.hooks is not None:
             return self._run(batch, longest)
         found = self.recorded.get(shape)
-        if found is None and shape in self.seconds:
+        if found is None and shape in self.made:
             found = self._record(*shape)
         if found is None:
-            began = time.perf_counter()
-            hidden = self._run(batch, longest)
-            self.seconds[shape] = time.perf_counter() - began
-            return hidden
+            self.made.add(shape)
+            return self._run(batch, longest)
         program, state, ids, lengths, hidden = found
         self.pool.fill(state, [p.request.held for p in batch])
         _fill(ids, batch)
@@ -66,7 +61,7 @@ class Chunks:
         return hidden
 
     def _record(self, count: int, longest: int) -> tuple[Any, ...] | None:
-        if not self.steps.recordable or self.seconds[count, longest] > LONG:
+        if not self.steps.recordable:
             return None
         ids, lengths = torch.zeros(count, longest, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         state = self.pool.blank(count, longest)

@@ -9,11 +9,6 @@ import pyllm
 from pyllm.engine import chunks, recording
 
 
-@pytest.fixture(autouse=True)
-def long(monkeypatch):  # on no machine
-    monkeypatch.setattr(chunks, "LONG", float("inf"))
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     made = []
@@ -56,12 +51,6 @@ def test_calls_of_few_shapes_read_all_prompts_with_the_same_bits(options, kv_cac
     count = len(recorded)
     assert read(engine, prompts) == expected and len(recorded) - count < 12
     assert engine.pool.pages.available == 40
-
-
-def test_what_takes_long_is_not_recorded(monkeypatch, recorded):
-    monkeypatch.setattr(chunks, "LONG", 0.0)
-    read(pyllm.Engine(new()), [[1] * 20, [2] * 20, [3] * 20] * 20)
-    assert not recorded
 
 
 def test_another_model_is_recorded_anew(recorded):

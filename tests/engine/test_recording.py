@@ -1,4 +1,5 @@
 import mmap
+import signal
 import sys
 
 import pytest
@@ -78,6 +79,40 @@ def test_copies_of_weights_have_room_or_stand_for_a_file_s_pages(dtype, tmp_path
         linear._copies[mapped] = None, linear.pack_linear(mapped.detach())
         monkeypatch.setattr(linear, "_quarter", lambda held, room=room: room)
         assert linear._fits(mapped) == fits
+
+
+def test_calls_without_gradients_read_the_copies_that_there_are():
+    linear = sys.modules["pyllm.ops.linear"]
+    weight, x = torch.nn.Parameter(torch.randn(33, 70)), torch.randn(9, 70)
+    recorded(lambda: ops.linear(x, weight))
+    linear._copies[weight][1].panels.zero_()
+    with torch.no_grad():
+        assert not ops.linear(x, weight).any()
+    assert ops.linear(x, weight).any()
+    with torch.no_grad():
+        weight.mul_(2)
+        assert ops.linear(x, weight).any()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_ends_a_long_call_between_two_operations(count, threads):
+    def ring(number, frame):
+        raise InterruptedError("rung")
+
+    x, weight, last = torch.randn(256, 1024), torch.randn(1024, 1024), torch.zeros(4)
+    program, _ = recorded(lambda: ([ops.linear(x, weight) for _ in range(400)], last.add_(1)))
+    before = signal.signal(signal.SIGALRM, ring)
+    threads(count)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(InterruptedError, match="rung"):
+            program.run()
+        assert not last.any()
+        program.run()
+        assert last.all()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_what_recording_names_stays_alive():

@@ -58,8 +58,16 @@ void pack_narrow(const Matrix& b, int64_t n, int64_t k, void* out) {
 
 namespace {
 
-constexpr int64_t kStreamAhead = 512;  // floats of a packed panel that only one tile passes by
-constexpr int64_t kFew = 16;           // k that a tile adds between two fetches
+constexpr int64_t kFew = 16;  // k that a tile adds between two fetches
+
+// Of a packed panel that only a few rows pass by, a line is asked for as another is read. Several rows ask early by the
+// second-level cache, too, which has more requests under way than the first-level one; one row is late enough in any case.
+template <int R>
+VEC void ask_ahead(const void* p) {
+  constexpr int64_t kAhead = 4096, kFarAhead = 16384;  // bytes
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead);
+  if (R > 1) __builtin_prefetch(static_cast<const char*>(p) + kFarAhead, 0, 2);
+}
 
 // A's rows are copied tile by tile, a block of k at a time: [k][kTile]. The rows of a block are shared out evenly over its
 // tiles.
@@ -142,10 +150,10 @@ class Ahead {
 };
 
 // R rows of A by a panel, one block of k: c (+)= a b, then + bias. Sums must never be indexed by a loop that the compiler
-// keeps: it would put all of them in memory. b_ahead: how much later is what is asked for of a panel that comes from memory.
-template <int R>
+// keeps: it would put all of them in memory. kStream: no other rows pass by the panel, which comes from memory.
+template <int R, bool kStream>
 void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_step, int64_t columns, bool accumulate,
-          const float* bias, int64_t b_ahead, Ahead& ahead) {
+          const float* bias, Ahead& ahead) {
   V s[R][2] = {};
   Ahead own(c, R, c_step * sizeof(float), kPanel * sizeof(float), (count + kFew - 1) / kFew);
   for (; count > 0; count -= kFew) {
@@ -153,7 +161,7 @@ void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_ste
     own.fetch();
     for (const float* end = a + std::min(kFew, count) * kTile; a < end; a += kTile, b += kPanel) {
       const V v[2] = {load(b), load(b + W)};
-      for (int64_t j = 0; j < kPanel; j += 16) __builtin_prefetch(b + b_ahead + j);
+      if (kStream) UNROLL for (int64_t j = 0; j < kPanel; j += 16) ask_ahead<R>(b + j);
       UNROLL for (int r = 0; r < R; r++) {
         const V x = set(a[r]);
         UNROLL for (int j = 0; j < 2; j++) s[r][j] = fma(x, v[j], s[r][j]);
@@ -181,17 +189,14 @@ void tile(const float* a, int64_t count, const float* b, float* c, int64_t c_ste
     }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*, int64_t,
-                      Ahead&);
+using Tile = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*, Ahead&);
 
+template <bool kStream>
 Tile tile_of(int64_t rows) {  // one panel wide
-  static constexpr Tile tiles[] = {tile<1>,  tile<2>, tile<3>, tile<4>,
-                                   tile<5>,  tile<6>,
-#if ISA_AVX512
-                                   tile<7>,  tile<8>, tile<9>, tile<10>,
-                                   tile<11>, tile<12>
-#endif
+  const auto of = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Tile, sizeof...(R)>{tile<R + 1, kStream>...};
   };
+  static constexpr auto tiles = of(std::make_integer_sequence<int, kTile>());
   return tiles[rows - 1];
 }
 
@@ -315,7 +320,6 @@ void few_rows_along(const Product& p, const float* a, int64_t i0, int64_t j0, in
 template <int R, int kAcross, class T>
 void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j, int64_t j1) {
   constexpr int kVectors = 2 * kAcross;
-  constexpr int64_t kAhead = 4096 / sizeof(T);
   const int64_t step = narrow_rows(p.k) * kPanel;
   const T* panels = static_cast<const T*>(p.packed_narrow) + j / kPanel * step;
   const auto columns = [&](int v) { return std::clamp<int64_t>(j1 - j - v * W, 0, W); };
@@ -330,7 +334,7 @@ void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j, in
       const bool both = k + 1 < end;
       UNROLL for (int v = 0; v < kVectors; v++) {
         const T* pairs = panels + v / 2 * step + k * kPanel + v % 2 * 2 * W;
-        __builtin_prefetch(pairs + kAhead);
+        if (2 * W * sizeof(T) >= 64 || v % 2 == 0) ask_ahead<R>(pairs);
         const VI words = load_pairs(pairs);
         const V even = widen_low<T>(words), odd = widen_high<T>(words);
         UNROLL for (int r = 0; r < R; r++) s[r][v] = fma(set(x[r * p.k]), even, s[r][v]);
@@ -353,7 +357,7 @@ void few_rows_narrow(const Product& p, const float* a, int64_t i0, int64_t j0, i
   }
 }
 
-constexpr int kFewRowsDown = 8, kFewRowsAlong = 4, kFewRowsNarrow = W == 16 ? 8 : 4;
+constexpr int64_t kFewRowsDown = 8, kFewRowsAlong = 4, kFewRowsNarrow = W == 16 ? 12 : 5;
 
 void few_rows(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const int64_t rows = i1 - i0;
@@ -476,8 +480,8 @@ void product_block(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t
               float* out = c + j - left;
               for (int64_t t = 0; t < tiles.count; t++) {
                 const int64_t height = tiles.height(t);
-                tile_of(height)(a, count, b, out, c_step, std::min(kPanel, right - j), p.accumulate || block > 0, bias,
-                                stream ? kStreamAhead : 0, ahead);
+                (stream ? tile_of<true> : tile_of<false>)(height)(a, count, b, out, c_step, std::min(kPanel, right - j),
+                                                                  p.accumulate || block > 0, bias, ahead);
                 a += kTileFloats;
                 out += height * c_step;
               }

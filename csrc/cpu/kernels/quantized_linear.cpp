@@ -31,18 +31,20 @@ constexpr int64_t kLeastTileRows = 12;  // from which widening a panel for the t
 constexpr int64_t kLeastWideRows = 24;  // from which widening one to bytes does
 constexpr int64_t kStretchBytes = 36 << 10, kBlocksBytes = 3 << 17;  // of a panel, and of x, that stay in caches
 
-constexpr int64_t kAhead = 8;  // groups that a panel is asked for before it is read
+// How many groups before it is read a panel is asked for, for a few rows: early by the second-level cache, which has more
+// requests under way than the first-level one.
+constexpr int64_t kAhead = 4, kFarAhead = 32;
 
 enum class Dot { vnni, pairs, halves };
 
-// Of a tile at most, a few rows whose fp32 sums wait in memory while whole ones are in registers; of many rows, as many as
-// have both there.
-constexpr int64_t kManyRows = 6;
+// Rows of a tile at most: of all there are, where their fp32 sums wait in memory while whole ones are in registers, and of a
+// block of more, which has both there.
 #if ISA_AVX512
 constexpr int most_rows(Dot dot) { return dot == Dot::vnni ? 8 : 6; }
 #else
 constexpr int most_rows(Dot dot) { return dot == Dot::vnni ? 6 : 4; }
 #endif
+constexpr int block_rows(Dot dot) { return std::min(most_rows(dot), 6); }
 
 template <int kGroup, class T>
 void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, const QuantizedRows& out, int64_t row) {
@@ -106,20 +108,28 @@ void quantize_row(const T* x, int64_t k, const QuantizedWeight& w, Dot dot, cons
   }
 }
 
-// A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on; ahead: how many
-// bytes later is what is asked for meanwhile.
-template <int R, int kBits, int kGroup, Dot kDot>
-VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ahead) {
+// What lies ahead of a place in a panel is asked for, a line at a time between products: they would wait for each other. For
+// one row, which asks for lines as fast as they come, a fourth of the far ones makes the processor ask for the others. (Not
+// from a lambda, which the compiler leaves out.)
+template <int R, bool kAsk>
+VEC void ask_ahead(const char* panel, int64_t byte, int64_t group_bytes) {
+  if (!kAsk || byte % 64) return;
+  __builtin_prefetch(panel + byte + kAhead * group_bytes);
+  if (R > 1 || byte % 256 == 0) __builtin_prefetch(panel + byte + kFarAhead * group_bytes, 0, 2);
+}
+
+// A group's products join whole sums, of R rows by the panel's columns; a: the rows' values from there on. kAsk: what lies
+// ahead is asked for meanwhile.
+template <int R, int kBits, int kGroup, Dot kDot, bool kAsk>
+VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t group_bytes) {
   constexpr int64_t kBytes = W * 4;
-  if (ahead)
-    UNROLL for (int64_t byte = 0; byte < kPanel * kGroup * kBits / 8; byte += 64)
-        __builtin_prefetch(panel + byte + ahead);
   if constexpr (kBits == 4) {
     constexpr int64_t kHalf = kGroup / 2 * R;
     VI pairs[R][2] = {};
     UNROLL for (int q = 0; q < kGroup / 8; q++) UNROLL for (int j = 0; j < 2; j++) {
       const VI both = load_lanes(panel + (2 * q + j) * kBytes);
       const VI low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+      ask_ahead<R, kAsk>(panel, (2 * q + j) * kBytes, group_bytes);
       UNROLL for (int r = 0; r < R; r++) {
         const VI x0 = broadcast_lane(a + (q * R + r) * 4), x1 = broadcast_lane(a + (q * R + r) * 4 + kHalf);
         if constexpr (kDot == Dot::vnni) {
@@ -135,14 +145,17 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ah
   } else if constexpr (kDot == Dot::vnni) {
     UNROLL for (int q = 0; q < kGroup / 4; q++) {
       const VI bytes[2] = {load_lanes(panel + 2 * q * kBytes), load_lanes(panel + (2 * q + 1) * kBytes)};
+      ask_ahead<R, kAsk>(panel, 2 * q * kBytes, group_bytes);
       UNROLL for (int r = 0; r < R; r++) {
         const VI x = broadcast_lane(a + (q * R + r) * 4);
         UNROLL for (int j = 0; j < 2; j++) s[r][j] = dot_bytes(s[r][j], bytes[j], x);
+        if (r == R / 2) ask_ahead<R, kAsk>(panel, (2 * q + 1) * kBytes, group_bytes);
       }
     }
   } else {
     for (int q = 0; q < kGroup / 4; q++) UNROLL for (int j = 0; j < 2; j++) {
         const VI bytes = load_lanes(panel + (2 * q + j) * kBytes);
+        ask_ahead<R, kAsk>(panel, (2 * q + j) * kBytes, group_bytes);
         const VI even = bytes & 0x00ff00ff, odd = (bytes >> 8) & 0x00ff00ff;
         UNROLL for (int r = 0; r < R; r++) {
           const int8_t* x = a + (q * R + r) * 8;
@@ -156,8 +169,7 @@ VEC void add_group(VI (&s)[R][2], const int8_t* a, const char* panel, int64_t ah
 struct Stretch {
   int64_t first, groups, first_span;
   const char* panel;  // from there on
-  int64_t ahead;      // bytes, for a single block
-  // For one of several: what it asks for of the next stretch, a few lines at a time.
+  // For one of several blocks: what it asks for of the next stretch, a few lines at a time.
   const char *next, *next_end;
   int64_t next_step;  // bytes, a span
 };
@@ -173,8 +185,9 @@ VEC void load_totals(const float* out, bool first, V (&total)[R][2]) {
       first ? V{} : load(out + r * kPanel + j * W);
 }
 
-// R rows from `row` on by a stretch of a panel, to out (R x kPanel). kUnits: its scales are units.
-template <int R, int kBits, int kGroup, Dot kDot, bool kUnits = false>
+// R rows from `row` on by a stretch of a panel, to out (R x kPanel). kAsk: they are all there are; kUnits: the panel's scales
+// are units.
+template <int R, int kBits, int kGroup, Dot kDot, bool kAsk, bool kUnits = false>
 void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const Stretch& stretch, float* out) {
   constexpr int64_t kValues = kPanel * kGroup * kBits / 8, kStep = kGroup * R * (kDot == Dot::halves ? 2 : 1);
   const int64_t group_bytes = w.group_bytes(kPanel);
@@ -190,10 +203,12 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const S
     VI s[R][2];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
     for (int64_t g = 0; g < std::min(w.span, left); g++, panel += group_bytes, a += kStep)
-      add_group<R, kBits, kGroup, kDot>(s, a, panel, stretch.ahead);
-    for (const char* to = std::min(next + stretch.next_step, stretch.next_end); next < to; next += 64)
-      __builtin_prefetch(next, 0, 2);
+      add_group<R, kBits, kGroup, kDot, kAsk>(s, a, panel, group_bytes);
+    if (!kAsk)
+      for (const char* to = std::min(next + stretch.next_step, stretch.next_end); next < to; next += 64)
+        __builtin_prefetch(next, 0, 2);
     const char* scales = panel - group_bytes + kValues;
+    ask_ahead<R, kAsk>(scales, 0, group_bytes);
     UNROLL for (int j = 0; j < 2; j++) {
       const V scale = load_scale(scales, w.scale_dtype, j * W);
       UNROLL for (int r = 0; r < R; r++) {
@@ -212,7 +227,7 @@ void tile(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const S
 }
 
 // The same for a weight in units: a span's sum is exact in fp32, a whole number of units below 2^24, in any order.
-template <int R, int kBits, int kGroup, Dot kDot>
+template <int R, int kBits, int kGroup, Dot kDot, bool kAsk>
 void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row, const Stretch& stretch, float* out) {
   constexpr int64_t kValues = kPanel * kGroup * kBits / 8;
   const int64_t group_bytes = w.group_bytes(kPanel);
@@ -228,7 +243,8 @@ void tile_in_units(const QuantizedWeight& w, const QuantizedRows& x, int64_t row
     for (int64_t g = 0; g < std::min(w.span, left); g++) {
       VI s[R][2];
       UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < 2; j++) s[r][j] = set_int(starts[r]);
-      add_group<R, kBits, kGroup, kDot>(s, a, panel, stretch.ahead);
+      add_group<R, kBits, kGroup, kDot, kAsk>(s, a, panel, group_bytes);
+      ask_ahead<R, kAsk>(panel, kValues, group_bytes);
       UNROLL for (int j = 0; j < 2; j++) {
         const V scale = load_scale(panel + kValues, w.scale_dtype, j * W);
         UNROLL for (int r = 0; r < R; r++) exact[r][j] = fma(__builtin_convertvector(s[r][j], V), scale, exact[r][j]);
@@ -276,21 +292,21 @@ void widen(const QuantizedWeight& w, const QuantizedWeight& wide, int64_t groups
 
 using Tile = void (*)(const QuantizedWeight&, const QuantizedRows&, int64_t, const Stretch&, float*);
 
-// The tile of so many rows.
-template <int kBits, int kGroup, Dot kDot>
+// The tile of so many rows, which are all there are or a block of more.
+template <int kBits, int kGroup, Dot kDot, bool kAll>
 Tile tile_of(bool units, int64_t rows) {
   const auto choose = [&]<int... R>(std::integer_sequence<int, R...>) {
-    static constexpr Tile plain[] = {tile<R + 1, kBits, kGroup, kDot>...};
+    static constexpr Tile plain[] = {tile<R + 1, kBits, kGroup, kDot, kAll>...};
     if constexpr (kBits == 4) {
-      static constexpr Tile in_units[] = {tile_in_units<R + 1, kBits, kGroup, kDot>...};
+      static constexpr Tile in_units[] = {tile_in_units<R + 1, kBits, kGroup, kDot, kAll>...};
       if (units) return in_units[rows - 1];
-    } else if constexpr (kGroup == 32 && kDot == Dot::vnni) {
-      static constexpr Tile in_units[] = {tile<R + 1, kBits, kGroup, kDot, true>...};
+    } else if constexpr (kGroup == 32 && kDot == Dot::vnni && !kAll) {
+      static constexpr Tile in_units[] = {tile<R + 1, kBits, kGroup, kDot, false, true>...};
       if (units) return in_units[rows - 1];
     }
     return plain[rows - 1];
   };
-  return choose(std::make_integer_sequence<int, most_rows(kDot)>());
+  return choose(std::make_integer_sequence<int, kAll ? most_rows(kDot) : block_rows(kDot)>());
 }
 
 // All blocks of rows by all panels. `wide`: as which weight panels are widened, if they are.
@@ -318,21 +334,20 @@ void multiply(const QuantizedLinearArgs& p, const QuantizedRows& x, const Quanti
       const int64_t groups = std::min(most_groups, w.groups - g);
       const char* const panel = p.panels + (j * w.groups + g) * group_bytes;
       const char *next = panel + groups * group_bytes, *next_end = std::min(next + groups * group_bytes, end_of_panels);
-      Stretch stretch = {g, groups, g / w.span, panel, 0, next, next, 0};
+      Stretch stretch = {g, groups, g / w.span, panel, next, next, 0};
       const int64_t share = blocks > 1 ? (next_end - next) / blocks + 1 : 0;
-      if (blocks > 1)
-        stretch.next_step = round_up(share * w.span / (groups + 1) + 1, 64);
-      else
-        stretch.ahead = kAhead * group_bytes;
+      stretch.next_step = round_up(share * w.span / (groups + 1) + 1, 64);
       if (wide) widen(w, *wide, groups, panel, bytes), stretch.panel = bytes;
       for (int64_t i = 0; i < blocks; i++) {
         const int64_t row = x.blocks.first(block0 + i), rows = x.blocks.rows(block0 + i);
         float* out = sums + (sums_rows > kMost ? row - x.blocks.first(block0) : 0) * kPanel;
         stretch.next = next + share * i, stretch.next_end = std::min(stretch.next + share, next_end);
         if (wide)
-          tile_of<8, kGroup, kDot>(w.in_units(), rows)(*wide, x, row, stretch, out);
+          tile_of<8, kGroup, kDot, false>(w.in_units(), rows)(*wide, x, row, stretch, out);
+        else if (x.blocks.count > 1)
+          tile_of<kBits, kGroup, kDot, false>(w.in_units(), rows)(w, x, row, stretch, out);
         else
-          tile_of<kBits, kGroup, kDot>(w.in_units(), rows)(w, x, row, stretch, out);
+          tile_of<kBits, kGroup, kDot, true>(w.in_units(), rows)(w, x, row, stretch, out);
         if (g + groups == w.groups) write_sums(p, out, row, rows, j * kPanel);
       }
     };
@@ -361,7 +376,6 @@ void run(const QuantizedLinearArgs& p) {
   const int64_t values = round_up(m * row_bytes, 64);
   auto* memory = static_cast<char*>(cpu::scratch(values + 4 * scale_count + 8 * count, 0));
   auto* scales = reinterpret_cast<float*>(memory + values);
-  const int64_t most = most_rows(kDot);
   const QuantizedRows x = {spans,
                            parts,
                            row_bytes,
@@ -370,7 +384,7 @@ void run(const QuantizedLinearArgs& p) {
                            scales,
                            scales + scale_count,
                            reinterpret_cast<int32_t*>(scales + scale_count + count),
-                           {p.m, p.m > most ? std::min(kManyRows, most) : most},
+                           {p.m, p.m > most_rows(kDot) ? block_rows(kDot) : most_rows(kDot)},
                            on_tiles};
   with_dtype(p.dtype, [&](auto* tag) {
     const auto* a = reinterpret_cast<decltype(tag)>(const_cast<char*>(p.a));
