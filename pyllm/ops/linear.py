@@ -30,12 +30,16 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit.
     """
+    packed = _blank(weight)
+    _C.pack_linear(weight, packed.panels)
+    return packed
+
+
+def _blank(weight: Tensor) -> PackedLinear:
     width = _C.panel_width()
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
     rows = k if weight.dtype == torch.float32 else (k + 31) // 32 * 32
-    panels = torch.empty((n + width - 1) // width, rows, width, dtype=weight.dtype)
-    _C.pack_linear(weight, panels)
-    return PackedLinear(panels, (n, k))
+    return PackedLinear(torch.empty((n + width - 1) // width, rows, width, dtype=weight.dtype), (n, k))
 
 
 def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None) -> Tensor:
@@ -89,14 +93,15 @@ def _on_cuda(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None) -> T
 
 
 _ROOM = 64 << 20  # bytes that the copies may take together, but for those of weights in a mapped file
+_PART = 64 << 20  # bytes of a mapped weight that are copied, and then given back
 _copies: Any = WeakIdKeyDictionary()  # weight -> (its version and where it lay, the copy)
 _copying = threading.Lock()  # models are recorded by several threads
 
 
 def copy_for_replays(weight: Tensor) -> PackedLinear | None:
-    """A packed copy of a parameter, which a recorded step reads in its place, and then any call without gradients: from a
-    cache, one row goes through it about three times as fast. None where that does not pay, as in 16 bits with
-    tile registers, or the copies would outgrow their room."""
+    """A packed copy of a parameter, which a recorded step reads in its place, as do from then on all calls without
+    gradients: from a cache, one row goes through it about three times as fast. None where that does not pay, as in 16
+    bits with tile registers, or the copies would outgrow their room."""
     constant = isinstance(weight, torch.nn.Parameter) and weight.device.type == "cpu"
     if not constant or weight.dim() != 2 or (weight.dtype != torch.float32 and _C.info()["amx"]):
         return None
@@ -108,9 +113,7 @@ def copy_for_replays(weight: Tensor) -> PackedLinear | None:
         if not _fits(weight):
             return None
         with _disable_current_modes():  # it outlives the recording, and is not of the step
-            copy = pack_linear(weight)
-        if not weight.untyped_storage().resizable():
-            _C.give_back_file_pages(weight.detach())
+            copy = _pack_from_file(weight.detach()) if _in_file(weight) else pack_linear(weight)
         _copies[weight] = _state(weight), copy
         return copy
 
@@ -125,12 +128,25 @@ def _state(weight: Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()  # what is assigned to its `data` leaves the version as it was
 
 
+def _in_file(weight: Tensor) -> bool:
+    return not weight.untyped_storage().resizable()  # a mapped one; what is copied from it is given back to it
+
+
+def _pack_from_file(weight: Tensor) -> PackedLinear:
+    """As `pack_linear`, but the file's pages are given back, of a large weight part by part."""
+    packed, width = _blank(weight), _C.panel_width()
+    part = max(_PART // max(weight[:1].nbytes, 1) // width * width, width) if weight.is_contiguous() else len(weight)
+    for rows, panels in zip(weight.split(part), packed.panels.split(-(-part // width)), strict=True):
+        _C.pack_linear(rows, panels)
+        _C.give_back_file_pages(rows)
+    return packed
+
+
 def _fits(weight: Tensor) -> bool:
-    """Whether there is room for a copy. Weights whose storage cannot grow lie in mapped files, whose pages are given
-    back once they are copied: their copies may take a quarter of what was available before there were any."""
-    in_file = not weight.untyped_storage().resizable()
-    held = sum(copy.panels.nbytes for other, (_, copy) in _copies.items()
-               if other.untyped_storage().resizable() != in_file)  # fmt: skip
+    """Whether there is room for a copy: together, those of files' weights may take a quarter of what was available
+    before there were any."""
+    in_file = _in_file(weight)
+    held = sum(copy.panels.nbytes for other, (_, copy) in _copies.items() if _in_file(other) == in_file)
     return held + weight.nbytes <= (_quarter(held) if in_file else _ROOM)
 
 

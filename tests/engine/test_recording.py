@@ -56,6 +56,7 @@ def test_copies_of_weights_have_room_or_stand_for_a_file_s_pages(dtype, tmp_path
     shape, x = (256, 640), torch.randn(1, 640).to(dtype)
     values = torch.randn(shape).to(dtype)
     monkeypatch.setattr(linear, "_ROOM", values.nbytes)
+    monkeypatch.setattr(linear, "_PART", values.nbytes // 3)
     linear._copies.clear()
     (tmp_path / "weight").write_bytes(values.view(torch.uint8).numpy().tobytes())
     with open(tmp_path / "weight", "rb") as file:
