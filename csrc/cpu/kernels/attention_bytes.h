@@ -18,8 +18,8 @@ namespace {
 
 #if ISA_AVX512
 
-constexpr int64_t kByteRows = 16;  // rows of a tile, which share what is packed
-constexpr int64_t kAtOnce = 4;     // rows that read packed values together
+constexpr int64_t kByteRows = kLanes;  // of a tile, at most, which share what is packed
+constexpr int64_t kAtOnce = 4;         // rows that read packed values together
 constexpr int64_t kSides = kKeys / W;
 constexpr int64_t kQuads = kKeys / 4;                           // of keys
 constexpr float kQuerySteps = 127 * 256, kWeightSteps = 65535;  // the largest whole numbers
@@ -143,34 +143,41 @@ V load_byte_scales(const Stored<int8_t>& x, int64_t group, int64_t key) {
   return load(reinterpret_cast<const bf16*>(x.data + int8_scale_at(x.dim, key, group * kInt8Group)));
 }
 
-// Scores of a row against a block's keys, to x.
-void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, const Stored<int8_t>& k, float* x) {
+// Scores of R rows from `row` on against a block's keys, to x.
+template <int R>
+void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, const Stored<int8_t>& k,
+                 float (*x)[2 * kKeys]) {
   const VI offset = set_int(static_cast<int32_t>(0x80808080));  // makes keys unsigned
   const int64_t groups = byte_groups(a.dim);
-  const int8_t *high = w.queries + row * 2 * a.dim, *low = high + a.dim;
-  V score[kSides] = {};
+  const int8_t* const queries = w.queries + row * 2 * a.dim;
   for (int64_t g = 0; g < groups; g++) {
-    VI of_high[kSides], of_low[kSides];
-    UNROLL for (int64_t side = 0; side < kSides; side++) {
-      of_high[side] = VI{};
-      of_low[side] = set_int(-w.query_sums[row * groups + g]);
+    VI of_high[R][kSides], of_low[R][kSides];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int64_t side = 0; side < kSides; side++) {
+      of_high[r][side] = VI{};
+      of_low[r][side] = set_int(-w.query_sums[(row + r) * groups + g]);
     }
     const int64_t end = std::min(a.dim, (g + 1) * kInt8Group);
     for (int64_t d = g * kInt8Group; d < end; d += 4) {
-      const VI h = broadcast_lane(high + d), l = broadcast_lane(low + d);
-      UNROLL for (int64_t side = 0; side < kSides; side++) {
-        const VI keys = load_lanes(k.data + d * kKeys + side * 64) ^ offset;
-        of_high[side] = dot_bytes(of_high[side], keys, h);
-        of_low[side] = dot_bytes(of_low[side], keys, l);
+      VI keys[kSides];
+      UNROLL for (int64_t side = 0; side < kSides; side++) keys[side] =
+          load_lanes(k.data + d * kKeys + side * 64) ^ offset;
+      UNROLL for (int r = 0; r < R; r++) {
+        const VI h = broadcast_lane(queries + 2 * r * a.dim + d), l = broadcast_lane(queries + (2 * r + 1) * a.dim + d);
+        UNROLL for (int64_t side = 0; side < kSides; side++) {
+          of_high[r][side] = dot_bytes(of_high[r][side], keys[side], h);
+          of_low[r][side] = dot_bytes(of_low[r][side], keys[side], l);
+        }
       }
     }
-    const V worth = set(w.query_scales[row * groups + g]);
     UNROLL for (int64_t side = 0; side < kSides; side++) {
-      const V whole = __builtin_convertvector((of_high[side] << 8) + of_low[side], V);
-      score[side] = fma(whole * worth, load_byte_scales(k, g, side * W), score[side]);
+      const V scale = load_byte_scales(k, g, side * W);
+      UNROLL for (int r = 0; r < R; r++) {
+        const V whole = __builtin_convertvector((of_high[r][side] << 8) + of_low[r][side], V);
+        const V before = g ? load(x[r] + side * W) : V{};
+        store(x[r] + side * W, fma(whole * set(w.query_scales[(row + r) * groups + g]), scale, before));
+      }
     }
   }
-  UNROLL for (int64_t side = 0; side < kSides; side++) store(x + side * W, score[side]);
 }
 
 // From a row's scores to its weights, times the scales of the values, as whole numbers, to place `at`; what they are
@@ -289,11 +296,12 @@ void walk_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, const 
   for (int64_t r0 = 0; r0 < rows.count; r0 += kAtOnce) {
     const int64_t some = std::min(kAtOnce, rows.count - r0);
     float factor[kAtOnce], worth[kAtOnce][byte_groups(256)];
-    for (int64_t r = 0; r < some; r++) {
-      alignas(64) float x[2 * kKeys];
-      score_bytes(a, r0 + r, w, k, x);
-      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, v, x, s, worth[r]);
-    }
+    alignas(64) float x[kAtOnce][2 * kKeys];
+    int64_t scored = 0;
+    for (; scored + 2 <= some; scored += 2) score_bytes<2>(a, r0 + scored, w, k, x + scored);
+    if (scored < some) score_bytes<1>(a, r0 + scored, w, k, x + scored);
+    for (int64_t r = 0; r < some; r++)
+      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, v, x[r], s, worth[r]);
     if (rows.count == 1) return add_bytes_of_one(a, w, v, worth[0], factor[0], s.sums);
     const auto add = std::array{add_bytes<1>, add_bytes<2>, add_bytes<3>, add_bytes<4>};
     add[some - 1](a, w, worth, factor, s.sums + r0 * sums_step, sums_step);
