@@ -183,7 +183,7 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     if (on_byte_tiles) return byte_tile_buffer_bytes(a);
     if (on_bytes) return byte_buffer_bytes(a);
     if (on_tiles) return tile_buffer_bytes(a);
-    if (few) return 0;
+    if (few && !Stored<S>::kScaled) return 0;
     return (round_up(kKeys * a.dim, 16) + round_up(kKeys * a.value_dim, 16) + kKeys * kLanes) * sizeof(float);
   }
 
@@ -265,7 +265,8 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
           continue;
         }
         if (!on_tiles) {
-          walk_rows<S>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].*state);
+          walk_rows<S>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].buffers.keys,
+                       t[i].buffers.values, t[i].*state);
           continue;
         }
         const Tile& next = t[(i + 1) % count];

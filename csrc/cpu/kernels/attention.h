@@ -280,6 +280,39 @@ bool copy_rows(const Stored<S>& source, int64_t count, float factor, float* out,
   return sum(zeros) == 0;
 }
 
+// Of a tile of int8 pages, as it lies: four elements of some rows at a time.
+[[maybe_unused]] bool copy_rows(const Stored<int8_t>& source, int64_t count, float factor, float* out,
+                                int64_t out_step) {
+  const int64_t dim = source.dim;
+  float scales[kKeyTile * kInt8Quad];  // each as often as a row has elements at a time; none beyond the last row
+  V zeros{};
+  for (int64_t d = 0; d < dim; d += kInt8Quad) {
+    if (d % kInt8Group == 0)
+      for (int64_t i = 0; i < kKeyTile; i++)
+        std::fill_n(scales + i * kInt8Quad, kInt8Quad, i < count ? source.scale(i, d) : 0.0f);
+    const int64_t n = int8_count(dim, d);
+    const int8_t* numbers = source.data + int8_at(dim, 0, d);
+    if (n < kInt8Quad) {
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t e = 0; e < n; e++) {
+          const float x = static_cast<float>(numbers[i * n + e]) * scales[i * kInt8Quad] * factor;
+          zeros[0] += x * 0.0f;
+          out[i * out_step + d + e] = x;
+        }
+      continue;
+    }
+    for (int64_t i = 0; i < count; i += W / kInt8Quad) {
+      const V x = load(numbers + i * kInt8Quad) * load(scales + i * kInt8Quad) * factor;
+      zeros = fma(x, V{}, zeros);
+      float rows[W];
+      store(rows, x);
+      for (int64_t r = 0; r < std::min<int64_t>(W / kInt8Quad, count - i); r++)
+        std::memcpy(out + (i + r) * out_step + d, rows + r * kInt8Quad, kInt8Quad * sizeof(float));
+    }
+  }
+  return sum(zeros) == 0;
+}
+
 // The panel's rows of x (at row_of(lane), or none beyond the last), times factor, transposed to out[dim][kLanes].
 template <class F>
 void pack_panel_rows(const Panel& p, int64_t dim, float factor, float* out, const F& row_of) {

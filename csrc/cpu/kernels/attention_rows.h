@@ -141,7 +141,7 @@ void add_marked_row(const float* p, const Stored<S>& v, Range live, float factor
 
 template <int R, class S>
 void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, int64_t first,
-              State s) {
+              const Stored<S>& k, const Stored<S>& v, State s) {
   constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
   const int64_t sums_step = round_up(a.value_dim, W);
   Block block;
@@ -149,7 +149,7 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
   const Range live = live_keys(a, p, block);
   if (live.lo == live.hi) return;
   alignas(64) float x[R][2 * kKeys];
-  score_rows<R>(queries + r0 * a.dim, stored_keys<S>(a, rows, first), live, &x[0][0]);
+  score_rows<R>(queries + r0 * a.dim, k, live, &x[0][0]);
   const bool mixed = may_mask(a, p, block, live);
   float factor[R];
   for (int r = 0; r < R; r++) {
@@ -164,7 +164,6 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
     }
     s.total[row] *= factor[r];
   }
-  const Stored<S> v = stored_values<S>(a, rows, first);
   float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
   if (mixed) {
     for (int r = 0; r < R; r++) add_marked_row(x[r], v, live, factor[r], sums + r * sums_step, total + r);
@@ -174,10 +173,27 @@ void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t 
 }
 
 template <class S>
-void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first, State s) {
+void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
+               const Stored<S>& k, const Stored<S>& v, State s) {
   for (int64_t r = 0; r < rows.count; r += kFewRows) {
     const auto walk = std::array{walk_few<1, S>, walk_few<2, S>, walk_few<3, S>, walk_few<4, S>};
-    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, first, s);
+    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, first, k, v, s);
+  }
+}
+
+// The block of keys from `first` on; those of int8 pages become floats in `keys` and `values` before.
+template <class S>
+void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
+               [[maybe_unused]] float* keys, [[maybe_unused]] float* values, State s) {
+  const Stored<S> k = stored_keys<S>(a, rows, first), v = stored_values<S>(a, rows, first);
+  if constexpr (!Stored<S>::kScaled)
+    return walk_rows(a, rows, p, queries, first, k, v, s);
+  else {
+    const int64_t count = std::min(kKeys, rows.length - first);
+    copy_rows(k, count, 1.0f, keys, a.dim);
+    copy_rows(v, count, 1.0f, values, a.value_dim);
+    walk_rows(a, rows, p, queries, first, Stored<float>{keys, a.dim, a.dim},
+              Stored<float>{values, a.value_dim, a.value_dim}, s);
   }
 }
 
