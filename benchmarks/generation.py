@@ -27,6 +27,9 @@ HERE = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("PEERS", Path.home() / ".cache/pyllm-peers"))
 SHAPES = ("15m", "gpt2", "qwen05", "llama1b")
 BITS = ("32", "16", "8", "4")
+# Of a shape's weights, which a step reads all; and the bytes of one, with its share of a scale.
+WEIGHTS = {"15m": 15_191_712, "gpt2": 124_439_808, "qwen05": 494_032_768, "llama1b": 1_235_814_400}
+BYTES = {32: 4, 16: 2, 8: 1 + 1 / 16, 4: 1 / 2 + 1 / 16}
 
 
 @dataclass
@@ -153,8 +156,10 @@ def markdown(results: Sequence[Result]) -> str:
             row = {r.provider: r for r in here if (r.shape, r.bits, r.measure) == (shape, bits, measure)}
             ours, peers = row.pop("pyllm"), sorted(row.values(), key=lambda r: r.ratio)
             others = ", ".join(f"{r.provider} {r.median:.4g} ({r.ratio:.2f}x)" for r in peers)
-            lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {others or 'none'} |")
+            read = ours.median * WEIGHTS[shape] * BYTES[bits] * 1e-9 / ours.read_gbytes
+            share = f"{read:.0%}" if measure == "decode" else ""
+            lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {share} | {others or 'none'} |")
         parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {reads} GB/s of reads.\n\n"
-                     "| shape | bits | measure | pyllm | peers, and how many times as good pyllm is |\n"
-                     "|---|---|---|---|---|\n" + "\n".join(lines))  # fmt: skip
+                     "| shape | bits | measure | pyllm | of reads | peers, and how many times as good pyllm is |\n"
+                     "|---|---|---|---|---|---|\n" + "\n".join(lines))  # fmt: skip
     return "\n\n".join(parts) + "\n"

@@ -55,8 +55,8 @@ def test_the_table_has_the_best_peer_first():
     lines = generation.markdown([alone, *raced]).splitlines()
     assert lines[0] == "a processor, avx2, 2 threads, 25 to 31 GB/s of reads."
     assert generation.markdown(raced).startswith("a processor, avx2, 2 threads, 25 GB/s of reads.")
-    assert lines[4:] == ["| 15m | 8 | decode | 100 | c 125 (0.80x), b 50 (2.00x) |",
-                         "| gpt2 | 8 | decode | 100 | none |"]  # fmt: skip
+    assert lines[4:] == ["| 15m | 8 | decode | 100 | 6% | c 125 (0.80x), b 50 (2.00x) |",
+                         "| gpt2 | 8 | decode | 100 | 43% | none |"]  # fmt: skip
 
 
 def test_what_is_unknown_is_named():
