@@ -9,6 +9,7 @@ from pyllm.engine.pieces import Piece
 from pyllm.engine.pool import AttentionPool
 from pyllm.engine.recording import NotRecordable, Recording
 from pyllm.engine.steps import Steps
+from pyllm.ops.linear import reading_copies
 
 
 class Chunks:
@@ -55,7 +56,7 @@ class Chunks:
         if any(p.length < longest for p in batch):
             lengths = torch.tensor([p.length for p in batch], device=ids.device)
         state = self.pool.join(held, longest)
-        with batch[0].request.watching(batch[0].first, longest):
+        with batch[0].request.watching(batch[0].first, longest), reading_copies():
             hidden = self.model.hidden(ids, state, lengths)
         self.pool.part(held, state)
         return hidden

@@ -12,6 +12,7 @@ from pyllm.engine.decoding import decode
 from pyllm.engine.sampling import Sampler, SamplingParams
 from pyllm.models import Model
 from pyllm.nn.evaluating import evaluating
+from pyllm.ops.linear import reading_copies
 from pyllm.text import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -121,10 +122,12 @@ def _steps(model, prompts, params: SamplingParams, max_tokens: int, stop_ids: fr
             [torch.as_tensor(p, dtype=torch.int64) for p in prompts], batch_first=True
         )
         state, ids, lengths = model.begin(ids.to(model.device), lengths, max_tokens)
-        hidden = model.hidden(ids, state, lengths)[torch.arange(len(prompts), device=model.device), lengths - 1]
+        with reading_copies():
+            hidden = model.hidden(ids, state, lengths)
+            logits = model.head(hidden[torch.arange(len(prompts), device=model.device), lengths - 1])
         sample = Sampler(params, [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)])
         # 2. The first ids of all, then step by step; a sequence that has ended goes on in its row, unheard.
-        drawn = sample(model.constrain(model.head(hidden), 0, max_tokens))
+        drawn = sample(model.constrain(logits, 0, max_tokens))
         live = [True] * len(prompts)
         for step in itertools.chain([drawn], decode(model, state, sample, drawn, max_tokens, stop_ids)):
             yield [i if l else None for i, l in zip(step, live, strict=True)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyllm.engine.capture import Captured
 from pyllm.engine.recording import Memory, NotRecordable, Recording
 from pyllm.models import Model
+from pyllm.ops.linear import reading_copies
 
 
 class Steps:
@@ -95,4 +96,5 @@ class Steps:
         return self.recorded[count]
 
     def _step(self, count: int) -> Tensor:
-        return self.model.head(self.model.hidden(self.ids[:count], self.seats.state(count))[:, 0])
+        with reading_copies():
+            return self.model.head(self.model.hidden(self.ids[:count], self.seats.state(count))[:, 0])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +74,7 @@ def linear(x: Tensor, weight: Tensor | PackedLinear, bias: Tensor | None = None)
         return _forward(x, weight.panels, bias, weight.shape[0], True)
     if grad and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
-    copy = copy_for_replays(weight) if _C.recording() else _known_copy(weight)
+    copy = copy_for_replays(weight) if _C.recording() else _known_copy(weight) if _reading.copies else None
     if copy is not None:
         return _forward(x, copy.panels, bias, weight.shape[0], True)
     return _forward(x, weight, bias, weight.shape[0] if weight.dim() else 0, False)
@@ -99,9 +101,9 @@ _copying = threading.Lock()  # models are recorded by several threads
 
 
 def copy_for_replays(weight: Tensor) -> PackedLinear | None:
-    """A packed copy of a parameter, which a recorded step reads in its place, as do from then on all calls without
-    gradients: from a cache, one row goes through it about three times as fast. None where that does not pay, as in 16
-    bits with tile registers, or the copies would outgrow their room."""
+    """A packed copy of a parameter, which a recorded step reads in its place: from a cache, one row goes through it
+    about three times as fast. None where that does not pay, as in 16 bits with tile registers, or the copies would
+    outgrow their room."""
     constant = isinstance(weight, torch.nn.Parameter) and weight.device.type == "cpu"
     if not constant or weight.dim() != 2 or (weight.dtype != torch.float32 and _C.info()["amx"]):
         return None
@@ -116,6 +118,24 @@ def copy_for_replays(weight: Tensor) -> PackedLinear | None:
             copy = _pack_from_file(weight.detach()) if _in_file(weight) else pack_linear(weight)
         _copies[weight] = _state(weight), copy
         return copy
+
+
+class _Reading(threading.local):
+    copies = False
+
+
+_reading = _Reading()
+
+
+@contextlib.contextmanager
+def reading_copies() -> Iterator[None]:
+    """Within, this thread's calls without gradients read the copies that recorded steps do, in place of weights whose
+    pages were given back to their file. (Not all calls do: what is written to a parameter's `data` shows in none.)"""
+    before, _reading.copies = _reading.copies, True
+    try:
+        yield
+    finally:
+        _reading.copies = before
 
 
 def _known_copy(weight: Tensor) -> PackedLinear | None:
