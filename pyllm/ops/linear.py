@@ -130,7 +130,7 @@ _reading = _Reading()
 @contextlib.contextmanager
 def reading_copies() -> Iterator[None]:
     """Within, this thread's calls without gradients read the copies that recorded steps do, in place of weights whose
-    pages were given back to their file. (Not all calls do: what is written to a parameter's `data` shows in none.)"""
+    pages were given back to their file. (Elsewhere they read the weights: copies miss what is written to `data`.)"""
     before, _reading.copies = _reading.copies, True
     try:
         yield

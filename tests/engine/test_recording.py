@@ -75,6 +75,9 @@ def test_copies_of_weights_have_room_or_stand_for_a_file_s_pages(dtype, tmp_path
         mapped[3] = 0
     assert not _C.give_back_file_pages(mapped.detach())  # what was written is not in the file
     assert not mapped[3].any() and torch.equal(mapped[4:], values[4:])
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(OSError))
+        assert linear._quarter(values.nbytes) == 0
     for room, fits in ((2 * values.nbytes, True), (2 * values.nbytes - 1, False)):  # of all copies together
         linear._copies.clear()
         linear._copies[mapped] = None, linear.pack_linear(mapped.detach())
