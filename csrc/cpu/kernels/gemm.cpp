@@ -220,7 +220,7 @@ VEC void end_c(const Product& p, int64_t i, int64_t j, int64_t n, V v) {
 template <int R, class T>
 void few_rows_down(const Product& p, const float* a, int64_t i0, int64_t j0, int64_t j1) {
   constexpr int kBlocks = R <= 4 ? 2 : 1;
-  constexpr int64_t kAhead = 256 / sizeof(T), kLine = 64 / sizeof(T);
+  constexpr int64_t kAhead = 192 / sizeof(T), kLine = 64 / sizeof(T);
   const int64_t step = p.b.column_step;
   for (int64_t j = j0; j < j1; j += kBlocks * W) {
     const T* corner = static_cast<const T*>(p.b.data) + j * step;

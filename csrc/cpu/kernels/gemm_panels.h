@@ -67,8 +67,7 @@ template <>
 template <class T>
 VEC void load_pairs_transposed(const T* p, int64_t column_step, VI* pairs) {
   V words[W];
-  UNROLL for (int l = 0; l < W; l++) words[l] = as_float(load_pairs(p + l * column_step));
-  transpose(words);
+  load_transposed(static_cast<const void*>(p), column_step * static_cast<int64_t>(sizeof(T)), words);
   UNROLL for (int l = 0; l < W; l++) pairs[l] = as_int(words[l]);
 }
 

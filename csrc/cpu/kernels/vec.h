@@ -334,32 +334,47 @@ VEC void store_pair(bf16* p, V a, V b) {
   std::memcpy(static_cast<void*>(p), &both, sizeof both);
 }
 
-// A W x W block whose columns begin at p and lie along memory, `column_step` apart: rows[l] is its row l. AVX-512 loads
-// quarters of columns into the lanes where they belong: half of a transposition is left to the port that shuffles.
-VEC void load_transposed(const float* p, int64_t column_step, V* rows) {
+// A W x W block of words whose columns begin at p and lie along memory, `column_bytes` apart: rows[l] is its row l. AVX-512
+// loads halves of columns into the lanes where they belong, which spares the port that shuffles a quarter of its work, both
+// halves of a line at once: columns a power of two apart fall into few sets of the first-level cache, and by quarters, one
+// after another, their lines were gone again before the last was read.
+VEC void load_transposed(const void* p, int64_t column_bytes, V* rows) {
+  const auto* corner = static_cast<const char*>(p);
 #if __AVX512F__
-  UNROLL for (int k = 0; k < W; k += 4) {
-    __m512 x[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-      const float* quarter = p + i * column_step + k;
-      x[i] = _mm512_castps128_ps512(_mm_loadu_ps(quarter));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(quarter + 4 * column_step));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(quarter + 8 * column_step));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(quarter + 12 * column_step));
+  __m512 halves[2][8];
+  UNROLL for (int i = 0; i < 8; i++) {
+    const char *first = corner + (i < 4 ? i : i + 4) * column_bytes, *second = first + 4 * column_bytes;
+    UNROLL for (int h = 0; h < 2; h++) {
+      const __m512d half = _mm512_castpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(first + 32 * h)));
+      const __m256d other = _mm256_loadu_pd(reinterpret_cast<const double*>(second + 32 * h));
+      halves[h][i] = _mm512_castpd_ps(_mm512_insertf64x4(half, other, 1));
     }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
-    rows[k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-    rows[k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-    rows[k + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-    rows[k + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  UNROLL for (int h = 0; h < 2; h++) {
+    __m512 quarters[8];  // rows k and k + 4 of columns 0 to 7, then of 8 to 15
+    UNROLL for (int i = 0; i < 8; i += 4) {
+      const __m512* x = halves[h] + i;
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+      const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+      quarters[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      quarters[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      quarters[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      quarters[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    UNROLL for (int k = 0; k < 4; k++) {
+      rows[8 * h + k] = _mm512_shuffle_f32x4(quarters[k], quarters[4 + k], 0x88);
+      rows[8 * h + 4 + k] = _mm512_shuffle_f32x4(quarters[k], quarters[4 + k], 0xdd);
+    }
   }
 #else
-  UNROLL for (int l = 0; l < W; l++) rows[l] = load(p + l * column_step);
+  UNROLL for (int l = 0; l < W; l++) std::memcpy(rows + l, corner + l * column_bytes, sizeof(V));
   transpose(rows);
 #endif
+}
+VEC void load_transposed(const float* p, int64_t column_step, V* rows) {
+  load_transposed(static_cast<const void*>(p), column_step * static_cast<int64_t>(sizeof(float)), rows);
 }
 
 // The first n < W elements; the lanes beyond are `fill` and are not written.
