@@ -126,8 +126,8 @@ class _Attention(Function):
         dout = torch.zeros_like(out) if dout is None else _rows(dout)
         dweights = None if dweights is None else dweights.contiguous()
         wanted = ctx.needs_input_grad
-        dq = q.new_empty(q.shape) if wanted[0] else None
-        dk, dv = (t.new_empty(t.shape) if wanted[1] or wanted[2] else None for t in (k, v))
-        dbias = bias.new_empty(bias.shape) if wanted[3] else None
+        dq = q.new_empty(*q.shape) if wanted[0] else None
+        dk, dv = (t.new_empty(*t.shape) if wanted[1] or wanted[2] else None for t in (k, v))
+        dbias = bias.new_empty(*bias.shape) if wanted[3] else None
         _C.attention_backward(q, k, v, bias, *masks, out, lse, weights, dout, dweights, dq, dk, dv, dbias, *ctx.options)
         return dq, dk, dv, dbias, None, None, None

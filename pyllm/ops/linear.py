@@ -180,7 +180,7 @@ def _quarter(held: int) -> int:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
-    out = x.new_empty((*x.shape[:-1], n))
+    out = x.new_empty(*x.shape[:-1], n)
     if x.dim() > 2 and not x.is_contiguous():
         x = x.flatten(0, -2)
     if bias is not None and not bias.is_contiguous():

@@ -287,7 +287,7 @@ def _forward(x: Tensor, weight: PackedQuantizedWeight, bias: Tensor | None) -> T
     if x.dim() and x.shape[-1] != k:
         raise ValueError(f"[quantized_linear] x (..., K) and weight (N, K) must share K, but got {tuple(x.shape)} "
                          f"and {weight.shape}")  # fmt: skip
-    out = x.new_empty((*x.shape[:-1], n))
+    out = x.new_empty(*x.shape[:-1], n)
     if not x.is_contiguous():
         x = x.contiguous()
     if bias is not None and not bias.is_contiguous():

@@ -235,9 +235,9 @@ class _Layer(Function):
         _, _, _, _, needs_x, needs_h0, needs_c0, *needs = ctx.needs_input_grad
         hidden, per = params[1].shape[1], len(params) // directions
         # Two directions add up in float32.
-        dx = x.new_empty(x.shape, dtype=x.dtype if directions == 1 else torch.float32) if needs_x else None
-        dh0, dc0 = (t.new_empty(t.shape) if n else None for t, n in ((h0, needs_h0), (c0, needs_c0)))
-        dparams = [p.new_empty(p.shape) if n else None for p, n in zip(params, needs, strict=True)]
+        dx = x.new_empty(*x.shape, dtype=x.dtype if directions == 1 else torch.float32) if needs_x else None
+        dh0, dc0 = (t.new_empty(*t.shape) if n else None for t, n in ((h0, needs_h0), (c0, needs_c0)))
+        dparams = [p.new_empty(*p.shape) if n else None for p, n in zip(params, needs, strict=True)]
         dy = dy if dy is None or dy.stride(-1) == 1 else dy.contiguous()
         dh_n, dc_n = (None if t is None else t.contiguous() for t in (dh_n, dc_n))
         run = recurrent_cuda.backward if ctx.on_cuda else _C.recurrent_backward

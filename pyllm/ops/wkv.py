@@ -48,7 +48,7 @@ def _forward(r, w, k, v, a, b, state, lengths, keep=False):
     if r.dim() != 4:
         raise ValueError(f"[wkv] r must have 4 dimensions (B, T, H, D), but got {tuple(r.shape)}")
     batch, time, heads, dim = r.shape
-    y = r.new_empty(r.shape)
+    y = r.new_empty(*r.shape)
     final = r.new_empty(batch, heads, dim, dim, dtype=torch.float32)
     kept = None
     if keep:  # the state every few steps, from which the backward pass makes the others again
@@ -73,7 +73,7 @@ class _Wkv(Function):
             return (None,) * 8
         r = inputs[0]
         dy = r.new_zeros(r.shape) if dy is None else dy if dy.stride(-1) == 1 else dy.contiguous()
-        gradients = [r.new_empty(r.shape) for _ in inputs]
+        gradients = [r.new_empty(*r.shape) for _ in inputs]
         dstate = torch.empty_like(state) if ctx.needs_input_grad[6] else None
         _C.wkv_backward(*inputs, state, lengths, kept, dy, None if dfinal is None else dfinal.contiguous(), *gradients,
                         dstate)  # fmt: skip

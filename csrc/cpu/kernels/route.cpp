@@ -13,21 +13,21 @@
 namespace pyllm::ISA {
 namespace {
 
-// The probabilities of a row's experts to p, which has room for whole vectors.
+// The probabilities of a row's experts to p, which has room for whole vectors; lanes beyond are 0.
 template <class T>
 void probabilities(const T* logits, int64_t n, float* p) {
   V largest = set(-__builtin_inff());
   for (int64_t i = 0; i < n; i += W) {
     const int64_t live = std::min<int64_t>(W, n - i);
     V v = get(logits + i, live);
-    for (int64_t l = live; l < W; l++) v[l] = -__builtin_inff();
+    if (live != W) v = keep(v, live, -__builtin_inff());
     store(p + i, v);
     largest = max(largest, v);
   }
   const V most = set(max(largest));
   V total{};
   for (int64_t i = 0; i < n; i += W) {
-    const V e = exp(load(p + i) - most);
+    const V e = exp_nonpositive(load(p + i) - most);
     store(p + i, e);
     total = total + e;
   }
@@ -35,24 +35,29 @@ void probabilities(const T* logits, int64_t n, float* p) {
   for (int64_t i = 0; i < n; i += W) store(p + i, load(p + i) / sum_of_all);
 }
 
+// What is taken leaves p as -1. Vectors alone are written and read there: a lane that was written by itself would have to
+// be in the cache before a vector with it could be read.
 void pick(const RouteArgs& a, float* p, float* weights, int64_t* experts) {
   float total = 0.0f;
-  for (int64_t e = a.experts; e % W != 0; e++) p[e] = -1.0f;
+  if (const int64_t live = a.experts % W) {
+    float* last = p + a.experts - live;
+    store(last, keep(load(last), live, -1.0f));
+  }
   const bool numbers = p[0] == p[0];  // or all of them are not
   for (int64_t i = 0; i < a.active; i++) {
-    int64_t best = i;
+    int64_t best = i, vector = i / W * W;
     if (numbers) {
       V largest = load(p);
       for (int64_t e = W; e < a.experts; e += W) largest = max(largest, load(p + e));
       const float top = max(largest);
       uint32_t found = 0;
-      for (best = -W; found == 0;) found = bits(load(p + (best += W)) == top);
-      best += __builtin_ctz(found);
+      for (vector = -W; found == 0;) found = bits(load(p + (vector += W)) == top);
+      best = vector + __builtin_ctz(found);
     }
     weights[i] = p[best];
     total += p[best];
     experts[i] = best;
-    p[best] = -1.0f;  // taken
+    store(p + vector, lane_index() == static_cast<int32_t>(best - vector) ? set(-1.0f) : load(p + vector));
   }
   for (int64_t i = 0; a.normalised && i < a.active; i++) weights[i] = weights[i] / total;
 }
@@ -96,11 +101,12 @@ void route(const RouteArgs& a) {
   std::fill(a.offsets, a.offsets + a.experts + 1, 0);
   for (int64_t i = 0; i < count; i++) a.offsets[a.places[i] + 1]++;
   for (int64_t e = 0; e < a.experts; e++) a.offsets[e + 1] += a.offsets[e];
-  for (int64_t i = 0; i < count; i++) {  // offsets[e] goes from e's begin to its end
-    const int64_t at = a.offsets[a.places[i]]++;
-    a.order[at] = i / a.active;
-    a.places[i] = at;
-  }
+  for (int64_t row = 0, i = 0; row < a.rows; row++)  // offsets[e] goes from e's begin to its end
+    for (int64_t end = i + a.active; i < end; i++) {
+      const int64_t at = a.offsets[a.places[i]]++;
+      a.order[at] = row;
+      a.places[i] = at;
+    }
   for (int64_t e = a.experts; e > 0; e--) a.offsets[e] = a.offsets[e - 1];
   a.offsets[0] = 0;
 }
