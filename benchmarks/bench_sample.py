@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-k 50, top-p 0.9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "top-p 0.9 at 0.1": {"temperature": 0.1, "top_p": 0.9},  # most weights underflow
     "min-p 0.05": {"temperature": 0.8, "min_p": 0.05},
 }
 TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,6 +32,7 @@ TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: torch.multinomial(x.softmax(-1), 1),
     "top-k 50, top-p 0.9": lambda x: _from_sorted(x / 0.8, 50, 0.9),
     "top-p 0.9": lambda x: _from_sorted(x / 0.8, x.shape[1], 0.9),
+    "top-p 0.9 at 0.1": lambda x: _from_sorted(x / 0.1, x.shape[1], 0.9),
     "min-p 0.05": lambda x: _above(x / 0.8, 0.05),
 }
 

@@ -66,10 +66,10 @@ def sample(logits: Tensor, *, seeds: int | Tensor, positions: int | Tensor, temp
         logit_bias = logit_bias.contiguous()
     if given is not None:
         given = given.contiguous()
-    rows = logits.shape[:1]
-    ids = logits.new_empty(*rows, dtype=torch.int64)  # sizes one by one: a torch.Size costs a call 1 us
-    logprobs = logits.new_empty(*rows, dtype=torch.float32)
-    processed = logits.new_empty(*rows, dtype=torch.float32)
+    rows = logits.shape[0] if logits.dim() else 0  # a number: to give a torch.Size costs a call 1 us
+    ids = logits.new_empty(rows, dtype=torch.int64)
+    logprobs = logits.new_empty(rows, dtype=torch.float32)
+    processed = logits.new_empty(rows, dtype=torch.float32)
     if logits.requires_grad:
         logits = logits.detach()
     _C.sample(logits, seeds, positions, temperature, top_k, top_p, min_p, typical_p, repetition_penalty,

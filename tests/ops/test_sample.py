@@ -16,6 +16,8 @@ SETTINGS = {
     "large top_k": {"top_k": 700, "temperature": 0.9},
     "top_k beyond the vocabulary": {"top_k": 10**6},
     "top_p": {"top_p": 0.9},
+    "top_p where most weights underflow": {"top_p": 0.9, "temperature": 0.02},
+    "typical_p where most weights underflow": {"typical_p": 0.6, "temperature": 0.02},
     "small top_p": {"top_p": 0.05, "temperature": 2.0},
     "top_p near 1": {"top_p": 0.9995},
     "top_k and top_p": {"top_k": 50, "top_p": 0.9, "temperature": 0.8},
@@ -288,6 +290,12 @@ def test_rows_that_are_not_finite(bad, vocab, isa):
     bias[3, vocab // 2] = bad
     with pytest.raises(ValueError, match="with penalties and logit_bias must be finite or -infinity, but row 3"):
         ops.sample(logits_of(4, vocab), seeds=0, positions=0, logit_bias=bias)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (1, 2, 8)])
+def test_logits_that_are_no_rows(shape):
+    with pytest.raises(ValueError, match=r"\[sample\] logits must have 2 dimension"):
+        ops.sample(torch.zeros(shape), seeds=0, positions=0)
 
 
 def test_rows_with_nothing_left():

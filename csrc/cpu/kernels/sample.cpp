@@ -118,7 +118,7 @@ struct Row {
   float best = 0;
   double total = 0;  // of the weights exp((z - best) * cold) that are left
 
-  V weight(V logits) const { return exp((logits - best) * cold); }
+  V weight(V logits) const { return exp_nonpositive((logits - best) * cold); }
   int64_t end_of(int64_t chunk) const { return (chunk + 1) * kChunk < vocab ? (chunk + 1) * kChunk : vocab; }
   int64_t block_end(int64_t block) const { return (block + 1) * kBlock < vocab ? (block + 1) * kBlock : vocab; }
   template <class F>
@@ -193,7 +193,7 @@ struct Row {
 
   // scale = exp((maxima - top) * factor); the total of sums * scale.
   double rescale(const float* maxima, float top, float factor, const float* sums) const {
-    each(0, chunks, [&](int64_t i, int64_t n) { write(m.scale + i, exp((get(maxima + i, n) - top) * factor), n); });
+    each(0, chunks, [&](int64_t i, int64_t n) { write(m.scale + i, exp_nonpositive((get(maxima + i, n) - top) * factor), n); });
     return scaled_total(sums);
   }
   double scaled_total(const float* sums) const {
@@ -363,6 +363,7 @@ struct Row {
     const double p = s.top_p, margin = 7 * p * (1 - p) / __builtin_sqrt(static_cast<double>(blocks));
     high = p > margin ? border_of(m.keys, m.weights, n, (p - margin) * all) : kInfinity;
     low = p + margin < 1 ? border_of(m.keys, m.weights, n, (p + margin) * all) : -kInfinity;
+    if (low > -kInfinity) low = unordered(ordered(low) - 1);  // which may be the border: lies between them, then
   }
 
   // Top-p's border, from the chunks' sums and a list of the logits between the two thresholds next to it. Leaves in
