@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 import pyllm
-from pyllm import _C
-from pyllm.benchmarks.timing import ceilings, device, isa_name
+from pyllm.benchmarks.timing import device, isa_name, measured_ceilings
 
 HERE = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("PEERS", Path.home() / ".cache/pyllm-peers"))
@@ -30,6 +30,8 @@ BITS = ("32", "16", "8", "4")
 # Of a shape's weights, which a step reads all; and the bytes of one, with its share of a scale.
 WEIGHTS = {"15m": 15_191_712, "gpt2": 124_439_808, "qwen05": 494_032_768, "llama1b": 1_235_814_400}
 BYTES = {32: 4, 16: 2, 8: 1 + 1 / 16, 4: 1 / 2 + 1 / 16}
+# Of those that each id of a prompt is multiplied with: not embeddings, nor the head, which the last id alone needs.
+MULTIPLIED = {"15m": 5_971_968, "gpt2": 84_934_656, "qwen05": 357_826_560, "llama1b": 973_078_528}
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Result:
     provider: str
     median: float
     ratio: float  # how many times as good pyllm is, the median over the rounds; 1 for itself
-    read_gbytes: float  # the ceiling: what the machine reads per second
+    read_gbytes: float  # the ceilings, just before the race or just after it: what the machine reads per second
+    peak_gflops: float = math.nan  # and what it multiplies and adds, in fp32
 
 
 def run(*, only: str = "", batches: Sequence[int] = (), rounds: int = 3, csv: Path | None = None) -> list[Result]:
@@ -66,14 +69,16 @@ def run(*, only: str = "", batches: Sequence[int] = (), rounds: int = 3, csv: Pa
     console = Console(highlight=False, soft_wrap=True)
     there = [race for race in races if (PEERS / "models" / race[0] / "config.json").exists()]
     results: list[Result] = []
-    bandwidth = ceilings(_C.info()["isa"], 2)[1]
+    pyllm.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         if not there:
             console.print(f"No peers in {PEERS} (see benchmarks/peers/README.md): pyllm alone, on a shape of 15M.\n")
             _small_shape(Path(folder))
         for shape, bits in there or [("15m", bits) for bits in BITS]:
+            before = measured_ceilings()
             found = _raced(shape, bits, batches, rounds) if there else _alone(Path(folder), bits, batches)
-            results += [_result(shape, bits, bandwidth, *entry) for entry in found]
+            peak, reads = map(max, before, measured_ceilings())
+            results += [_result(shape, bits, reads, peak, *entry) for entry in found]
             console.print("\n".join(_lines(shape, bits, results)))
             if csv is not None:
                 save(csv, results)
@@ -101,10 +106,10 @@ def _small_shape(folder: Path) -> None:
     pyllm.export(model, folder, verify=False)
 
 
-def _result(shape: str, bits: str, bandwidth: float, measure: str, provider: str, median: float,
+def _result(shape: str, bits: str, reads: float, peak: float, measure: str, provider: str, median: float,
             ratio: float) -> Result:  # fmt: skip
     return Result(datetime.date.today().isoformat(), device(), isa_name(), 2, pyllm.__version__, shape, int(bits),
-                  measure, provider, median, ratio, bandwidth)  # fmt: skip
+                  measure, provider, median, ratio, reads, peak)  # fmt: skip
 
 
 def _lines(shape: str, bits: str, results: Iterable[Result]) -> list[str]:
@@ -149,17 +154,30 @@ def markdown(results: Sequence[Result]) -> str:
     for machine in dict.fromkeys((r.device, r.isa) for r in results):
         here = [r for r in results if (r.device, r.isa) == machine]
         here.sort(key=lambda r: (SHAPES.index(r.shape), -r.bits))
-        slowest, *_, fastest = sorted([r.read_gbytes for r in here] * 2)
-        reads = f"{slowest:.0f}" + (f" to {fastest:.0f}" if round(slowest) < round(fastest) else "")
+        ceilings = _span([r.read_gbytes for r in here], "GB/s of reads")
+        if peaks := [r.peak_gflops for r in here if not math.isnan(r.peak_gflops)]:
+            ceilings = f"{_span(peaks, 'GFLOP/s in fp32')}, {ceilings}"
         lines = []
         for shape, bits, measure in dict.fromkeys((r.shape, r.bits, r.measure) for r in here):
             row = {r.provider: r for r in here if (r.shape, r.bits, r.measure) == (shape, bits, measure)}
             ours, peers = row.pop("pyllm"), sorted(row.values(), key=lambda r: r.ratio)
             others = ", ".join(f"{r.provider} {r.median:.4g} ({r.ratio:.2f}x)" for r in peers)
-            read = ours.median * WEIGHTS[shape] * BYTES[bits] * 1e-9 / ours.read_gbytes
-            share = f"{read:.0%}" if measure == "decode" else ""
-            lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {share} | {others or 'none'} |")
-        parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {reads} GB/s of reads.\n\n"
-                     "| shape | bits | measure | pyllm | of reads | peers, and how many times as good pyllm is |\n"
+            lines.append(f"| {shape} | {bits} | {measure} | {ours.median:.4g} | {_share(ours)} | {others or 'none'} |")
+        parts.append(f"{machine[0]}, {machine[1]}, 2 threads, {ceilings}.\n\n"
+                     "| shape | bits | measure | pyllm | of the ceiling | peers, how many times as good pyllm is |\n"
                      "|---|---|---|---|---|---|\n" + "\n".join(lines))  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _span(figures: Sequence[float], unit: str) -> str:
+    slowest, fastest = (f"{f(figures):.0f}" for f in (min, max))
+    return f"{slowest} {unit}" if slowest == fastest else f"{slowest} to {fastest} {unit}"
+
+
+def _share(ours: Result) -> str:
+    """Of the reads, where one sequence is decoded; of the multiply-adds in fp32, where a prompt is read."""
+    if ours.measure == "decode":
+        return f"{ours.median * WEIGHTS[ours.shape] * BYTES[ours.bits] * 1e-9 / ours.read_gbytes:.0%}"
+    if ours.measure == "prefill" and not math.isnan(ours.peak_gflops):
+        return f"{ours.median * 2 * MULTIPLIED[ours.shape] * 1e-9 / ours.peak_gflops:.0%}"
+    return ""

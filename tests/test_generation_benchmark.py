@@ -1,6 +1,7 @@
 """The race against other engines: our part of it, and what is kept and shown of it."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_our_part_in_a_mixed_load(rate):
 def result(**changes):
     usual = {"date": "2026-01-01", "device": "a processor", "isa": "avx2", "threads": 2, "pyllm": "0.1.0",
              "shape": "15m", "bits": 8, "measure": "decode", "provider": "pyllm", "median": 100.0, "ratio": 1.0,
-             "read_gbytes": 25.0}  # fmt: skip
+             "read_gbytes": 25.0, "peak_gflops": 400.0}  # fmt: skip
     return generation.Result(**usual | changes)
 
 
@@ -49,14 +50,18 @@ def test_a_race_takes_the_place_of_the_one_before(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["races.csv"]
 
 
-def test_the_table_has_the_best_peer_first():
+def test_the_table_has_the_best_peer_first_and_shares_of_the_ceilings():
     raced = [result(), result(provider="b", median=50.0, ratio=2.0), result(provider="c", median=125.0, ratio=0.8)]
+    prompt = result(measure="prefill", median=20000.0)
     alone = dataclasses.replace(result(), shape="gpt2", read_gbytes=31.0)
-    lines = generation.markdown([alone, *raced]).splitlines()
-    assert lines[0] == "a processor, avx2, 2 threads, 25 to 31 GB/s of reads."
-    assert generation.markdown(raced).startswith("a processor, avx2, 2 threads, 25 GB/s of reads.")
+    lines = generation.markdown([alone, *raced, prompt]).splitlines()
+    assert lines[0] == "a processor, avx2, 2 threads, 400 GFLOP/s in fp32, 25 to 31 GB/s of reads."
     assert lines[4:] == ["| 15m | 8 | decode | 100 | 6% | c 125 (0.80x), b 50 (2.00x) |",
+                         "| 15m | 8 | prefill | 2e+04 | 60% | none |",
                          "| gpt2 | 8 | decode | 100 | 43% | none |"]  # fmt: skip
+    before_peaks = generation.markdown([dataclasses.replace(prompt, peak_gflops=math.nan)]).splitlines()
+    assert before_peaks[0] == "a processor, avx2, 2 threads, 25 GB/s of reads."
+    assert before_peaks[4] == "| 15m | 8 | prefill | 2e+04 |  | none |"
 
 
 def test_what_is_unknown_is_named():

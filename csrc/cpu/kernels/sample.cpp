@@ -193,7 +193,8 @@ struct Row {
 
   // scale = exp((maxima - top) * factor); the total of sums * scale.
   double rescale(const float* maxima, float top, float factor, const float* sums) const {
-    each(0, chunks, [&](int64_t i, int64_t n) { write(m.scale + i, exp_nonpositive((get(maxima + i, n) - top) * factor), n); });
+    each(0, chunks,
+         [&](int64_t i, int64_t n) { write(m.scale + i, exp_nonpositive((get(maxima + i, n) - top) * factor), n); });
     return scaled_total(sums);
   }
   double scaled_total(const float* sums) const {
