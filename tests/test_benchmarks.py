@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from pyllm import benchmarks, ops
-from pyllm.benchmarks import Case, modes
+from pyllm.benchmarks import Case, goals, modes
 from pyllm.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,20 @@ def test_the_markdown_has_a_line_a_size():
                           "| `exp` | 9 | 1.5 ms | 2.00x | 50% |  |  |  |"]  # fmt: skip
     twice = benchmarks.markdown([*rows, dataclasses.replace(row, isa="other")], cases)
     assert twice.count("Ceilings") == 2
+
+
+def test_goals_are_of_sizes_that_are_measured():
+    measured = {(case.op, case.name, case.mode) for case in benchmarks.cases(sizes="full")}
+    wanted = [case for _, _, cases in goals.GOALS for case in cases]
+    assert wanted and not set(wanted) - measured
+    row = benchmarks.measure(exponentials(), seconds=0.01)[0]
+    op, name, mode = wanted[0]
+    row = dataclasses.replace(row, op=op, case=name, mode=mode, isa="here", ratio=2.5, fraction=0.5)
+    lines = goals.markdown([row]).splitlines()
+    assert lines[0] == "| kernel | goal | here |" and len(lines) == 2 + len(goals.GOALS)
+    assert lines[2].endswith("| 2.50x, 50% / - |") and lines[3].endswith("| - / - |")
+    failed = CliRunner().invoke(app, ["bench", "goals"])
+    assert isinstance(failed.exception, ValueError) and "add --table FILE" in str(failed.exception)
 
 
 def test_the_readme_shows_what_was_measured(monkeypatch):

@@ -21,15 +21,23 @@ def bench(
     seconds: Annotated[float | None, Option(help="For each case. Default: 0.4, or 1 with --full.", min=0)] = None,
     threads: Threads = None,
 ):
-    """Time each compiled operation beside torch; or, by `generate`, whole models beside other engines."""
+    """Time each compiled operation beside torch; or, by `generate`, whole models beside other engines.
+
+    `goals --table FILE` shows the sizes that have goals.
+    """
     from pyllm import benchmarks
-    from pyllm.benchmarks import generation
+    from pyllm.benchmarks import generation, goals
 
     if ops == ["generate"]:
         if table is not None:
             sys.stdout.write(generation.markdown(generation.load(table)))
         else:
             generation.run(only=only, batches=batch or (), csv=csv)
+        return
+    if ops == ["goals"]:
+        if table is None:
+            raise ValueError("[bench] goals are shown of the figures in a CSV file: add --table FILE")
+        sys.stdout.write(goals.markdown(benchmarks.load(table)))
         return
     if table is not None:
         sys.stdout.write(benchmarks.markdown(benchmarks.load(table), benchmarks.cases(ops or [], only=only)))
