@@ -128,6 +128,6 @@ class _Attention(Function):
         wanted = ctx.needs_input_grad
         dq = q.new_empty(*q.shape) if wanted[0] else None
         dk, dv = (t.new_empty(*t.shape) if wanted[1] or wanted[2] else None for t in (k, v))
-        dbias = bias.new_empty(*bias.shape) if wanted[3] else None
+        dbias = bias.new_empty(bias.shape) if wanted[3] else None  # which may have no dimensions
         _C.attention_backward(q, k, v, bias, *masks, out, lse, weights, dout, dweights, dq, dk, dv, dbias, *ctx.options)
         return dq, dk, dv, dbias, None, None, None
