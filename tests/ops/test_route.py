@@ -58,3 +58,9 @@ def test_rows_go_through_their_experts():
     y = through_experts([expert(n) for n in (1, 2, 3)], x, offsets)
     assert seen == [2, 4] and torch.equal(y, torch.cat((x[:2], x[2:] * 3)))
     assert through_experts([expert(1)], x[:0], torch.tensor([0, 0])).shape == (0, 3)
+
+
+def test_probabilities_that_underflow_keep_their_order(isa):
+    logits = torch.tensor([[0.0, -100.0, -90.0]])
+    routes, exact = ops.route(logits, active=2), reference.route(logits, active=2)
+    assert routes.offsets.tolist() == exact.offsets.tolist() == [0, 1, 1, 2] and routes.weights[0, 1] > 0

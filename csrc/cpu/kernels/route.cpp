@@ -27,7 +27,11 @@ void probabilities(const T* logits, int64_t n, float* p) {
   const V most = set(max(largest));
   V total{};
   for (int64_t i = 0; i < n; i += W) {
-    const V e = exp_nonpositive(load(p + i) - most);
+    const int64_t live = std::min<int64_t>(W, n - i);
+    V e = load(p + i) - most;
+    if (live != W) e = keep(e, live, 0);  // whose exponential is no denormal, which would take 100 cycles
+    e = exp(e);
+    if (live != W) e = keep(e, live, 0);
     store(p + i, e);
     total = total + e;
   }
