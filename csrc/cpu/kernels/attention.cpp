@@ -62,6 +62,7 @@ VEC void exponentials(const Panel& p, Range live, float* s, float* max, float* t
 
 struct Buffers {
   float *queries, *keys, *values, *scores;
+  float* panels;  // of keys, where rows are few
 };
 
 template <class S>
@@ -183,8 +184,8 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     if (on_byte_tiles) return byte_tile_buffer_bytes(a);
     if (on_bytes) return byte_buffer_bytes(a);
     if (on_tiles) return tile_buffer_bytes(a);
-    if (few && !Stored<S>::kScaled) return 0;
-    return (round_up(kKeys * a.dim, 16) + round_up(kKeys * a.value_dim, 16) + kKeys * kLanes) * sizeof(float);
+    const int64_t blocks = round_up(kKeys * a.dim, 16) + round_up(kKeys * a.value_dim, 16);
+    return (!few ? blocks + kKeys * kLanes : (Stored<S>::kScaled ? blocks : 0) + kKeys * a.dim) * sizeof(float);
   }
 
   // `own` is tile_bytes() and `work` work_bytes() long.
@@ -213,7 +214,8 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     } else {
       auto* keys = reinterpret_cast<float*>(work);
       float* values = keys + round_up(kKeys * a.dim, 16);
-      t.buffers = {reinterpret_cast<float*>(queries), keys, values, values + round_up(kKeys * a.value_dim, 16)};
+      float* rest = values + round_up(kKeys * a.value_dim, 16);
+      t.buffers = {reinterpret_cast<float*>(queries), keys, values, rest, few && !Stored<S>::kScaled ? keys : rest};
     }
   }
 
@@ -264,20 +266,32 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
           walk_bytes(a, t[i].rows, t[i].panels[0], t[i].byte_buffers, first, sums_step, t[i].*state);
           continue;
         }
-        if (!on_tiles) {
-          walk_rows<S>(a, t[i].rows, t[i].panels[0], t[i].buffers.queries, first, t[i].buffers.keys,
-                       t[i].buffers.values, t[i].*state);
-          continue;
-        }
-        const Tile& next = t[(i + 1) % count];
-        const int64_t then = i + 1 < count ? first : first + kKeys;
-        Ahead ahead{};
-        if (then < keys.hi)
-          ahead = {stored_keys<bf16>(a, next.rows, then).data, stored_values<bf16>(a, next.rows, then).data,
-                   std::min(kKeys, keys.hi - then)};
-        walk_tile_rows(a, t[i].rows, t[i].panels[0], t[i].tile_buffers, first, ahead, sums_step, t[i].*state);
+        if (on_tiles)
+          walk_tile_rows(a, t[i].rows, t[i].panels[0], t[i].tile_buffers, first,
+                         ahead_of<bf16>(t, count, i, first, keys.hi), sums_step, t[i].*state);
+        else
+          walk_few(t, count, i, first, keys.hi, t[i].*state);
       }
     for (int64_t i = 0; on_tiles && i < count; i++) end_tile_rows(a, t[i].rows.count, sums_step, t[i].*state);
+  }
+
+  template <class Kept>
+  Ahead<Kept> ahead_of(const Tile* t, int64_t count, int64_t i, int64_t first, int64_t end) const {
+    const bool last = i + 1 == count;
+    const Rows& rows = t[last ? 0 : i + 1].rows;
+    const int64_t then = last ? first + kKeys : first;
+    if (then >= end) return {};
+    return {stored_keys<Kept>(a, rows, then), stored_values<Kept>(a, rows, then), std::min(kKeys, end - then)};
+  }
+
+  void walk_few(const Tile* t, int64_t count, int64_t i, int64_t first, int64_t end, State state) const {
+    const Rows& rows = t[i].rows;
+    const Buffers& b = t[i].buffers;
+    const Stored<S> k = stored_keys<S>(a, rows, first), v = stored_values<S>(a, rows, first);
+    if constexpr (Stored<S>::kScaled)
+      walk_rows(a, rows, t[i].panels[0], b.queries, first, k, v, b.keys, b.values, b.panels, state);
+    else
+      walk_rows(a, rows, t[i].panels[0], b.queries, first, k, v, b.panels, ahead_of<S>(t, count, i, first, end), state);
   }
 
   void merge_into(const Tile& t, State part, State all) const {
@@ -314,7 +328,7 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
   }
 
   void run() const {
-    const int64_t threads = cpu::num_threads(), least = 4 * threads;
+    const int64_t threads = cpu::num_threads(), least = threads > 1 ? 4 * threads : 1;
     const bool together = one_tile();
     const bool apart = splits > 1 && threads > 1 && (together ? a.batch : tiles) < least;  // the splits of a tile
     const int64_t pieces = apart ? splits : 1;

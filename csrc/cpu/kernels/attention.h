@@ -31,8 +31,6 @@ constexpr int64_t kRegisterRows = 12;  // rows of a register tile
 constexpr int64_t kRegisterRows = 6;
 #endif
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // 2^x for x <= 128, error below 2 units in the last place; exactly 1 at 0, 0 below -126, NaN stays NaN.
 VEC V exp2(V x) {
   const V t = max(set(-126.0f), x);

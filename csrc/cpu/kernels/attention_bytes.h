@@ -9,6 +9,8 @@
 // line: of one row in memory that no cache has, the time is that of reading and that of computing, and large pages of
 // memory (see pyllm/ops/paging.py) make the former 1.2 times as fast.
 #pragma once
+#include <array>
+
 #include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/bytes.h"
 #include "cpu/vnni.h"

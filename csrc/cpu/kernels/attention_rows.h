@@ -1,15 +1,16 @@
-// Attention, forward, of less than W rows (one query of a group of heads): keys lie across the lanes for the scores,
-// transposed in registers on their way from memory, and value elements for the output, so that keys and values are read
-// once and nothing is copied. Sums are added in the order of kernels/attention.cpp.
+// Attention, forward, of less than W rows (one query of a group of heads), all of which walk the keys together. Keys lie
+// across the lanes for the scores: a panel of them at a time is transposed, once for all rows, into the first-level
+// cache. Value elements lie across the lanes for the output, and values are read where they lie; meanwhile the block that
+// is walked next is asked for. Sums are added in the order of kernels/attention.cpp.
 #pragma once
 #include <array>
+#include <utility>
 
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/gemm_panels.h"
 
 namespace pyllm::ISA {
 namespace {
-
-constexpr int64_t kFewRows = 4;  // rows that walk the keys together
 
 struct State {  // of a tile; `sums` has [panel][value_dim][kLanes], or [row][value_dim] rounded up when rows are few
   float *max, *total, *sums;
@@ -24,24 +25,77 @@ float read_float(const char* p, DType dtype, int64_t i) {
   return x;
 }
 
-// scores[r][j] of R rows against keys live of a block: kGroups vectors of keys at a time.
+// The block of keys and values that is walked next, `count` long: asked for a line at a time, by the second-level cache.
+template <class S>
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Stored<S>& k, const Stored<S>& v, int64_t count) : at_(k), next_(v), count_(count) {
+    left_ = count * (lines(k) + lines(v));
+  }
+  int64_t left() const { return left_; }  // lines
+  VEC void ask(int64_t n) {
+    for (n = std::min(n, left_), left_ -= n; n > 0; n--) {
+      __builtin_prefetch(at_.data + column_, 0, 2);
+      column_ += kLine;
+      if (column_ < at_.dim) continue;
+      column_ = 0;
+      at_.data += at_.step;
+      if (++row_ < count_) continue;
+      row_ = 0;
+      at_ = next_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(S);
+  static int64_t lines(const Stored<S>& x) { return (x.dim + kLine - 1) / kLine; }
+
+  Stored<S> at_{}, next_{};
+  int64_t count_ = 0, left_ = 0, row_ = 0, column_ = 0;
+};
+
+// scores[r][kKeys] of R rows against the keys of N panels, [dim][kPanel] each.
+template <int R, int N>
+void score_panels(const float* queries, int64_t dim, const float* panels, float* scores) {
+  V s[R][2 * N] = {};
+  for (int64_t d = 0; d < dim; d++) {
+    V x[2 * N];
+    UNROLL for (int n = 0; n < N; n++) {
+      x[2 * n] = load(panels + n * dim * kPanel + d * kPanel);
+      x[2 * n + 1] = load(panels + n * dim * kPanel + d * kPanel + W);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      const V q = set(queries[r * dim + d]);
+      UNROLL for (int n = 0; n < 2 * N; n++) s[r][n] = fma(q, x[n], s[r][n]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < 2 * N; n++) store(scores + r * kKeys + n * W, s[r][n]);
+}
+
+// Of all panels from number `first` on, N at a time, then the half of it.
+template <int R, int N>
+void score_panels_from(const float* queries, int64_t dim, const float* panels, int64_t first, int64_t end,
+                       float* scores) {
+  for (; first + N <= end; first += N)
+    score_panels<R, N>(queries, dim, panels + first * dim * kPanel, scores + first * kPanel);
+  if constexpr (N > 1) score_panels_from<R, N / 2>(queries, dim, panels, first, end, scores);
+}
+
+// The same of the keys live, which are transposed in registers.
 template <int R, class S>
 void score_rows(const float* queries, const Stored<S>& k, Range live, float* scores) {
-  constexpr int kGroups = R == 1 ? 4 : R == 2 ? 2 : 1;
+  constexpr int kGroups = R == 1 ? 4 : R == 2 ? 2 : 1;  // of keys
   for (int64_t j = live.lo; j < live.hi; j += kGroups * W) {
-    V s[kGroups][R] = {}, scale[kGroups] = {};
+    V s[kGroups][R] = {};
     const auto key = [&](int64_t g, int64_t l) { return std::min(j + g * W + l, live.hi - 1); };
     const auto chunk = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
       for (int g = 0; g < kGroups; g++) {
         V x[W];
         for (int64_t l = 0; l < W; l++) x[l] = k.numbers(key(g, l), d, n);
         transpose(x);
-        if (k.kScaled && d % kInt8Group == 0)
-          for (int64_t l = 0; l < W; l++) scale[g][l] = k.scale(key(g, l), d);
-        for (int64_t l = 0; l < n; l++) {
-          if constexpr (k.kScaled) x[l] = x[l] * scale[g];
+        for (int64_t l = 0; l < n; l++)
           for (int r = 0; r < R; r++) s[g][r] = fma(set(queries[r * k.dim + d + l]), x[l], s[g][r]);
-        }
       }
     };
     int64_t d = 0;
@@ -49,7 +103,7 @@ void score_rows(const float* queries, const Stored<S>& k, Range live, float* sco
     if (d < k.dim) chunk(d, k.dim - d);
     for (int g = 0; g < kGroups; g++)
       for (int r = 0; r < R; r++)
-        if (j + g * W < live.hi) store(scores + r * 2 * kKeys + j + g * W, s[g][r]);
+        if (j + g * W < live.hi) store(scores + r * kKeys + j + g * W, s[g][r]);
   }
 }
 
@@ -86,44 +140,73 @@ V finish_row(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r
   return top;
 }
 
-// sums[r] * factor[r] + p[r][live] v, of v's elements from d on, N vectors wide, or n elements where N is 1. kTotal:
-// total[r] too.
-template <int R, int N, bool kTotal, class S>
-VEC void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor,
-                    float* sums, int64_t sums_step, float* total) {
+// sums[r][d..] = sums[r][d..] * factor[r] + p[r][live] v, of R rows and N vectors of v's elements, or n elements where N is
+// 1. With each key go `asked` lines of what is ahead.
+template <int R, int N, class S>
+void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor, float* sums,
+                int64_t sums_step, Ahead<S>& all_ahead, int64_t asked) {
+  Ahead<S> ahead = all_ahead;
   V s[R][N];
-  float t[R];
-  for (int r = 0; r < R; r++) {
-    for (int i = 0; i < N; i++) s[r][i] = load(sums + r * sums_step + i * W) * set(factor[r]);
-    if (kTotal) t[r] = total[r];
-  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++) s[r][i] =
+      load(sums + r * sums_step + d + i * W) * set(factor[r]);
   for (int64_t j = live.lo; j < live.hi; j++) {
-    V x[N], scale{};
-    for (int i = 0; i < N; i++) {
-      x[i] = v.numbers(j, d + i * W, N > 1 ? W : n);
-      if (v.kScaled && i * W % kInt8Group == 0) scale = set(v.scale(j, d + i * W));
-      if constexpr (v.kScaled) x[i] = x[i] * scale;
-    }
-    for (int r = 0; r < R; r++) {
-      const float w = p[r * 2 * kKeys + j];
-      for (int i = 0; i < N; i++) s[r][i] = fma(set(w), x[i], s[r][i]);
-      if (kTotal) t[r] += w;
+    if (asked) ahead.ask(asked);
+    V x[N];
+    UNROLL for (int i = 0; i < N; i++) x[i] = v.numbers(j, d + i * W, N > 1 ? W : n);
+    UNROLL for (int r = 0; r < R; r++) {
+      const V w = set(p[r * kKeys + j]);
+      UNROLL for (int i = 0; i < N; i++) s[r][i] = fma(w, x[i], s[r][i]);
     }
   }
-  for (int r = 0; r < R; r++) {
-    for (int i = 0; i < N; i++) store(sums + r * sums_step + i * W, s[r][i]);
-    if (kTotal) total[r] = t[r];
-  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++)
+      store(sums + r * sums_step + d + i * W, s[r][i]);
+  all_ahead = ahead;
 }
 
-// All of the value's elements from d on, N vectors at a time, then the half of it.
+// All of the value's elements from d on: N vectors at a time, then fewer.
 template <int R, int N, class S>
-void add_values_from(int64_t dim, const float* p, const Stored<S>& v, int64_t d, Range live, const float* factor,
-                     float* sums, int64_t sums_step, float* total) {
-  for (; d + N * W <= dim || (N == 1 && d < dim); d += N * W)
-    (d == 0 ? add_values<R, N, true, S> : add_values<R, N, false, S>)(p, v, d, live, std::min<int64_t>(W, dim - d),
-                                                                      factor, sums + d, sums_step, total);
-  if constexpr (N > 1) add_values_from<R, N / 2>(dim, p, v, d, live, factor, sums, sums_step, total);
+void add_values_from(const float* p, const Stored<S>& v, int64_t d, Range live, const float* factor, float* sums,
+                     int64_t sums_step, Ahead<S>& ahead, int64_t asked) {
+  for (; d + N * W <= v.dim || (N == 1 && d < v.dim); d += N * W)
+    add_values<R, N>(p, v, d, live, std::min<int64_t>(W, v.dim - d), factor, sums, sums_step, ahead, asked);
+  if constexpr (N > 1)
+    add_values_from<R, N == 4 ? 3 : N == 3 ? 2 : N / 2>(p, v, d, live, factor, sums, sums_step, ahead, asked);
+}
+
+constexpr int kSums = 2 * kRegisterRows;  // that registers hold
+
+// The two products of R rows: their scores against the panels of a block, and their sums.
+template <int R, class S>
+struct RowTiles {
+  static void score(const float* queries, int64_t dim, const float* panels, int64_t first, int64_t end, float* scores) {
+    constexpr int N = R <= kSums / 8 ? 4 : R <= kSums / 4 ? 2 : 1;
+    score_panels_from<R, N>(queries, dim, panels, first, end, scores);
+  }
+  static void add(const float* p, const Stored<S>& v, Range live, const float* factor, float* sums, int64_t sums_step,
+                  Ahead<S>& ahead) {
+    constexpr int N = R == 1 ? 8 : R <= kSums / 4 ? 4 : 2;
+    const int64_t times = (live.hi - live.lo) * ((v.dim + N * W - 1) / (N * W));
+    add_values_from<R, N>(p, v, 0, live, factor, sums, sums_step, ahead, (ahead.left() + times - 1) / times);
+  }
+};
+
+// f(first row, RowTiles of as many rows), over all rows, which registers do not always hold at once.
+template <class S, class F>
+void each_row_tile(int64_t rows, const F& f) {
+  const int64_t tiles = (rows + kRegisterRows - 1) / kRegisterRows, most = (rows + tiles - 1) / tiles;
+  for (int64_t r = 0; r < rows; r += most)
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      (void)((std::min(most, rows - r) == I + 1 && (f(r, RowTiles<I + 1, S>()), true)) || ...);
+    }(std::make_integer_sequence<int, kRegisterRows>());
+}
+
+// total[row] * factor[row] + the sum of p[row][live], key by key.
+void add_totals(int64_t rows, const float* p, Range live, const float* factor, float* total) {
+  for (int64_t r = 0; r < rows; r++) {
+    float t = total[r] * factor[r];
+    for (int64_t j = live.lo; j < live.hi; j++) t += p[r * kKeys + j];
+    total[r] = t;
+  }
 }
 
 // The same for one row, less the keys that are marked by a negative p.
@@ -139,62 +222,83 @@ void add_marked_row(const float* p, const Stored<S>& v, Range live, float factor
   }
 }
 
-template <int R, class S>
-void walk_few(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r0, const float* queries, int64_t first,
-              const Stored<S>& k, const Stored<S>& v, State s) {
-  constexpr int kWide = R == 1 ? 8 : R == 2 ? 4 : 2;
+constexpr int64_t kInPlace = W == 16 ? 3 : 4;  // rows that wait for nothing but memory, where keys are floats
+
+// scores[row][kKeys] of all rows against the keys live of a block. Half of what is ahead is asked for as keys are packed;
+// nothing where they are not, as the processor looks ahead by itself then.
+template <class S>
+void score_block(int64_t rows, const float* queries, const Stored<S>& k, Range live, float* panels, float* scores,
+                 Ahead<S>& ahead) {
+  if constexpr (sizeof(S) == sizeof(float))
+    if (rows <= kInPlace) {
+      constexpr std::array in_place{score_rows<1, S>, score_rows<2, S>, score_rows<3, S>, score_rows<4, S>};
+      in_place[rows - 1](queries, k, live, scores);
+      ahead = {};
+      return;
+    }
+  const int64_t first = live.lo / kPanel, end = (live.hi + kPanel - 1) / kPanel;
+  const int64_t asked = ahead.left() / 2 / ((end - first) * ((k.dim + kPanel - 1) / kPanel));
+  const Matrix keys{k.data, DType::f32, 1, k.step};  // columns of a matrix, whose strides alone are read
+  for (int64_t n = first; n < end; n++)
+    for (int64_t d = 0; d < k.dim; d += kPanel) {
+      pack_panel_down(keys, k.data + n * kPanel * k.step + d, std::min(kPanel, live.hi - n * kPanel),
+                      std::min(kPanel, k.dim - d), panels + (n * k.dim + d) * kPanel);
+      ahead.ask(asked);
+    }
+  each_row_tile<S>(rows, [&](int64_t r, auto tile) {
+    tile.score(queries + r * k.dim, k.dim, panels, first, end, scores + r * kKeys);
+  });
+}
+
+// The block of keys from `first` on. `panels` are for its keys.
+template <class S>
+void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
+               const Stored<S>& k, const Stored<S>& v, float* panels, Ahead<S> ahead, State s) {
   const int64_t sums_step = round_up(a.value_dim, W);
   Block block;
   set_block(a, rows, first, block);
   const Range live = live_keys(a, p, block);
   if (live.lo == live.hi) return;
-  alignas(64) float x[R][2 * kKeys];
-  score_rows<R>(queries + r0 * a.dim, k, live, &x[0][0]);
+  const Range lanes{live.lo / W * W, live.hi};
+  alignas(64) float x[(W - 1) * kKeys];
+  score_block(rows.count, queries, k, lanes, panels, x, ahead);
+  const int64_t lines = ahead.left();
   const bool mixed = may_mask(a, p, block, live);
-  float factor[R];
-  for (int r = 0; r < R; r++) {
-    const int64_t row = r0 + r;
-    const V m = max(set(max(finish_row(a, rows, p, row, block, live, x[r]))), set(s.max[row]));
+  float factor[W];
+  for (int64_t r = 0; r < rows.count; r++) {
+    float* scores = x + r * kKeys;
+    const V m = max(set(max(finish_row(a, rows, p, r, block, lanes, scores))), set(s.max[r]));
     const V base = finite_or_zero(m);
-    factor[r] = rescale(set(s.max[row]), m)[0];
-    s.max[row] = m[0];
-    for (int64_t j = live.lo; j < live.hi; j += W) {
-      const V score = load(x[r] + j), e = exp2(score - base);
-      store(x[r] + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
+    factor[r] = rescale(set(s.max[r]), m)[0];
+    s.max[r] = m[0];
+    for (int64_t j = lanes.lo; j < lanes.hi; j += W) {
+      const V score = load(scores + j), e = exp2(score - base);
+      store(scores + j, mixed ? select(score == -kInfinity, set(-1.0f), e) : e);
     }
-    s.total[row] *= factor[r];
+    ahead.ask(lines / 2 / rows.count);
   }
-  float *sums = s.sums + r0 * sums_step, *total = s.total + r0;
   if (mixed) {
-    for (int r = 0; r < R; r++) add_marked_row(x[r], v, live, factor[r], sums + r * sums_step, total + r);
+    for (int64_t r = 0; r < rows.count; r++) {
+      s.total[r] *= factor[r];
+      add_marked_row(x + r * kKeys, v, live, factor[r], s.sums + r * sums_step, s.total + r);
+    }
     return;
   }
-  add_values_from<R, kWide>(a.value_dim, &x[0][0], v, 0, live, factor, sums, sums_step, total);
+  add_totals(rows.count, x, live, factor, s.total);
+  each_row_tile<S>(rows.count, [&](int64_t r, auto tile) {
+    tile.add(x + r * kKeys, v, live, factor + r, s.sums + r * sums_step, sums_step, ahead);
+  });
 }
 
-template <class S>
-void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
-               const Stored<S>& k, const Stored<S>& v, State s) {
-  for (int64_t r = 0; r < rows.count; r += kFewRows) {
-    const auto walk = std::array{walk_few<1, S>, walk_few<2, S>, walk_few<3, S>, walk_few<4, S>};
-    walk[std::min(kFewRows, rows.count - r) - 1](a, rows, p, r, queries, first, k, v, s);
-  }
-}
-
-// The block of keys from `first` on; those of int8 pages become floats in `keys` and `values` before.
-template <class S>
-void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
-               [[maybe_unused]] float* keys, [[maybe_unused]] float* values, State s) {
-  const Stored<S> k = stored_keys<S>(a, rows, first), v = stored_values<S>(a, rows, first);
-  if constexpr (!Stored<S>::kScaled)
-    return walk_rows(a, rows, p, queries, first, k, v, s);
-  else {
-    const int64_t count = std::min(kKeys, rows.length - first);
-    copy_rows(k, count, 1.0f, keys, a.dim);
-    copy_rows(v, count, 1.0f, values, a.value_dim);
-    walk_rows(a, rows, p, queries, first, Stored<float>{keys, a.dim, a.dim},
-              Stored<float>{values, a.value_dim, a.value_dim}, s);
-  }
+// The same of int8 pages, whose numbers become floats in `keys` and `values` before.
+[[maybe_unused]] void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries,
+                                int64_t first, const Stored<int8_t>& k, const Stored<int8_t>& v, float* keys,
+                                float* values, float* panels, State s) {
+  const int64_t count = std::min(kKeys, rows.length - first);
+  copy_rows(k, count, 1.0f, keys, a.dim);
+  copy_rows(v, count, 1.0f, values, a.value_dim);
+  const Stored<float> numbers{values, a.value_dim, a.value_dim};
+  walk_rows(a, rows, p, queries, first, Stored<float>{keys, a.dim, a.dim}, numbers, panels, {}, s);
 }
 
 }  // namespace

@@ -13,11 +13,6 @@
 namespace pyllm::ISA {
 namespace {
 
-struct Ahead {  // the block of keys and values that is read next, `count` long
-  const bf16 *k, *v;
-  int64_t count;
-};
-
 #if ISA_AVX512
 
 constexpr int64_t kKeyTiles = kHalf / kTileSide;
@@ -69,11 +64,6 @@ void pack_tile_queries(const AttentionArgs& a, const Rows& rows, const Panel& p,
       char* out = w.queries + ((i * depth_steps(a) + step) * sides + side) * kTileBytes;
       for (int64_t q = 0; q < W; q++) std::memcpy(out + q * 64, &x[q], 64);
     }
-}
-
-void prefetch_rows(const bf16* p, int64_t step, int64_t first, int64_t end, int64_t dim) {
-  for (int64_t i = first; i < end; i++)
-    for (int64_t d = 0; d < dim; d += 32) __builtin_prefetch(p + i * step + d, 0, 2);
 }
 
 bool all_finite(const bf16* p, int64_t step, int64_t count, int64_t dim) {
@@ -398,7 +388,7 @@ void order_sums(const AttentionArgs& a, float* sums) {  // places by fours as th
 // `sums_step` long. The block that is read next is fetched meanwhile.
 template <int N>
 void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
-                    const Ahead& ahead, int64_t sums_step, State s) {
+                    Ahead<bf16> ahead, int64_t sums_step, State s) {
   Block block;
   set_block(a, rows, first, block);
   const Range live = live_keys(a, p, block), halves = halves_of(live);
@@ -410,7 +400,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
   const bf16 *k = stored_keys<bf16>(a, rows, first).data, *v = stored_values<bf16>(a, rows, first).data;
   alignas(64) float x[W][2 * kKeys];
   for (int64_t half = halves.lo; half < halves.hi; half++) {
-    prefetch_rows(ahead.k, a.k_step[1], half * kHalf, std::min(ahead.count, (half + 1) * kHalf), a.dim);
+    ahead.ask(ahead.left() / (2 * kHalves - half));
     score_rows_half<N>(a, rows.count, k, block.count, half, w, &x[0][0]);
   }
   const bool masks = may_mask(a, p, block, live);
@@ -429,7 +419,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
           return s.sums + r * sums_step + (by_fours(a) && d < a.value_dim ? place_by_fours(d) : d);
         });
   for (int64_t half = halves.lo; half < halves.hi; half++) {
-    prefetch_rows(ahead.v, a.v_step[1], half * kHalf, std::min(ahead.count, (half + 1) * kHalf), a.value_dim);
+    ahead.ask(ahead.left() / (kHalves - half));
     if (by_fours(a))
       pack_values_by_fours(a, v, block.count, half, w.values);
     else
@@ -448,7 +438,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
 }
 
 void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
-                    const Ahead& ahead, int64_t sums_step, State s) {
+                    Ahead<bf16> ahead, int64_t sums_step, State s) {
   const auto walk = rows.count == 1   ? walk_tile_rows<1>
                     : rows.count == 2 ? walk_tile_rows<2>
                     : rows.count <= 4 ? walk_tile_rows<4>
@@ -475,7 +465,7 @@ int64_t tile_buffer_bytes(const AttentionArgs&) { return 0; }
 TileBuffers tile_buffers_at(const AttentionArgs&, char*, char*) { return {}; }
 void pack_tile_queries(const AttentionArgs&, const Rows&, const Panel&, bool, int64_t, const TileBuffers&) {}
 void walk_tile_panels(const AttentionArgs&, const Rows&, const Panel*, const TileBuffers&, Range, int64_t, State) {}
-void walk_tile_rows(const AttentionArgs&, const Rows&, const Panel&, const TileBuffers&, int64_t, const Ahead&, int64_t,
+void walk_tile_rows(const AttentionArgs&, const Rows&, const Panel&, const TileBuffers&, int64_t, Ahead<bf16>, int64_t,
                     State) {}
 void end_tile_rows(const AttentionArgs&, int64_t, int64_t, State) {}
 

@@ -42,7 +42,6 @@ struct Product {
 
 namespace {
 
-[[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 [[maybe_unused]] int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPanel) * k; }  // floats
 [[maybe_unused]] int64_t narrow_rows(int64_t k) { return round_up(k, 32); }                     // of a narrow panel
 

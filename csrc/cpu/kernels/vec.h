@@ -36,6 +36,8 @@ using VI = int32_t __attribute__((vector_size(W * 4)));
 
 constexpr float kInfinity = __builtin_inff();
 
+[[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 VEC V set(float x) { return x - V{}; }
 VEC VI set_int(int32_t x) { return x - VI{}; }
 VEC VI as_int(V x) { return reinterpret_cast<VI>(x); }

@@ -23,8 +23,6 @@ constexpr int kWide = 2;
 #endif
 enum Factor { kDecay, kA, kB, kK, kR, kFactors };
 
-[[maybe_unused]] int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 template <class F>
 VEC void each(int64_t n, const F& f) {
   int64_t i = 0;
