@@ -262,36 +262,32 @@ struct Forward {  // of queries of T, and keys and values that are stored as S
     }
     for (int64_t first = keys.lo; first < keys.hi; first += kKeys)
       for (int64_t i = 0; i < count; i++) {
+        const Rows& rows = t[i].rows;
+        const Panel& panel = t[i].panels[0];
+        const Buffers& b = t[i].buffers;
+        const Ahead ahead = ahead_of(t, count, i, first, keys.hi);
         if (on_bytes) {
-          walk_bytes(a, t[i].rows, t[i].panels[0], t[i].byte_buffers, first, sums_step, t[i].*state);
-          continue;
+          walk_bytes(a, rows, panel, t[i].byte_buffers, first, ahead, sums_step, t[i].*state);
+        } else if (on_tiles) {
+          walk_tile_rows(a, rows, panel, t[i].tile_buffers, first, ahead, sums_step, t[i].*state);
+        } else {
+          const Stored<S> k = stored_keys<S>(a, rows, first), v = stored_values<S>(a, rows, first);
+          if constexpr (Stored<S>::kScaled)
+            walk_rows(a, rows, panel, b.queries, first, k, v, b.keys, b.values, b.panels, t[i].*state);
+          else
+            walk_rows(a, rows, panel, b.queries, first, k, v, b.panels, ahead, t[i].*state);
         }
-        if (on_tiles)
-          walk_tile_rows(a, t[i].rows, t[i].panels[0], t[i].tile_buffers, first,
-                         ahead_of<bf16>(t, count, i, first, keys.hi), sums_step, t[i].*state);
-        else
-          walk_few(t, count, i, first, keys.hi, t[i].*state);
       }
     for (int64_t i = 0; on_tiles && i < count; i++) end_tile_rows(a, t[i].rows.count, sums_step, t[i].*state);
   }
 
-  template <class Kept>
-  Ahead<Kept> ahead_of(const Tile* t, int64_t count, int64_t i, int64_t first, int64_t end) const {
+  // What follows on the block of keys from `first` on of tile i of `count`: that of the next, or the next block.
+  Ahead ahead_of(const Tile* t, int64_t count, int64_t i, int64_t first, int64_t end) const {
     const bool last = i + 1 == count;
     const Rows& rows = t[last ? 0 : i + 1].rows;
-    const int64_t then = last ? first + kKeys : first;
+    const int64_t then = last ? first + kKeys : first, keys = std::min(kKeys, end - then);
     if (then >= end) return {};
-    return {stored_keys<Kept>(a, rows, then), stored_values<Kept>(a, rows, then), std::min(kKeys, end - then)};
-  }
-
-  void walk_few(const Tile* t, int64_t count, int64_t i, int64_t first, int64_t end, State state) const {
-    const Rows& rows = t[i].rows;
-    const Buffers& b = t[i].buffers;
-    const Stored<S> k = stored_keys<S>(a, rows, first), v = stored_values<S>(a, rows, first);
-    if constexpr (Stored<S>::kScaled)
-      walk_rows(a, rows, t[i].panels[0], b.queries, first, k, v, b.keys, b.values, b.panels, state);
-    else
-      walk_rows(a, rows, t[i].panels[0], b.queries, first, k, v, b.panels, ahead_of<S>(t, count, i, first, end), state);
+    return {runs_of(stored_keys<S>(a, rows, then), keys), runs_of(stored_values<S>(a, rows, then), keys)};
   }
 
   void merge_into(const Tile& t, State part, State all) const {

@@ -5,9 +5,8 @@
 // page's bytes have lost by a factor of 256.
 //
 // Keys go across the lanes by fours of elements, as pages have them; values' elements by fours of keys, for which they are
-// packed, once for all rows of a tile. To fetch blocks ahead brought nothing, whether at once, line by line or every second
-// line: of one row in memory that no cache has, the time is that of reading and that of computing, and large pages of
-// memory (see pyllm/ops/paging.py) make the former 1.2 times as fast.
+// packed, once for all rows of a tile. The block that is walked next is asked for meanwhile, a few lines at a time; large
+// pages of memory (see pyllm/ops/paging.py) make reading 1.2 times as fast.
 #pragma once
 #include <array>
 
@@ -36,6 +35,7 @@ struct ByteBuffers {
   int8_t* queries;      // [row][plane][element]
   float* query_scales;  // [row][group]
   int32_t* query_sums;  // [row][group]: what the keys' offset by 128 adds to a product
+  char* keys;           // of a block, as they lie, made unsigned
   char* values;         // [tile of W elements][quad of keys][element][key]
   uint8_t* weights;     // [row of some][plane][group][key]
 };
@@ -44,14 +44,15 @@ int64_t byte_query_bytes(const AttentionArgs& a, int64_t rows) {
   return round_up(rows * (2 * a.dim + 8 * byte_groups(a.dim)), 64);
 }
 int64_t byte_buffer_bytes(const AttentionArgs& a) {  // without the queries
-  return kKeys * (a.value_dim + kAtOnce * 2 * byte_groups(a.value_dim));
+  return kKeys * (a.dim + a.value_dim + kAtOnce * 2 * byte_groups(a.value_dim));
 }
 ByteBuffers byte_buffers_at(const AttentionArgs& a, char* queries, int64_t rows, char* rest) {
   ByteBuffers w;
   w.query_scales = reinterpret_cast<float*>(queries);
   w.query_sums = reinterpret_cast<int32_t*>(w.query_scales + rows * byte_groups(a.dim));
   w.queries = reinterpret_cast<int8_t*>(w.query_sums + rows * byte_groups(a.dim));
-  w.values = rest;
+  w.keys = rest;
+  w.values = w.keys + kKeys * a.dim;
   w.weights = reinterpret_cast<uint8_t*>(w.values + kKeys * a.value_dim);
   return w;
 }
@@ -61,7 +62,7 @@ ByteBuffers byte_buffers_at(const AttentionArgs& a, char* queries, int64_t rows,
 struct WholeScale {
   float up, worth;
 };
-WholeScale whole_scale(V largest, VI bad, float steps) {
+VEC WholeScale whole_scale(V largest, VI bad, float steps) {
   const float most = max(largest);
   if (bits(bad)) return {0, __builtin_nanf("")};
   return {most > 0x1p-100f ? steps / most : 0.0f, most / steps};
@@ -141,15 +142,26 @@ void pack_byte_values(const Stored<int8_t>& v, char* out) {
     }
 }
 
+constexpr int32_t kUnsigned = static_cast<int32_t>(0x80808080);  // makes bytes unsigned by an offset of 128
+
+void make_unsigned(const Stored<int8_t>& k, char* out) {
+  const VI offset = set_int(kUnsigned);
+  for (int64_t i = 0; i < k.dim * kKeys; i += 64) {
+    const VI numbers = load_lanes(k.data + i) ^ offset;
+    std::memcpy(out + i, &numbers, sizeof numbers);
+  }
+}
+
 V load_byte_scales(const Stored<int8_t>& x, int64_t group, int64_t key) {
   return load(reinterpret_cast<const bf16*>(x.data + int8_scale_at(x.dim, key, group * kInt8Group)));
 }
 
-// Scores of R rows from `row` on against a block's keys, to x.
-template <int R>
+// Scores of R rows from `row` on against a block's keys, to x. kPrepared: made unsigned before. Where they are not, `asked`
+// lines of what is ahead go with each step.
+template <int R, bool kPrepared>
 void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, const Stored<int8_t>& k,
-                 float (*x)[2 * kKeys]) {
-  const VI offset = set_int(static_cast<int32_t>(0x80808080));  // makes keys unsigned
+                 float (*x)[2 * kKeys], Ahead& ahead, int64_t asked) {
+  const VI offset = set_int(kUnsigned);
   const int64_t groups = byte_groups(a.dim);
   const int8_t* const queries = w.queries + row * 2 * a.dim;
   for (int64_t g = 0; g < groups; g++) {
@@ -160,9 +172,12 @@ void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, cons
     }
     const int64_t end = std::min(a.dim, (g + 1) * kInt8Group);
     for (int64_t d = g * kInt8Group; d < end; d += 4) {
+      if (!kPrepared) ahead.ask(asked);
       VI keys[kSides];
-      UNROLL for (int64_t side = 0; side < kSides; side++) keys[side] =
-          load_lanes(k.data + d * kKeys + side * 64) ^ offset;
+      UNROLL for (int64_t side = 0; side < kSides; side++) {
+        const int64_t at = d * kKeys + side * 64;
+        keys[side] = kPrepared ? load_lanes(w.keys + at) : load_lanes(k.data + at) ^ offset;
+      }
       UNROLL for (int r = 0; r < R; r++) {
         const VI h = broadcast_lane(queries + 2 * r * a.dim + d), l = broadcast_lane(queries + (2 * r + 1) * a.dim + d);
         UNROLL for (int64_t side = 0; side < kSides; side++) {
@@ -182,67 +197,92 @@ void score_bytes(const AttentionArgs& a, int64_t row, const ByteBuffers& w, cons
   }
 }
 
-// From a row's scores to its weights, times the scales of the values, as whole numbers, to place `at`; what they are
-// worth, by groups of values. What the row's sums are to be multiplied by.
-float weigh_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t row, int64_t at, const Block& block,
-                  Range seen, const ByteBuffers& w, const Stored<int8_t>& v, float* x, State s, float* worth) {
+// From the scores of `some` rows to their weights, times the scales of the values, as whole numbers; what they are worth,
+// by groups of values, and what the rows' sums are to be multiplied by. Row by row in each step: they wait for each other
+// less than a row's steps do.
+void weigh_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t first, int64_t some,
+                 const Block& block, Range seen, const ByteBuffers& w, const Stored<int8_t>& v, float (*x)[2 * kKeys],
+                 State s, float* factor, float (*worth)[byte_groups(256)]) {
   const int64_t groups = byte_groups(a.value_dim);
-  const V m = max(set(max(finish_row(a, rows, p, row, block, seen, x))), set(s.max[row])), base = finite_or_zero(m);
-  const float factor = rescale(set(s.max[row]), m)[0];
-  s.max[row] = m[0];
-  V weight[kSides], total{};
-  VI masked[kSides];
-  UNROLL for (int64_t i = 0; i < kSides; i++) {
-    const bool inside = i * W >= seen.lo && i * W < seen.hi;
-    const V score = inside ? load(x + i * W) : set(-kInfinity);
-    masked[i] = score == -kInfinity;
-    weight[i] = select(masked[i], V{}, exp2(score - base));
-    total = total + weight[i];
+  V base[kAtOnce];
+  for (int64_t r = 0; r < some; r++) base[r] = finish_row(a, rows, p, first + r, block, seen, x[r]);
+  for (int64_t r = 0; r < some; r++) {
+    float& old_max = s.max[first + r];
+    const V m = max(set(max(base[r])), set(old_max));
+    base[r] = finite_or_zero(m);
+    factor[r] = rescale(set(old_max), m)[0];
+    old_max = m[0];
   }
-  s.total[row] = s.total[row] * factor + sum(total);
+  for (int64_t r = 0; r < some; r++) {
+    V total{};
+    UNROLL for (int64_t i = 0; i < kSides; i++) {
+      const bool inside = i * W >= seen.lo && i * W < seen.hi;
+      const V score = inside ? load(x[r] + i * W) : set(-kInfinity);
+      const VI masked = score == -kInfinity;
+      const V weight = exp2(score - base[r]);
+      total = total + select(masked, V{}, weight);
+      store(x[r] + i * W, select(masked, set(-1.0f), weight));
+    }
+    s.total[first + r] = s.total[first + r] * factor[r] + sum(total);
+  }
   for (int64_t g = 0; g < groups; g++) {
-    V scaled[kSides], largest{};
-    VI bad{};
-    UNROLL for (int64_t i = 0; i < kSides; i++) {
-      scaled[i] = select(masked[i], V{}, weight[i] * load_byte_scales(v, g, i * W));
-      largest = max(scaled[i], largest);
-      bad |= not_finite(scaled[i]);
-    }
-    const WholeScale scale = whole_scale(largest, bad, kWeightSteps);
-    worth[g] = scale.worth;
-    uint8_t *high = w.weights + (at * 2 * groups + g) * kKeys, *low = high + groups * kKeys;
-    UNROLL for (int64_t i = 0; i < kSides; i++) {
-      const VI whole = to_whole(scaled[i], scale.up);
-      store_low_bytes(high + i * W, whole >> 8);
-      store_low_bytes(low + i * W, whole);
+    V scales[kSides];
+    UNROLL for (int64_t i = 0; i < kSides; i++) scales[i] = load_byte_scales(v, g, i * W);
+    for (int64_t r = 0; r < some; r++) {
+      V scaled[kSides], largest{};
+      VI bad{};
+      UNROLL for (int64_t i = 0; i < kSides; i++) {
+        const V weight = load(x[r] + i * W);
+        scaled[i] = select(weight < 0.0f, V{}, weight * scales[i]);
+        largest = max(scaled[i], largest);
+        bad |= not_finite(scaled[i]);
+      }
+      const WholeScale scale = whole_scale(largest, bad, kWeightSteps);
+      worth[r][g] = scale.worth;
+      uint8_t *high = w.weights + (r * 2 * groups + g) * kKeys, *low = high + groups * kKeys;
+      UNROLL for (int64_t i = 0; i < kSides; i++) {
+        const VI whole = to_whole(scaled[i], scale.up);
+        store_low_bytes(high + i * W, whole >> 8);
+        store_low_bytes(low + i * W, whole);
+      }
     }
   }
-  return factor;
 }
 
-// sums[r] * factor[r] + what the weights of R rows make of the packed values.
+// sums[r][d..] * factor[r] + what the weights of R rows make of N tiles of packed values, which share their scales.
+template <int R, int N>
+VEC void add_bytes_at(int64_t d, int64_t groups, const ByteBuffers& w, const float (*worth)[byte_groups(256)],
+                      const float* factor, float* sums, int64_t sums_step) {
+  const char* values = w.values + d * kKeys;
+  const uint8_t* weights = w.weights + d / kInt8Group * kKeys;
+  VI of_high[R][N] = {}, of_low[R][N] = {};
+  for (int64_t quad = 0; quad < kQuads; quad++) {
+    VI v[N];
+    UNROLL for (int n = 0; n < N; n++) v[n] = load_lanes(values + n * W * kKeys + quad * 64);
+    UNROLL for (int r = 0; r < R; r++) {
+      const uint8_t* of = weights + r * 2 * groups * kKeys + quad * 4;
+      const VI high = broadcast_lane(of), low = broadcast_lane(of + groups * kKeys);
+      UNROLL for (int n = 0; n < N; n++) {
+        of_high[r][n] = dot_bytes(of_high[r][n], high, v[n]);
+        of_low[r][n] = dot_bytes(of_low[r][n], low, v[n]);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) {
+    float* at = sums + r * sums_step + d + n * W;
+    const V whole = __builtin_convertvector((of_high[r][n] << 8) + of_low[r][n], V);
+    store(at, fma(whole, set(worth[r][d / kInt8Group]), load(at) * factor[r]));
+  }
+}
 template <int R>
 void add_bytes(const AttentionArgs& a, const ByteBuffers& w, const float (*worth)[byte_groups(256)],
                const float* factor, float* sums, int64_t sums_step) {
+  constexpr int kTogether = kInt8Group / W;
   const int64_t groups = byte_groups(a.value_dim);
-  for (int64_t d = 0; d < a.value_dim; d += W) {
-    const char* values = w.values + d * kKeys;
-    const uint8_t* weights = w.weights + d / kInt8Group * kKeys;
-    VI of_high[R] = {}, of_low[R] = {};
-    for (int64_t quad = 0; quad < kQuads; quad++) {
-      const VI v = load_lanes(values + quad * 64);
-      UNROLL for (int r = 0; r < R; r++) {
-        const uint8_t* of = weights + r * 2 * groups * kKeys + quad * 4;
-        of_high[r] = dot_bytes(of_high[r], broadcast_lane(of), v);
-        of_low[r] = dot_bytes(of_low[r], broadcast_lane(of + groups * kKeys), v);
-      }
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-      float* at = sums + r * sums_step + d;
-      const V whole = __builtin_convertvector((of_high[r] << 8) + of_low[r], V);
-      store(at, fma(whole, set(worth[r][d / kInt8Group]), load(at) * factor[r]));
-    }
-  }
+  int64_t d = 0;
+  for (; d + kInt8Group <= a.value_dim; d += kInt8Group)
+    add_bytes_at<R, kTogether>(d, groups, w, worth, factor, sums, sums_step);
+  for (; d < a.value_dim; d += W) add_bytes_at<R, 1>(d, groups, w, worth, factor, sums, sums_step);
 }
 
 // Lanes 4 i to 4 i + 3 of the result are what the four such fours of x[i] add up to.
@@ -258,7 +298,7 @@ VEC VI add_fours(const VI* x) {
 
 // The same for one row, without packing: keys lie across the lanes by fours, and join in the end.
 void add_bytes_of_one(const AttentionArgs& a, const ByteBuffers& w, const Stored<int8_t>& v, const float* worth,
-                      float factor, float* sums) {
+                      float factor, float* sums, Ahead& ahead, int64_t asked) {
   const int64_t groups = byte_groups(a.value_dim);
   VI spread[kSides];
   UNROLL for (int side = 0; side < kSides; side++) UNROLL for (int i = 0; i < W; i++) spread[side][i] =
@@ -272,6 +312,7 @@ void add_bytes_of_one(const AttentionArgs& a, const ByteBuffers& w, const Stored
     for (int64_t d = g * kInt8Group; d < std::min(a.value_dim, (g + 1) * kInt8Group); d += W) {
       VI whole[4];
       UNROLL for (int64_t i = 0; i < 4; i++) {
+        ahead.ask(asked);
         VI of_high{}, of_low{};
         UNROLL for (int64_t side = 0; side < kSides; side++) {
           const VI values = transpose_fours(load_lanes(v.data + (d + i * kInt8Quad) * kKeys + side * 64));
@@ -288,23 +329,31 @@ void add_bytes_of_one(const AttentionArgs& a, const ByteBuffers& w, const Stored
 
 // The block of keys from `first` on, for up to kByteRows rows.
 void walk_bytes(const AttentionArgs& a, const Rows& rows, const Panel& p, const ByteBuffers& w, int64_t first,
-                int64_t sums_step, State s) {
+                Ahead ahead, int64_t sums_step, State s) {
   Block block;
   set_block(a, rows, first, block);
   const Range live = live_keys(a, p, block), seen{live.lo / W * W, live.hi};
   if (live.lo == live.hi) return;
   const Stored<int8_t> k = stored_keys<int8_t>(a, rows, first), v = stored_values<int8_t>(a, rows, first);
-  if (rows.count > 1) pack_byte_values(v, w.values);
+  const bool one = rows.count == 1;
+  if (!one) {
+    make_unsigned(k, w.keys);
+    pack_byte_values(v, w.values);
+  }
+  const int64_t steps = one ? (a.dim + a.value_dim) / 4 : (rows.count + kAtOnce - 1) / kAtOnce * 2;
+  const int64_t asked = ahead.left() / steps + 1;
   for (int64_t r0 = 0; r0 < rows.count; r0 += kAtOnce) {
     const int64_t some = std::min(kAtOnce, rows.count - r0);
     float factor[kAtOnce], worth[kAtOnce][byte_groups(256)];
     alignas(64) float x[kAtOnce][2 * kKeys];
     int64_t scored = 0;
-    for (; scored + 2 <= some; scored += 2) score_bytes<2>(a, r0 + scored, w, k, x + scored);
-    if (scored < some) score_bytes<1>(a, r0 + scored, w, k, x + scored);
-    for (int64_t r = 0; r < some; r++)
-      factor[r] = weigh_bytes(a, rows, p, r0 + r, r, block, seen, w, v, x[r], s, worth[r]);
-    if (rows.count == 1) return add_bytes_of_one(a, w, v, worth[0], factor[0], s.sums);
+    for (; scored + 2 <= some; scored += 2) score_bytes<2, true>(a, r0 + scored, w, k, x + scored, ahead, 0);
+    if (scored < some)
+      (one ? score_bytes<1, false> : score_bytes<1, true>)(a, r0 + scored, w, k, x + scored, ahead, asked);
+    if (!one) ahead.ask(asked);
+    weigh_bytes(a, rows, p, r0, some, block, seen, w, v, x, s, factor, worth);
+    if (one) return add_bytes_of_one(a, w, v, worth[0], factor[0], s.sums, ahead, asked);
+    ahead.ask(asked);
     const auto add = std::array{add_bytes<1>, add_bytes<2>, add_bytes<3>, add_bytes<4>};
     add[some - 1](a, w, worth, factor, s.sums + r0 * sums_step, sums_step);
   }
@@ -321,7 +370,7 @@ int64_t byte_buffer_bytes(const AttentionArgs&) { return 0; }
 ByteBuffers byte_buffers_at(const AttentionArgs&, char*, int64_t, char*) { return {}; }
 template <class T>
 void pack_byte_query(const AttentionArgs&, const T*, int64_t, const ByteBuffers&) {}
-void walk_bytes(const AttentionArgs&, const Rows&, const Panel&, const ByteBuffers&, int64_t, int64_t, State) {}
+void walk_bytes(const AttentionArgs&, const Rows&, const Panel&, const ByteBuffers&, int64_t, Ahead, int64_t, State) {}
 
 #endif
 

@@ -25,35 +25,45 @@ float read_float(const char* p, DType dtype, int64_t i) {
   return x;
 }
 
-// The block of keys and values that is walked next, `count` long: asked for a line at a time, by the second-level cache.
-template <class S>
+// The block of keys and values that is walked next: asked for a line at a time, by the second-level cache.
 class Ahead {
  public:
+  struct Runs {  // of memory, in bytes
+    const void* data;
+    int64_t count, step, length;
+  };
+
   Ahead() = default;
-  Ahead(const Stored<S>& k, const Stored<S>& v, int64_t count) : at_(k), next_(v), count_(count) {
-    left_ = count * (lines(k) + lines(v));
-  }
+  Ahead(const Runs& keys, const Runs& values) : at_(keys), next_(values), left_(lines(keys) + lines(values)) {}
+
   int64_t left() const { return left_; }  // lines
   VEC void ask(int64_t n) {
     for (n = std::min(n, left_), left_ -= n; n > 0; n--) {
-      __builtin_prefetch(at_.data + column_, 0, 2);
-      column_ += kLine;
-      if (column_ < at_.dim) continue;
-      column_ = 0;
-      at_.data += at_.step;
-      if (++row_ < count_) continue;
-      row_ = 0;
-      at_ = next_;
+      __builtin_prefetch(static_cast<const char*>(at_.data) + offset_, 0, 2);
+      offset_ += kLine;
+      if (offset_ < at_.length) continue;
+      offset_ = 0;
+      at_.data = static_cast<const char*>(at_.data) + at_.step;
+      if (--at_.count == 0) at_ = next_;
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(S);
-  static int64_t lines(const Stored<S>& x) { return (x.dim + kLine - 1) / kLine; }
+  static constexpr int64_t kLine = 64;
+  static int64_t lines(const Runs& x) { return x.count * ((x.length + kLine - 1) / kLine); }
 
-  Stored<S> at_{}, next_{};
-  int64_t count_ = 0, left_ = 0, row_ = 0, column_ = 0;
+  Runs at_{}, next_{};
+  int64_t left_ = 0, offset_ = 0;
 };
+
+template <class S>
+Ahead::Runs runs_of(const Stored<S>& x, int64_t count) {
+  constexpr int64_t kBytes = sizeof(S);
+  return {x.data, count, x.step * kBytes, x.dim * kBytes};
+}
+[[maybe_unused]] Ahead::Runs runs_of(const Stored<int8_t>& x, int64_t) {
+  return {x.data, 1, 0, kKeys * int8_width(x.dim)};
+}
 
 // scores[r][kKeys] of R rows against the keys of N panels, [dim][kPanel] each.
 template <int R, int N>
@@ -144,8 +154,8 @@ V finish_row(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r
 // 1. With each key go `asked` lines of what is ahead.
 template <int R, int N, class S>
 void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor, float* sums,
-                int64_t sums_step, Ahead<S>& all_ahead, int64_t asked) {
-  Ahead<S> ahead = all_ahead;
+                int64_t sums_step, Ahead& all_ahead, int64_t asked) {
+  Ahead ahead = all_ahead;
   V s[R][N];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++) s[r][i] =
       load(sums + r * sums_step + d + i * W) * set(factor[r]);
@@ -166,7 +176,7 @@ void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64
 // All of the value's elements from d on: N vectors at a time, then fewer.
 template <int R, int N, class S>
 void add_values_from(const float* p, const Stored<S>& v, int64_t d, Range live, const float* factor, float* sums,
-                     int64_t sums_step, Ahead<S>& ahead, int64_t asked) {
+                     int64_t sums_step, Ahead& ahead, int64_t asked) {
   for (; d + N * W <= v.dim || (N == 1 && d < v.dim); d += N * W)
     add_values<R, N>(p, v, d, live, std::min<int64_t>(W, v.dim - d), factor, sums, sums_step, ahead, asked);
   if constexpr (N > 1)
@@ -183,7 +193,7 @@ struct RowTiles {
     score_panels_from<R, N>(queries, dim, panels, first, end, scores);
   }
   static void add(const float* p, const Stored<S>& v, Range live, const float* factor, float* sums, int64_t sums_step,
-                  Ahead<S>& ahead) {
+                  Ahead& ahead) {
     constexpr int N = R == 1 ? 8 : R <= kSums / 4 ? 4 : 2;
     const int64_t times = (live.hi - live.lo) * ((v.dim + N * W - 1) / (N * W));
     add_values_from<R, N>(p, v, 0, live, factor, sums, sums_step, ahead, (ahead.left() + times - 1) / times);
@@ -228,7 +238,7 @@ constexpr int64_t kInPlace = W == 16 ? 3 : 4;  // rows that wait for nothing but
 // nothing where they are not, as the processor looks ahead by itself then.
 template <class S>
 void score_block(int64_t rows, const float* queries, const Stored<S>& k, Range live, float* panels, float* scores,
-                 Ahead<S>& ahead) {
+                 Ahead& ahead) {
   if constexpr (sizeof(S) == sizeof(float))
     if (rows <= kInPlace) {
       constexpr std::array in_place{score_rows<1, S>, score_rows<2, S>, score_rows<3, S>, score_rows<4, S>};
@@ -253,7 +263,7 @@ void score_block(int64_t rows, const float* queries, const Stored<S>& k, Range l
 // The block of keys from `first` on. `panels` are for its keys.
 template <class S>
 void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const float* queries, int64_t first,
-               const Stored<S>& k, const Stored<S>& v, float* panels, Ahead<S> ahead, State s) {
+               const Stored<S>& k, const Stored<S>& v, float* panels, Ahead ahead, State s) {
   const int64_t sums_step = round_up(a.value_dim, W);
   Block block;
   set_block(a, rows, first, block);

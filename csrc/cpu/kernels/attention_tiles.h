@@ -388,7 +388,7 @@ void order_sums(const AttentionArgs& a, float* sums) {  // places by fours as th
 // `sums_step` long. The block that is read next is fetched meanwhile.
 template <int N>
 void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
-                    Ahead<bf16> ahead, int64_t sums_step, State s) {
+                    Ahead ahead, int64_t sums_step, State s) {
   Block block;
   set_block(a, rows, first, block);
   const Range live = live_keys(a, p, block), halves = halves_of(live);
@@ -438,7 +438,7 @@ void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, co
 }
 
 void walk_tile_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const TileBuffers& w, int64_t first,
-                    Ahead<bf16> ahead, int64_t sums_step, State s) {
+                    Ahead ahead, int64_t sums_step, State s) {
   const auto walk = rows.count == 1   ? walk_tile_rows<1>
                     : rows.count == 2 ? walk_tile_rows<2>
                     : rows.count <= 4 ? walk_tile_rows<4>
@@ -465,7 +465,7 @@ int64_t tile_buffer_bytes(const AttentionArgs&) { return 0; }
 TileBuffers tile_buffers_at(const AttentionArgs&, char*, char*) { return {}; }
 void pack_tile_queries(const AttentionArgs&, const Rows&, const Panel&, bool, int64_t, const TileBuffers&) {}
 void walk_tile_panels(const AttentionArgs&, const Rows&, const Panel*, const TileBuffers&, Range, int64_t, State) {}
-void walk_tile_rows(const AttentionArgs&, const Rows&, const Panel&, const TileBuffers&, int64_t, Ahead<bf16>, int64_t,
+void walk_tile_rows(const AttentionArgs&, const Rows&, const Panel&, const TileBuffers&, int64_t, Ahead, int64_t,
                     State) {}
 void end_tile_rows(const AttentionArgs&, int64_t, int64_t, State) {}
 
