@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -82,10 +83,12 @@ def _line() -> str | None:
 
 def _answer(conversation: Conversation, line: str) -> None:
     try:
-        with contextlib.closing(conversation.say(line)) as pieces:
+        with _interrupts() as pressed, contextlib.closing(conversation.say(line)) as pieces:
             for piece in pieces:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+                if pressed:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         err.print("\n(interrupted)")
         return
@@ -96,6 +99,26 @@ def _answer(conversation: Conversation, line: str) -> None:
     sys.stdout.flush()
     if conversation.forgotten:
         err.print(f"({conversation.forgotten} messages are forgotten, as the conversation no longer fits)")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C, which raises KeyboardInterrupt as ever: raised while an object is finalised,
+    that is reported and lost."""
+    pressed: list[int] = []
+
+    def note(number, frame):
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed  # somebody else's
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Conversation:

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded, whole_ids
+from pyllm.engine.generation import BEAMS, TextStream, most_tokens, warn_of_unheeded
+from pyllm.engine.whole import whole_ids
 from pyllm.runtime import raise_found
 
 if TYPE_CHECKING:
     from pyllm.engine.engine import Engine
+
+
+MOST_PENALTY = 50  # of a length, whose power is a number then
 
 
 class Beam(NamedTuple):
@@ -161,8 +165,8 @@ def search(engine: Engine, prompt: str | Sequence[int], num_beams: int | None, m
     for name, value, kind in (("num_beams", num_beams, int), ("length_penalty", length_penalty, int | float)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be a number, but got {value!r}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be finite, but got {length_penalty}")
+    if not abs(length_penalty) <= MOST_PENALTY:
+        raise ValueError(f"length_penalty must be from -{MOST_PENALTY} to {MOST_PENALTY}, but got {length_penalty}")
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, but got {num_beams}")
     source, ids = (ids, list(model.start_ids)) if model.answers else ([], ids)

@@ -26,8 +26,6 @@ from pyllm.engine.generation import (
     prompt_ids,
     stop_texts,
     warn_of_unheeded,
-    whole,
-    whole_ids,
 )
 from pyllm.engine.hooks import Hooks, Replacement
 from pyllm.engine.pieces import Piece, batches, pieces, unit
@@ -37,6 +35,7 @@ from pyllm.engine.sampling import SamplingParams
 from pyllm.engine.speculation import rows_of
 from pyllm.engine.steps import Steps
 from pyllm.engine.watch import Watch
+from pyllm.engine.whole import whole, whole_ids
 from pyllm.models import Model
 from pyllm.runtime import raise_found
 from pyllm.text import Tokenizer

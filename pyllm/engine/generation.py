@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from pyllm.engine.decoding import decode
 from pyllm.engine.sampling import Sampler, SamplingParams
+from pyllm.engine.whole import whole
 from pyllm.models import Model
 from pyllm.nn.evaluating import evaluating
 from pyllm.ops.linear import reading_copies
@@ -22,31 +21,6 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids that a model reads of a prompt: never none, where the tokenizer has one that ends a text."""
     ids = tokenizer.encode_framed(text)[0] if model.answers else tokenizer.encode(text)
     return ids or list(tokenizer.eos_ids[:1])
-
-
-def whole(name: str, value: Any) -> int:
-    """A whole number of whatever type.
-
-    Raises:
-        TypeError: it is none.
-    """
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, but got {value!r:.80}") from None
-
-
-def whole_ids(name: str, values: Iterable[Any]) -> list[int]:
-    """The same of several.
-
-    Raises:
-        TypeError: one is none.
-    """
-    values = list(values)
-    try:
-        return list(map(operator.index, values))
-    except TypeError:
-        return [whole(name, value) for value in values]  # says which
 
 
 def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:

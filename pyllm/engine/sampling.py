@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.engine.whole import whole_ids
 from pyllm.runtime import raise_found
 
 
@@ -60,14 +61,15 @@ class SamplingParams:
         """What is added to the logits, (vocabulary,), float32: `logit_bias`, and -infinity where an id is not allowed.
 
         Raises:
-            ValueError: a bias of another shape, or no allowed id; IndexError: one that is not in the vocabulary.
+            ValueError: a bias of another shape, or no allowed id. TypeError: one that is no whole number. IndexError:
+            one that is not in the vocabulary.
         """
         bias = self.logit_bias
         if bias is not None and bias.shape != (vocabulary,):
             raise ValueError(f"[sampling] logit_bias must have shape ({vocabulary},), but got {tuple(bias.shape)}")
         if self.allowed_ids is None:
             return None if bias is None else bias.float().cpu()
-        allowed = torch.tensor(list(self.allowed_ids), dtype=torch.int64)
+        allowed = torch.tensor(whole_ids("an allowed id", self.allowed_ids), dtype=torch.int64)
         if not len(allowed):
             raise ValueError("[sampling] allowed_ids must have at least one id")
         if (wrong := allowed[(allowed < 0) | (allowed >= vocabulary)]).numel():

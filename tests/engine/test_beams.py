@@ -111,7 +111,8 @@ def test_settings_are_checked():
     for message, options in (
         ("num_beams must be at least 1, but got 0", {"num_beams": 0}),
         ("True, False or 'never', but got 'always'", {"early_stopping": "always"}),
-        ("length_penalty must be finite, but got nan", {"length_penalty": float("nan")}),
+        ("length_penalty must be from -50 to 50, but got nan", {"length_penalty": float("nan")}),
+        ("length_penalty must be from -50 to 50, but got -1000000.0", {"length_penalty": -1e6}),
         ("1 tokens and 300 more do not fit the model's context of 300", {"max_tokens": 300}),
         ("the pages must have room for 3 beams, but have it for 2", {"num_beams": 3, "max_tokens": 200}),
         ("the vocabulary must have room for 8 beams, but have it for 7", {"num_beams": 8, "stop_ids": range(5)}),

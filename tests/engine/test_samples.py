@@ -136,6 +136,7 @@ def test_settings_are_checked():
         (ValueError, "timeout must be positive, but got 0", {"timeout": 0}),
         (ValueError, "timeout must be positive, but got nan", {"timeout": float("nan")}),
         (ValueError, "at least one id", {"params": pyllm.SamplingParams(allowed_ids=[])}),
+        (TypeError, "an allowed id .*1.5", {"params": pyllm.SamplingParams(allowed_ids=[1, 1.5])}),
         (IndexError, "from 0 to 39, but got 40", {"params": pyllm.SamplingParams(allowed_ids=[1, 40])}),
         (ValueError, r"shape \(40,\), but got \(39,\)", {"params": pyllm.SamplingParams(logit_bias=torch.zeros(39))}),
     ):
