@@ -151,12 +151,15 @@ V finish_row(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r
 }
 
 // sums[r][d..] = sums[r][d..] * factor[r] + p[r][live] v, of R rows and N vectors of v's elements, or n elements where N is
-// 1. With each key go `asked` lines of what is ahead.
-template <int R, int N, class S>
+// 1; and total[r] * factor[r] + what p[r][live] add up to, if there is a total. With each key go `asked` lines of what is
+// ahead.
+template <int R, int N, bool kTotal, class S>
 void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor, float* sums,
-                int64_t sums_step, Ahead& all_ahead, int64_t asked) {
+                int64_t sums_step, float* total, Ahead& all_ahead, int64_t asked) {
   Ahead ahead = all_ahead;
   V s[R][N];
+  float t[R];
+  if (kTotal) UNROLL for (int r = 0; r < R; r++) t[r] = total[r] * factor[r];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++) s[r][i] =
       load(sums + r * sums_step + d + i * W) * set(factor[r]);
   for (int64_t j = live.lo; j < live.hi; j++) {
@@ -164,23 +167,26 @@ void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64
     V x[N];
     UNROLL for (int i = 0; i < N; i++) x[i] = v.numbers(j, d + i * W, N > 1 ? W : n);
     UNROLL for (int r = 0; r < R; r++) {
-      const V w = set(p[r * kKeys + j]);
-      UNROLL for (int i = 0; i < N; i++) s[r][i] = fma(w, x[i], s[r][i]);
+      const float w = p[r * kKeys + j];
+      UNROLL for (int i = 0; i < N; i++) s[r][i] = fma(set(w), x[i], s[r][i]);
+      if (kTotal) t[r] += w;
     }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < N; i++)
       store(sums + r * sums_step + d + i * W, s[r][i]);
+  if (kTotal) UNROLL for (int r = 0; r < R; r++) total[r] = t[r];
   all_ahead = ahead;
 }
 
 // All of the value's elements from d on: N vectors at a time, then fewer.
 template <int R, int N, class S>
 void add_values_from(const float* p, const Stored<S>& v, int64_t d, Range live, const float* factor, float* sums,
-                     int64_t sums_step, Ahead& ahead, int64_t asked) {
+                     int64_t sums_step, float* total, Ahead& ahead, int64_t asked) {
   for (; d + N * W <= v.dim || (N == 1 && d < v.dim); d += N * W)
-    add_values<R, N>(p, v, d, live, std::min<int64_t>(W, v.dim - d), factor, sums, sums_step, ahead, asked);
+    (d == 0 ? add_values<R, N, true, S> : add_values<R, N, false, S>)(p, v, d, live, std::min<int64_t>(W, v.dim - d),
+                                                                      factor, sums, sums_step, total, ahead, asked);
   if constexpr (N > 1)
-    add_values_from<R, N == 4 ? 3 : N == 3 ? 2 : N / 2>(p, v, d, live, factor, sums, sums_step, ahead, asked);
+    add_values_from<R, N == 4 ? 3 : N == 3 ? 2 : N / 2>(p, v, d, live, factor, sums, sums_step, total, ahead, asked);
 }
 
 constexpr int kSums = 2 * kRegisterRows;  // that registers hold
@@ -193,10 +199,10 @@ struct RowTiles {
     score_panels_from<R, N>(queries, dim, panels, first, end, scores);
   }
   static void add(const float* p, const Stored<S>& v, Range live, const float* factor, float* sums, int64_t sums_step,
-                  Ahead& ahead) {
+                  float* total, Ahead& ahead) {
     constexpr int N = R == 1 ? 8 : R <= kSums / 4 ? 4 : 2;
     const int64_t times = (live.hi - live.lo) * ((v.dim + N * W - 1) / (N * W));
-    add_values_from<R, N>(p, v, 0, live, factor, sums, sums_step, ahead, (ahead.left() + times - 1) / times);
+    add_values_from<R, N>(p, v, 0, live, factor, sums, sums_step, total, ahead, (ahead.left() + times - 1) / times);
   }
 };
 
@@ -208,15 +214,6 @@ void each_row_tile(int64_t rows, const F& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) {
       (void)((std::min(most, rows - r) == I + 1 && (f(r, RowTiles<I + 1, S>()), true)) || ...);
     }(std::make_integer_sequence<int, kRegisterRows>());
-}
-
-// total[row] * factor[row] + the sum of p[row][live], key by key.
-void add_totals(int64_t rows, const float* p, Range live, const float* factor, float* total) {
-  for (int64_t r = 0; r < rows; r++) {
-    float t = total[r] * factor[r];
-    for (int64_t j = live.lo; j < live.hi; j++) t += p[r * kKeys + j];
-    total[r] = t;
-  }
 }
 
 // The same for one row, less the keys that are marked by a negative p.
@@ -294,9 +291,8 @@ void walk_rows(const AttentionArgs& a, const Rows& rows, const Panel& p, const f
     }
     return;
   }
-  add_totals(rows.count, x, live, factor, s.total);
   each_row_tile<S>(rows.count, [&](int64_t r, auto tile) {
-    tile.add(x + r * kKeys, v, live, factor + r, s.sums + r * sums_step, sums_step, ahead);
+    tile.add(x + r * kKeys, v, live, factor + r, s.sums + r * sums_step, sums_step, s.total + r, ahead);
   });
 }
 
