@@ -151,8 +151,7 @@ V finish_row(const AttentionArgs& a, const Rows& rows, const Panel& p, int64_t r
 }
 
 // sums[r][d..] = sums[r][d..] * factor[r] + p[r][live] v, of R rows and N vectors of v's elements, or n elements where N is
-// 1; and total[r] * factor[r] + what p[r][live] add up to, if there is a total. With each key go `asked` lines of what is
-// ahead.
+// 1. kTotal: total[r] likewise, of p[r][live] alone. With each key go `asked` lines of what is ahead.
 template <int R, int N, bool kTotal, class S>
 void add_values(const float* p, const Stored<S>& v, int64_t d, Range live, int64_t n, const float* factor, float* sums,
                 int64_t sums_step, float* total, Ahead& all_ahead, int64_t asked) {
@@ -216,7 +215,7 @@ void each_row_tile(int64_t rows, const F& f) {
     }(std::make_integer_sequence<int, kRegisterRows>());
 }
 
-// The same for one row, less the keys that are marked by a negative p.
+// Sums and total of one row, less the keys that are marked by a negative p.
 template <class S>
 void add_marked_row(const float* p, const Stored<S>& v, Range live, float factor, float* sums, float* total) {
   for (int64_t j = live.lo; j < live.hi; j++)
